@@ -1,0 +1,289 @@
+"""What changes the numbers: frozen dataclasses, and the presets where choices stand side by side.
+
+One dotted vocabulary (``optim.lr_g``, ``model.z_dim``) is the flag on the command line, the key of
+a search space, the name of the tracked parameter and the path in a checkpoint's ``config.json``.
+Where and how fast a run happens (workers, storage, devices) is not here: see ``pipelines/train.py``.
+
+Numbers come from the paper's Tables 1-3 unless a line says otherwise; where the tables contradict
+each other, the reading chosen is named beside the value.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ivegan.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The four networks; their layers stand in ``networks.ARCHITECTURES``."""
+
+    architecture: Literal["points", "digits", "mnist", "celeba"] = "mnist"
+    """Which of the layer tables to build."""
+    z_dim: int = 16
+    """Size of the latent z = E(x), whose entries lie in (-1, 1)."""
+    noise_dim: int = 4
+    """Size of z', the Gaussian noise that stands for what T changes."""
+    width: float = 1.0
+    """Factor on every hidden channel count; 1.0 is the table as printed."""
+    norm: Literal["batch", "sync", "group", "none"] = "batch"
+    """Normalisation where the tables tick "BN": batch is the paper, sync is batch norm over all
+    GPU ranks, group and none do not depend on the batch at all."""
+
+    def __post_init__(self) -> None:
+        _require(self.z_dim >= 1, "model.z_dim", self.z_dim, "at least 1")
+        _require(self.noise_dim >= 1, "model.noise_dim", self.noise_dim, "at least 1")
+        _require(self.width > 0, "model.width", self.width, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """Two Adam optimizers: one for G and E, one for D, D' and their trunk."""
+
+    lr_g: float = 2e-4
+    """Learning rate of G and E."""
+    lr_d: float = 1e-4
+    """Learning rate of D, D' and the trunk."""
+    beta1: float = 0.7
+    """First Adam coefficient, both optimizers."""
+    beta2: float = 0.999
+    """Second Adam coefficient, both optimizers."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    ema: float = 0.0
+    """Decay per 1,000 images of the averaged G and E used for evaluation; 0 keeps no average."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr_g > 0, "optim.lr_g", self.lr_g, "greater than 0")
+        _require(self.lr_d > 0, "optim.lr_d", self.lr_d, "greater than 0")
+        _require(0 <= self.beta1 < 1, "optim.beta1", self.beta1, "in [0, 1)")
+        _require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "in [0, 1)")
+        _require(self.eps > 0, "optim.eps", self.eps, "greater than 0")
+        _require(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Eq. 3 and the additions that the ``-plus`` presets switch on."""
+
+    loss: Literal["nonsaturating", "minimax", "relativistic"] = "nonsaturating"
+    """How G and E are taught: minimax is Eq. 3 to the letter, nonsaturating its usual stable form,
+    relativistic compares each real logit with its fake one, for D and D' alike."""
+    prior_weight: float = 1.0
+    """Weight of the D' terms beside the D terms."""
+    mismatched: float = 0.0
+    """Weight of a second kind of fake pair, (T(y), x) with y another sample of the batch."""
+    r1: float = 0.0
+    """Weight of the zero-centred gradient penalty on real inputs of D and D'."""
+    r2: float = 0.0
+    """The same penalty on generated inputs."""
+
+    def __post_init__(self) -> None:
+        for name in ("prior_weight", "mismatched", "r1", "r2"):
+            _require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """T, the transformations the encoding must not depend on. Zero switches a part off."""
+
+    noise_std: float = 0.0
+    """Points: standard deviation of the Gaussian shift, in data units."""
+    shift: float = 0.0
+    """Images: largest shift in pixels, each direction, uniform."""
+    rotate: float = 0.0
+    """Images: largest rotation in degrees, uniform in both directions."""
+    flip: bool = False
+    """Images: mirror left and right with probability one half."""
+    brightness: float = 0.0
+    """Images: largest change of the factor on all values."""
+    contrast: float = 0.0
+    """Images: largest change of the factor on the distance from the image's mean grey."""
+    hue: float = 0.0
+    """Images: largest rotation of the hue, as a share of the full circle."""
+    border: Literal["zeros", "reflection"] = "zeros"
+    """What stands outside the image: black, or its mirror image."""
+    condition: bool = False
+    """Draw a second T for x itself, so that every role of x sees an augmented sample: for data
+    sets so small that the discriminator would learn them by heart. Off in the paper."""
+
+    def __post_init__(self) -> None:
+        for name in ("noise_std", "shift", "rotate", "brightness", "contrast", "hue"):
+            _require(getattr(self, name) >= 0, f"transform.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides what a run computes, apart from world size and threads per worker."""
+
+    dataset: Literal["ring", "grid", "digits", "mnist", "celeba"] = "mnist"
+    """What is learned: ring and grid are drawn afresh, the others are built by data_prep."""
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    objective: Objective = field(default_factory=Objective)
+    transform: Transform = field(default_factory=Transform)
+    batch_size: int = 512
+    """Samples per step over all workers together."""
+    total_images: int = 6_000_000
+    """Length of the run in samples seen; rounded up to whole steps."""
+    seed: int = 0
+    """Seed of the weights, the data order and every draw."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        _require(self.total_images >= 1, "total_images", self.total_images, "at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    @property
+    def total_steps(self) -> int:
+        """Number of train steps, the last one whole."""
+        return -(-self.total_images // self.batch_size)
+
+    @property
+    def is_points(self) -> bool:
+        """Whether samples are 2-D points rather than images."""
+        return self.dataset in ("ring", "grid")
+
+
+def _require(holds: bool, name: str, value: object, should: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value}, but must be {should}.")
+
+
+# Std of one Gaussian over the ring's radius is .01 (Metz et al. 2016; PacGAN 2018). The generator
+# ends in Tanh, so the ring is trained at radius 0.5 and reported at radius 1. T adds a shift of
+# covariance Sigma/2 (Eq. 4), a standard deviation of sigma / sqrt(2).
+RING_RADIUS, RING_STD = 0.5, 0.005
+# The 5 x 5 grid {-4, -2, 0, 2, 4} with std .05 (PacGAN 2018), divided by 5 for the same reason.
+GRID_SPACING, GRID_STD = 0.4, 0.01
+
+_RING = Config(
+    dataset="ring",
+    # Table 1 prints an encoder layer of 2 units under "z-dimensions 3"; the layer row is followed.
+    model=Model(architecture="points", z_dim=2, noise_dim=4, norm="none"),
+    optim=Optim(lr_g=2e-4, lr_d=1e-4, beta1=0.7),
+    transform=Transform(noise_std=RING_STD / 2**0.5),
+    batch_size=1024,
+    total_images=50_000 * 1024,  # "epochs 50000" of fresh samples, read as iterations
+)
+_DIGITS = Config(
+    dataset="digits",
+    model=Model(architecture="digits", z_dim=16, noise_dim=4, norm="none"),
+    optim=Optim(lr_g=5e-4, lr_d=5e-4, beta1=0.5),
+    objective=Objective(mismatched=1.0),
+    transform=Transform(shift=1.5, rotate=15.0, condition=True),
+    batch_size=128,
+    total_images=1_000_000,
+)
+_MNIST = Config(
+    dataset="mnist",
+    model=Model(architecture="mnist", z_dim=16, noise_dim=4),
+    optim=Optim(lr_g=2e-4, lr_d=1e-4, beta1=0.7),
+    transform=Transform(shift=4.0, rotate=20.0),
+    batch_size=512,
+    total_images=100 * 60_000,
+)
+_CELEBA = Config(
+    dataset="celeba",
+    model=Model(architecture="celeba", z_dim=1024, noise_dim=16),
+    optim=Optim(lr_g=2e-4, lr_d=1e-4, beta1=0.5),
+    transform=Transform(
+        shift=20.0,
+        rotate=20.0,
+        flip=True,
+        brightness=0.1,
+        contrast=0.1,
+        hue=0.05,
+        border="reflection",  # a black border would be something for D to learn
+    ),
+    batch_size=64,
+    total_images=16 * 162_770,  # 16 epochs of the official train split
+)
+
+
+def _plus(config: Config) -> Config:
+    """Return the preset with what makes this kind of training better but is not in the paper."""
+    return dataclasses.replace(
+        config,
+        objective=dataclasses.replace(config.objective, mismatched=1.0),
+        optim=dataclasses.replace(config.optim, ema=0.9),
+    )
+
+
+_PAPER = {
+    "ring": _RING,
+    "grid": dataclasses.replace(
+        _RING, dataset="grid", transform=Transform(noise_std=GRID_STD / 2**0.5)
+    ),
+    "digits": _DIGITS,
+    "mnist": _MNIST,
+    "celeba": _CELEBA,
+}
+PRESETS: dict[str, Config] = {**_PAPER, **{f"{k}-plus": _plus(v) for k, v in _PAPER.items()}}
+"""One configuration per experiment of the paper, and its ``-plus`` variant."""
+
+
+def preset(name: str) -> Config:
+    """Return the preset of that name; raises UserError with the known names."""
+    if name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def override(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return config with dotted fields replaced, ``{"optim.lr_g": 1e-4}``.
+
+    Raises:
+        UserError: a name that is not a field.
+    """
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        known = {f.name for f in dataclasses.fields(config)}
+        if head not in known:
+            raise UserError(f"There is no setting {name!r}; choose among {', '.join(sorted(known))}.")
+        inner = getattr(config, head)
+        if bool(rest) != dataclasses.is_dataclass(inner):
+            raise UserError(f"{name!r} is not one setting; give a full dotted name.")
+        config = dataclasses.replace(config, **{head: override(inner, {rest: value}) if rest else value})
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every setting under its dotted name, in the order of definition."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            out |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            out[prefix + f.name] = value
+    return out
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Return the configuration that ``to_dict`` described.
+
+    Raises:
+        UserError: a field that this version does not know, or one that is missing.
+    """
+    parts = {"model": Model, "optim": Optim, "objective": Objective, "transform": Transform}
+    try:
+        inner = {name: part(**values[name]) for name, part in parts.items()}
+        return Config(**{**values, **inner})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"The stored configuration does not fit this version: {error}.") from error
+
+
+def config_hash(config: Config) -> str:
+    """Return the sha256 of the configuration's canonical JSON, as 64 hexadecimal digits."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,249 @@
+"""One step of training, and the loop of steps. Read this first.
+
+Symbols, here and in ``losses.py``, with the paper's letters:
+
+    x        real samples: points (n, 2), or images (n, c, h, w) with values in [0, 1]
+    tx       T(x), a random transformation of x
+    z        E(x), the latent; z_prior is one drawn from the prior, uniform on (-1, 1)
+    noise    z', Gaussian; it stands for what T changes
+    x_hat    G(z', E(x)), a variation of x
+    x_prior  G(z', z), a sample from the prior
+    D        judges pairs (candidate, x);  D_prime, the paper's D', judges single samples
+
+n counts the samples of one rank; ``config.batch_size`` counts those of all ranks together.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ivegan import order
+from ivegan.config import Config
+from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty
+from ivegan.networks import Discriminators, EncoderGenerator, Logits, initialise
+from ivegan.transforms import transform
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss became infinite or not a number: the run has diverged."""
+
+
+@dataclass
+class State:
+    """All that training changes; what a checkpoint holds."""
+
+    config: Config
+    players: nn.Module
+    """E and G: an ``EncoderGenerator``, inside DDP where there are several ranks."""
+    judges: nn.Module
+    """D, D' and their trunk: ``Discriminators``, inside DDP where there are several ranks."""
+    optimizer_g: torch.optim.Adam
+    optimizer_d: torch.optim.Adam
+    average: EncoderGenerator | None
+    """Exponential moving average of E and G, where ``optim.ema`` asks for one."""
+    step: int = 0
+    """Steps taken so far; with the seed, the whole random state of a run."""
+
+    @property
+    def images_seen(self) -> int:
+        """Samples seen so far, over all ranks."""
+        return self.step * self.config.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.players.parameters()).device
+
+    @property
+    def encoder_generator(self) -> EncoderGenerator:
+        """E and G without their DDP wrapper."""
+        return cast(EncoderGenerator, getattr(self.players, "module", self.players))
+
+    @property
+    def discriminators(self) -> Discriminators:
+        """D and D' without their DDP wrapper."""
+        return cast(Discriminators, getattr(self.judges, "module", self.judges))
+
+
+def create_state(config: Config, device: torch.device | str = "cpu") -> State:
+    """Return the state before the first step: networks initialised from the seed, fresh optimizers."""
+    players, judges = EncoderGenerator(config.model), Discriminators(config.model)
+    initialise(players.encoder, order.weights_seed(config.seed, 0))
+    initialise(players.generator, order.weights_seed(config.seed, 1))
+    initialise(judges, order.weights_seed(config.seed, 2))
+    players, judges = players.to(device), judges.to(device)
+    o = config.optim
+
+    def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(
+            network.parameters(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, foreach=True
+        )
+
+    return State(
+        config=config,
+        players=players,
+        judges=judges,
+        optimizer_g=adam(players, o.lr_g),
+        optimizer_d=adam(judges, o.lr_d),
+        average=deepcopy(players).requires_grad_(False) if o.ema else None,
+    )
+
+
+def distribute(state: State) -> None:
+    """Wrap the networks for data-parallel training, where there is more than one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    ids = [state.device.index] if state.device.type == "cuda" else None
+    for name in ("players", "judges"):
+        wrapped = DistributedDataParallel(getattr(state, name), device_ids=ids)
+        # The ranks' batch norm statistics stay their own, and rank 0's are kept. Set afterwards:
+        # the constructor's argument changed its name between torch 2.11 and 2.13.
+        wrapped.broadcast_buffers = False
+        setattr(state, name, wrapped)
+
+
+def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
+    """Update D and D', then E and G, on one batch; return its losses and logits as scalars.
+
+    Args:
+        state: changed in place.
+        x: this rank's real samples, on the state's device.
+        draws: the random numbers that go with them, on the same device.
+    """
+    config, objective = state.config, state.config.objective
+    if config.transform.condition:
+        x = transform(x, draws.condition, config.transform)
+    tx = transform(x, draws.transform, config.transform)
+
+    # G runs once; the graph of this pass serves the second phase too, because only D changes.
+    x_hat, x_prior = state.players(x, draws.noise, draws.z_prior, draws.noise_prior)
+
+    # D and D': tell T(x) from G's variation of x, and real samples from prior samples.
+    loss_D, loss_D_prime, penalty, logits = _judge(
+        state, x, tx, x_hat.detach(), x_prior.detach()
+    )
+    state.optimizer_d.zero_grad(set_to_none=True)
+    (loss_D + objective.prior_weight * loss_D_prime + penalty).backward()
+    state.optimizer_d.step()
+
+    # E and G: fool both. D is frozen, and called without DDP: it has nothing to synchronise.
+    D = state.discriminators.requires_grad_(False)
+    fooled: Logits = D(x, tx, x_hat, x_prior)
+    loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
+    loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
+    state.optimizer_g.zero_grad(set_to_none=True)
+    (loss_G + objective.prior_weight * loss_G_prior).backward()
+    state.optimizer_g.step()
+    D.requires_grad_(True)
+
+    state.step += 1
+    _update_average(state)
+    return {
+        "loss/D": loss_D.detach(),
+        "loss/D_prime": loss_D_prime.detach(),
+        "loss/GE_pair": loss_G.detach(),
+        "loss/GE_prior": loss_G_prior.detach(),
+        "logit/D_real": logits.pair_real.detach().mean(),
+        "logit/D_fake": logits.pair_fake.detach().mean(),
+        "logit/D_prime_real": logits.sample_real.detach().mean(),
+        "logit/D_prime_fake": logits.sample_fake.detach().mean(),
+    }
+
+
+def _judge(
+    state: State, x: Tensor, tx: Tensor, x_hat: Tensor, x_prior: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Logits]:
+    """Return what D minimises, what D' minimises, their gradient penalties, and the logits."""
+    objective = state.config.objective
+    penalised = bool(objective.r1 or objective.r2)
+    if penalised:
+        x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
+    logits: Logits = state.judges(x, tx, x_hat, x_prior)
+    loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
+    if objective.mismatched:
+        loss_D = loss_D + objective.mismatched * discriminator_loss(
+            logits.pair_real, logits.pair_mismatched, objective.loss
+        )
+    loss_D_prime = discriminator_loss(logits.sample_real, logits.sample_fake, objective.loss)
+    penalty = loss_D.new_zeros(())
+    if objective.r1:
+        real = logits.pair_real + logits.sample_real
+        penalty = penalty + objective.r1 * gradient_penalty(real, (x, tx))
+    if objective.r2:
+        fake = logits.pair_fake + logits.sample_fake
+        penalty = penalty + objective.r2 * gradient_penalty(fake, (x_hat, x_prior))
+    return loss_D, loss_D_prime, penalty, logits
+
+
+@torch.no_grad()
+def _update_average(state: State) -> None:
+    """Move the averaged E and G towards the present ones; buffers are simply copied."""
+    if state.average is None:
+        return
+    keep = state.config.optim.ema ** (state.config.batch_size / 1000)
+    present = state.encoder_generator
+    torch._foreach_lerp_(
+        list(state.average.parameters()), list(present.parameters()), 1 - keep
+    )
+    for ours, theirs in zip(state.average.buffers(), present.buffers(), strict=True):
+        ours.copy_(theirs)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: the means since the last progress, over all ranks."""
+
+    step: int
+    images_seen: int
+    metrics: dict[str, float]
+
+
+def train(
+    state: State, batches: Iterator[tuple[Tensor, order.Draws]], every_images: int
+) -> Iterator[Progress]:
+    """Train to ``config.total_steps``, yielding progress about every so many images and at the end.
+
+    The caller decides what a progress is for: a line, a metric, a checkpoint. Losses are summed on
+    the device and read only here, so the steps between two yields never wait for the host.
+
+    Args:
+        state: changed in place; steps already taken are not taken again.
+        batches: this rank's samples and draws, from the state's present step on.
+        every_images: images between two yields, rounded up to whole steps.
+
+    Raises:
+        NonFiniteLoss: training has diverged; the last checkpoint is still good.
+    """
+    every = max(1, math.ceil(every_images / state.config.batch_size))
+    state.players.train()
+    state.judges.train()
+    sums: dict[str, Tensor] = {}
+    count = 0
+    while state.step < state.config.total_steps:
+        x, draws = next(batches)
+        scalars = train_step(state, x, draws)
+        sums = {name: sums[name] + v for name, v in scalars.items()} if sums else scalars
+        count += 1
+        if state.step % every == 0 or state.step == state.config.total_steps:
+            yield Progress(state.step, state.images_seen, _means(sums, count))
+            sums, count = {}, 0
+
+
+def _means(sums: dict[str, Tensor], count: int) -> dict[str, float]:
+    """Return the mean of every scalar over the steps and the ranks."""
+    values = torch.stack(list(sums.values())) / count
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    means = dict(zip(sums, values.tolist(), strict=True))
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise NonFiniteLoss(f"{name} is {value}; lower the learning rates or change the seed.")
+    return means
