@@ -2,13 +2,14 @@
 
 One dotted vocabulary (``optim.lr_g``, ``model.z_dim``) is the flag on the command line, the key of
 a search space, the name of the tracked parameter and the path in a checkpoint's ``config.json``.
-Where and how fast a run happens (workers, storage, devices) is not here: see ``pipelines/train.py``.
+Where and how fast a run happens (workers, storage, devices) is not here but in ``pipelines/``.
 
 Numbers come from the paper's Tables 1-3 unless a line says otherwise; where the tables contradict
 each other, the reading chosen is named beside the value.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -84,7 +85,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name in ("prior_weight", "mismatched", "r1", "r2"):
-            _require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more")
+            _require(
+                getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,9 @@ class Transform:
 
     def __post_init__(self) -> None:
         for name in ("noise_std", "shift", "rotate", "brightness", "contrast", "hue"):
-            _require(getattr(self, name) >= 0, f"transform.{name}", getattr(self, name), "0 or more")
+            _require(
+                getattr(self, name) >= 0, f"transform.{name}", getattr(self, name), "0 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,21 +239,21 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-def override(config: Any, changes: Mapping[str, Any]) -> Any:
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """Return config with dotted fields replaced, ``{"optim.lr_g": 1e-4}``.
 
     Raises:
-        UserError: a name that is not a field.
+        UserError: a name that is not a setting, or a value out of range.
     """
+    known = flatten(config)
     for name, value in changes.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+            hint = f"did you mean {' or '.join(near)}" if near else "see config.py for the names"
+            raise UserError(f"There is no setting {name!r}; {hint}?")
         head, _, rest = name.partition(".")
-        known = {f.name for f in dataclasses.fields(config)}
-        if head not in known:
-            raise UserError(f"There is no setting {name!r}; choose among {', '.join(sorted(known))}.")
-        inner = getattr(config, head)
-        if bool(rest) != dataclasses.is_dataclass(inner):
-            raise UserError(f"{name!r} is not one setting; give a full dotted name.")
-        config = dataclasses.replace(config, **{head: override(inner, {rest: value}) if rest else value})
+        part = dataclasses.replace(getattr(config, head), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{head: part})
     return config
 
 

@@ -11,6 +11,7 @@ wide layer (Table 2 has the two transposed); every discriminator ends in one lin
 SAME but for the 2x2 convolution, which is VALID; Table 1's D' sees the point itself.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,7 +135,9 @@ class Encoder(nn.Module):
             self.body = _conv_body(model, table, last=model.z_dim)
         else:
             hidden = _wide(128, model)
-            self.body = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, model.z_dim))
+            self.body = nn.Sequential(
+                nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, model.z_dim)
+            )
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
         return self.body(x).tanh()
@@ -155,11 +158,19 @@ class Generator(nn.Module):
             return
         units = filters * side * side
         layers: list[nn.Module] = [nn.Linear(inputs, units)]
-        layers += [*_norm1d(model, units), nn.LeakyReLU(SLOPE), nn.Unflatten(1, (filters, side, side))]
+        layers += [
+            *_norm1d(model, units),
+            nn.LeakyReLU(SLOPE),
+            nn.Unflatten(1, (filters, side, side)),
+        ]
         channels = filters
         for conv in table.deconvs[:-1]:
             out = _wide(conv.filters, model)
-            layers += [*_deconv(channels, out, conv), *_norm2d(model, out, conv), nn.LeakyReLU(SLOPE)]
+            layers += [
+                *_deconv(channels, out, conv),
+                *_norm2d(model, out, conv),
+                nn.LeakyReLU(SLOPE),
+            ]
             channels = out
         image = table.deconvs[-1]
         layers += [*_deconv(channels, image.filters, image), nn.Sigmoid()]
@@ -219,9 +230,7 @@ class Discriminators(nn.Module):
         table = ARCHITECTURES[model.architecture]
         if table.convs:
             width = _wide(table.trunk_dim, model)
-            self.trunk = nn.Sequential(
-                *_conv_body(model, table, last=width), nn.LeakyReLU(SLOPE)
-            )
+            self.trunk = nn.Sequential(*_conv_body(model, table, last=width), nn.LeakyReLU(SLOPE))
             hidden: type[nn.Module] = nn.LeakyReLU
         else:
             width, self.trunk, hidden = table.trunk_dim, nn.Identity(), nn.Tanh
@@ -272,7 +281,7 @@ def _wide(count: int, model: Model) -> int:
 
 def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(a, b))
         if i < len(sizes) - 2:
             layers.append(activation(SLOPE) if activation is nn.LeakyReLU else activation())

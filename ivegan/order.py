@@ -91,9 +91,7 @@ def modes(dataset: str) -> tuple[Float[np.ndarray, "k 2"], float]:
     return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2), GRID_STD
 
 
-def points(
-    config: Config, step: int, rank: int = 0, world_size: int = 1
-) -> Float[Tensor, "n 2"]:
+def points(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Float[Tensor, "n 2"]:
     """Return a rank's slice of a fresh global batch of ``ring`` or ``grid`` points."""
     means, std = modes(config.dataset)
     generator = torch.Generator().manual_seed(_entropy(config.seed, _POINTS, step))

@@ -31,7 +31,7 @@ from ivegan.networks import Discriminators, EncoderGenerator, Logits, initialise
 from ivegan.transforms import transform
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """A loss became infinite or not a number: the run has diverged."""
 
 
@@ -73,7 +73,7 @@ class State:
 
 
 def create_state(config: Config, device: torch.device | str = "cpu") -> State:
-    """Return the state before the first step: networks initialised from the seed, fresh optimizers."""
+    """Return the state before the first step: seeded networks and fresh optimizers."""
     players, judges = EncoderGenerator(config.model), Discriminators(config.model)
     initialise(players.encoder, order.weights_seed(config.seed, 0))
     initialise(players.generator, order.weights_seed(config.seed, 1))
@@ -126,9 +126,7 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
     x_hat, x_prior = state.players(x, draws.noise, draws.z_prior, draws.noise_prior)
 
     # D and D': tell T(x) from G's variation of x, and real samples from prior samples.
-    loss_D, loss_D_prime, penalty, logits = _judge(
-        state, x, tx, x_hat.detach(), x_prior.detach()
-    )
+    loss_D, loss_D_prime, penalty, logits = _judge(state, x, tx, x_hat.detach(), x_prior.detach())
     state.optimizer_d.zero_grad(set_to_none=True)
     (loss_D + objective.prior_weight * loss_D_prime + penalty).backward()
     state.optimizer_d.step()
@@ -189,9 +187,7 @@ def _update_average(state: State) -> None:
         return
     keep = state.config.optim.ema ** (state.config.batch_size / 1000)
     present = state.encoder_generator
-    torch._foreach_lerp_(
-        list(state.average.parameters()), list(present.parameters()), 1 - keep
-    )
+    torch._foreach_lerp_(list(state.average.parameters()), list(present.parameters()), 1 - keep)
     for ours, theirs in zip(state.average.buffers(), present.buffers(), strict=True):
         ours.copy_(theirs)
 
@@ -219,7 +215,7 @@ def train(
         every_images: images between two yields, rounded up to whole steps.
 
     Raises:
-        NonFiniteLoss: training has diverged; the last checkpoint is still good.
+        NonFiniteLossError: training has diverged; the last checkpoint is still good.
     """
     every = max(1, math.ceil(every_images / state.config.batch_size))
     state.players.train()
@@ -245,5 +241,5 @@ def _means(sums: dict[str, Tensor], count: int) -> dict[str, float]:
     means = dict(zip(sums, values.tolist(), strict=True))
     for name, value in means.items():
         if not math.isfinite(value):
-            raise NonFiniteLoss(f"{name} is {value}; lower the learning rates or change the seed.")
+            raise NonFiniteLossError(f"{name} is {value}; lower the learning rates or change the seed.")
     return means

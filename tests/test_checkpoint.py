@@ -1,0 +1,101 @@
+"""A checkpoint holds all that an exact continuation needs, and nothing unsafe."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_step import batches, tiny, weights
+
+from ivegan import checkpoint
+from ivegan.config import override
+from ivegan.errors import UserError
+from ivegan.step import create_state, train
+
+
+def trained(name="digits", images=64, **changes):
+    state = create_state(tiny(name, total_images=images, **changes))
+    list(train(state, batches(state.config), images))
+    return state
+
+
+@pytest.mark.parametrize("name", ["ring", "digits", "mnist"])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(name, tmp_path):
+    unbroken = trained(name, 128, optim__ema=0.9)
+    half = trained(name, 64, optim__ema=0.9)
+    uri = checkpoint.save(half, str(tmp_path / "run"), {})
+
+    resumed = create_state(override(half.config, {"total_images": 128}))
+    checkpoint.restore(resumed, uri)
+    list(train(resumed, batches(resumed.config, resumed.step), 128))
+
+    assert torch.equal(weights(resumed), weights(unbroken))
+    assert resumed.average is not None
+    assert unbroken.average is not None
+    for a, b in zip(resumed.average.parameters(), unbroken.average.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_networks_come_back_in_eval_mode_with_the_averaged_weights(tmp_path):
+    state = trained(optim__ema=0.9)
+    uri = checkpoint.save(state, str(tmp_path), {"run_id": "a"})
+    config, encoder, generator, facts = checkpoint.load_networks(uri)
+    assert config == state.config
+    assert facts["run_id"] == "a"
+    assert not encoder.training
+    assert not generator.training
+    x = torch.rand(3, 1, 16, 16)
+    assert state.average is not None
+    expected = state.average.encoder.eval()(x)
+    assert torch.equal(encoder(x), expected)
+    assert not torch.equal(encoder(x), state.encoder_generator.encoder.eval()(x))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    uri = checkpoint.save(trained(), str(tmp_path), {})
+    other = create_state(tiny("digits", model__z_dim=3))
+    with pytest.raises(UserError, match="z_dim"):
+        checkpoint.restore(other, uri)
+
+
+def test_an_unfinished_checkpoint_counts_as_absent(tmp_path):
+    state = trained()
+    first = checkpoint.save(state, str(tmp_path), {})
+    list(train(state, batches(state.config, state.step), 16))
+    state.step += 1
+    second = checkpoint.save(state, str(tmp_path), {})
+    assert checkpoint.checkpoints(str(tmp_path)) == [first, second]
+    assert checkpoint.latest(str(tmp_path)) == second
+    (Path(second) / "config.json").unlink()
+    assert checkpoint.latest(str(tmp_path)) == first
+    assert checkpoint.find(str(tmp_path)) == first
+
+
+def test_nothing_there_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.find(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load_networks(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable"):
+        checkpoint.read_facts(str(tmp_path))
+
+
+def test_a_configuration_of_another_version_is_a_sentence(tmp_path):
+    uri = checkpoint.save(trained(), str(tmp_path), {})
+    path = Path(uri) / "config.json"
+    about = json.loads(path.read_text())
+    about["config"]["optim"]["momentum"] = 0.9
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="momentum"):
+        checkpoint.load_networks(uri)
+
+
+def test_a_checkpoint_holds_plain_tensors_only(tmp_path):
+    uri = checkpoint.save(trained(), str(tmp_path), {})
+    files = {p.name for p in Path(uri).iterdir()}
+    assert files == {"weights.safetensors", "training.pt", "config.json"}
+    torch.load(Path(uri) / "training.pt", weights_only=True)  # refuses anything that runs code
+    with zipfile.ZipFile(Path(uri) / "training.pt") as archive:
+        assert archive.testzip() is None

@@ -1,0 +1,67 @@
+"""One dotted vocabulary names every setting, from the flag to the checkpoint."""
+
+import json
+
+import pytest
+
+from ivegan import config as c
+from ivegan.errors import UserError
+
+
+@pytest.mark.parametrize("name", list(c.PRESETS))
+def test_a_configuration_survives_json(name):
+    config = c.preset(name)
+    assert c.from_dict(json.loads(json.dumps(c.to_dict(config)))) == config
+
+
+def test_override_replaces_dotted_fields_and_nothing_else():
+    base = c.preset("mnist")
+    new = c.override(base, {"optim.lr_g": 1e-3, "model.z_dim": 3, "seed": 4})
+    changed = {k: v for k, v in c.flatten(new).items() if c.flatten(base)[k] != v}
+    assert changed == {"optim.lr_g": 1e-3, "model.z_dim": 3, "seed": 4}
+
+
+@pytest.mark.parametrize("name", ["optim.lr", "nothing", "model", "seed.x"])
+def test_an_unknown_setting_is_named(name):
+    with pytest.raises(UserError, match=name):
+        c.override(c.preset("mnist"), {name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("optim.lr_g", -1.0), ("model.z_dim", 0), ("transform.shift", -1.0)],
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(UserError, match=name):
+        c.override(c.preset("mnist"), {name: value})
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match="mnist"):
+        c.preset("mnits")
+
+
+def test_the_paper_presets_are_tables_1_to_3():
+    ring, mnist, celeba = (c.preset(n) for n in ("ring", "mnist", "celeba"))
+    assert [p.batch_size for p in (ring, mnist, celeba)] == [1024, 512, 64]
+    assert [p.optim.beta1 for p in (ring, mnist, celeba)] == [0.7, 0.7, 0.5]
+    assert {p.optim.lr_g for p in (ring, mnist, celeba)} == {2e-4}
+    assert {p.optim.lr_d for p in (ring, mnist, celeba)} == {1e-4}
+    assert [p.model.noise_dim for p in (ring, mnist, celeba)] == [4, 4, 16]
+    assert [p.model.z_dim for p in (ring, mnist, celeba)] == [2, 16, 1024]
+    assert ring.total_steps == 50_000
+    assert (mnist.transform.shift, mnist.transform.rotate) == (4, 20)
+    assert (celeba.transform.shift, celeba.transform.rotate) == (20, 20)
+
+
+def test_plus_presets_differ_from_the_paper():
+    for name in ("ring", "grid", "mnist", "celeba"):
+        plain, plus = c.flatten(c.preset(name)), c.flatten(c.preset(f"{name}-plus"))
+        assert plain != plus
+        assert plain["model.architecture"] == plus["model.architecture"]
+
+
+def test_hash_follows_the_settings():
+    base = c.preset("ring")
+    assert c.config_hash(base) == c.config_hash(c.preset("ring"))
+    assert c.config_hash(base) != c.config_hash(c.override(base, {"seed": 1}))

@@ -1,0 +1,70 @@
+"""The objective's terms against closed forms and an independent reference."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty
+
+LOSSES = ["nonsaturating", "minimax", "relativistic"]
+
+
+@pytest.mark.parametrize("loss", ["nonsaturating", "minimax"])
+def test_a_blind_discriminator_loses_two_log_two(loss):
+    blind = torch.zeros(5, dtype=torch.float64)
+    value = discriminator_loss(blind, blind, loss)
+    torch.testing.assert_close(value, torch.tensor(2 * math.log(2), dtype=torch.float64))
+
+
+def test_discriminator_loss_is_cross_entropy_on_logits():
+    real, fake = torch.randn(2, 64, dtype=torch.float64)
+    expected = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
+    torch.testing.assert_close(discriminator_loss(real, fake, "nonsaturating"), expected)
+
+
+def test_the_generator_minimises_what_equation_3_says():
+    real, fake = torch.randn(2, 64, dtype=torch.float64)
+    probability = torch.sigmoid(fake)
+    torch.testing.assert_close(
+        generator_loss(None, fake, "nonsaturating"), -probability.log().mean()
+    )
+    torch.testing.assert_close(
+        generator_loss(None, fake, "minimax"), (1 - probability).log().mean()
+    )
+    torch.testing.assert_close(
+        generator_loss(real, fake, "relativistic"), -torch.sigmoid(fake - real).log().mean()
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_and_gradients_are_finite_at_extreme_logits(loss):
+    real = torch.tensor([1e4, -1e4], requires_grad=True)
+    fake = torch.tensor([-1e4, 1e4], requires_grad=True)
+    total = discriminator_loss(real, fake, loss) + generator_loss(real, fake, loss)
+    total.backward()
+    assert total.isfinite()
+    assert real.grad is not None
+    assert real.grad.isfinite().all()
+    assert fake.grad is not None
+    assert fake.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_agree_with_finite_differences(loss):
+    real, fake = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: discriminator_loss(a, b, loss), (real, fake))
+    assert torch.autograd.gradcheck(lambda a, b: generator_loss(a, b, loss), (real, fake))
+
+
+def test_gradient_penalty_of_a_linear_function_is_half_its_squared_slope():
+    slope = torch.tensor([3.0, 4.0])
+    a, b = (torch.randn(6, 2, requires_grad=True) for _ in range(2))
+    penalty = gradient_penalty(a @ slope + 2 * (b @ slope), (a, b))
+    torch.testing.assert_close(penalty, torch.tensor(0.5 * (25 + 100.0)))
+
+
+def test_logits_of_different_shape_are_refused():
+    with pytest.raises(TypeError):
+        discriminator_loss(torch.zeros(3), torch.zeros(4), "minimax")

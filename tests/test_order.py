@@ -1,0 +1,83 @@
+"""Data order and draws depend on seed, step and position, never on the number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from ivegan import order
+from ivegan.config import RING_RADIUS, RING_STD, override, preset
+
+
+@pytest.mark.parametrize("num_samples", [5, 64, 97, 128])
+@pytest.mark.parametrize("batch_size", [8, 32])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_every_sample_comes_once_per_epoch(num_samples, batch_size, seed):
+    epochs = 3
+    steps = -(-epochs * num_samples // batch_size)
+    stream = np.concatenate(
+        [order.batch_indices(seed, num_samples, batch_size, s) for s in range(steps)]
+    )
+    for epoch in range(epochs):
+        part = stream[epoch * num_samples : (epoch + 1) * num_samples]
+        assert sorted(part) == list(range(num_samples))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 3, 11])
+def test_ranks_together_hold_the_same_global_batch(world_size, step):
+    whole = order.batch_indices(3, 50, 16, step)
+    parts = [order.batch_indices(3, 50, 16, step, r, world_size) for r in range(world_size)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("name", ["ring", "digits", "celeba"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_make_the_same_draws(name, world_size):
+    config = override(preset(name), {"batch_size": 16})
+    whole = order.draw(config, 5)
+    parts = [order.draw(config, 5, r, world_size) for r in range(world_size)]
+    for field in order.Draws._fields:
+        together = torch.cat([getattr(part, field) for part in parts])
+        torch.testing.assert_close(together, getattr(whole, field), rtol=0, atol=0)
+
+
+def test_epochs_seeds_and_steps_differ():
+    first = order.batch_indices(0, 64, 64, 0)
+    assert (first != order.batch_indices(0, 64, 64, 1)).any()
+    assert (first != order.batch_indices(1, 64, 64, 0)).any()
+    config = preset("digits")
+    assert not torch.equal(order.draw(config, 0).noise, order.draw(config, 1).noise)
+
+
+def test_draws_have_the_distributions_they_claim():
+    draws = order.draw(override(preset("mnist"), {"batch_size": 20_000}), 0)
+    assert draws.z_prior.abs().max() <= 1
+    # Standard errors at 20,000 x z_dim samples are below .002; five of them are allowed.
+    assert abs(draws.z_prior.square().mean().item() - 1 / 3) < 0.01
+    assert abs(draws.noise.square().mean().item() - 1) < 0.03
+    assert abs(draws.transform.mean().item() - 0.5) < 0.01
+
+
+def test_the_ring_has_eight_distinct_means():
+    means, std = order.modes("ring")
+    assert len(np.unique(means.round(9), axis=0)) == 8
+    np.testing.assert_allclose(np.linalg.norm(means, axis=1), RING_RADIUS)
+    assert std == RING_STD
+
+
+def test_the_grid_has_25_means_inside_the_generators_range():
+    means, _ = order.modes("grid")
+    assert len(np.unique(means.round(9), axis=0)) == 25
+    assert np.abs(means).max() < 0.9
+
+
+def test_points_lie_around_their_means_and_split_over_ranks():
+    config = override(preset("ring"), {"batch_size": 4096})
+    x = order.points(config, 9)
+    means, std = order.modes("ring")
+    residual = np.linalg.norm(x.numpy()[:, None] - means[None], axis=-1).min(1)
+    assert residual.max() < 6 * std
+    # E|r|² = 2 std²; the standard error at n = 4096 is 1.6 %.
+    assert abs((residual**2).mean() / (2 * std**2) - 1) < 0.08
+    parts = torch.cat([order.points(config, 9, r, 2) for r in range(2)])
+    assert torch.equal(parts, x)

@@ -1,0 +1,212 @@
+"""One step does what Eq. 3 says to whom it says it, and the loop repeats exactly."""
+
+import copy
+import multiprocessing
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ivegan import order
+from ivegan.config import Config, override, preset
+from ivegan.networks import sample_shape
+from ivegan.step import NonFiniteLossError, State, create_state, distribute, train, train_step
+
+
+def tiny(name: str, **changes) -> Config:
+    base = {"batch_size": 16, "total_images": 16 * 4}
+    if name != "ring":
+        base |= {"model.width": 0.125}
+    return override(preset(name), base | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def batches(config: Config, step: int = 0, rank: int = 0, world: int = 1):
+    """Yield real-looking samples and their draws, as ``data.batches`` does."""
+    while True:
+        if config.is_points:
+            x = order.points(config, step, rank, world)
+        else:
+            generator = torch.Generator().manual_seed(step)
+            whole = torch.rand(config.batch_size, *sample_shape(config.model), generator=generator)
+            x = whole.chunk(world)[rank]
+        yield x, order.draw(config, step, rank, world)
+        step += 1
+
+
+def weights(state: State) -> torch.Tensor:
+    networks = (state.encoder_generator, state.discriminators)
+    return torch.cat([p.detach().flatten() for n in networks for p in n.parameters()])
+
+
+@pytest.mark.parametrize("name", ["ring", "digits", "mnist", "celeba"])
+def test_a_step_changes_every_network(name):
+    config = tiny(name)
+    state = create_state(config)
+    before = copy.deepcopy((state.encoder_generator, state.discriminators))
+    metrics = train_step(state, *next(batches(config)))
+    for old, new in zip(before, (state.encoder_generator, state.discriminators), strict=True):
+        for (key, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
+            assert not torch.equal(a, b), key
+    assert all(v.isfinite() for v in metrics.values())
+
+
+def test_the_discriminator_phase_gives_the_players_no_gradient_and_the_other_way_round():
+    config = tiny("ring")
+    state = create_state(config)
+    seen = {}
+    for name in ("d", "g"):
+        optimizer = getattr(state, f"optimizer_{name}")
+
+        def record(opt, args, kwargs, name=name):
+            grads = [p.grad for p in state.encoder_generator.parameters()]
+            frozen = [p.requires_grad for p in state.discriminators.parameters()]
+            seen[name] = (any(g is not None for g in grads), any(frozen))
+
+        optimizer.register_step_pre_hook(record)
+    train_step(state, *next(batches(config)))
+    assert seen == {"d": (False, True), "g": (True, False)}
+
+
+def test_a_step_is_equation_3_written_out_plainly():
+    """The shared forward passes give the gradients of one forward per use, in float64."""
+    config = tiny(
+        "digits", model__norm="none", objective__mismatched=0.0, transform__condition=False
+    )
+    state = create_state(config)
+    state.players.double()
+    state.judges.double()
+    plain = copy.deepcopy(state)
+    x, draws = next(batches(config))
+    x, draws = x.double(), order.Draws(*(d.double() for d in draws))
+    train_step(state, x, draws)
+
+    from torch.nn.functional import logsigmoid
+
+    from ivegan.transforms import transform
+
+    E, G = plain.encoder_generator.encoder, plain.encoder_generator.generator
+    judges = plain.discriminators
+
+    def pair(candidate):
+        return judges.pair(judges.trunk(candidate), judges.trunk(x))
+
+    def sample(candidate):
+        return judges.sample(judges.trunk(candidate))
+
+    tx = transform(x, draws.transform, config.transform)
+    x_hat = G(draws.noise, E(x))
+    x_prior = G(draws.noise_prior, draws.z_prior)
+    value = (
+        logsigmoid(pair(tx)).mean()
+        + logsigmoid(sample(x)).mean()
+        + logsigmoid(-pair(x_hat)).mean()
+        + logsigmoid(-sample(x_prior)).mean()
+    )
+    plain.optimizer_d.zero_grad()
+    (-value).backward()
+    plain.optimizer_d.step()
+    plain.optimizer_g.zero_grad()
+    x_hat = G(draws.noise, E(x))
+    x_prior = G(draws.noise_prior, draws.z_prior)
+    (-logsigmoid(pair(x_hat)).mean() - logsigmoid(sample(x_prior)).mean()).backward()
+    plain.optimizer_g.step()
+    torch.testing.assert_close(weights(state), weights(plain), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective__loss": "relativistic", "objective__r1": 0.1, "objective__r2": 0.1},
+        {"objective__loss": "minimax"},
+        {"objective__mismatched": 1.0},
+        {"objective__prior_weight": 0.5},
+        {"model__norm": "group"},
+        {"transform__condition": True},
+    ],
+)
+def test_every_switch_trains_and_matters(changes):
+    off = {"objective__mismatched": 0.0, "transform__condition": False, "model__norm": "none"}
+    plain, state = (create_state(tiny("digits", **(off | c))) for c in ({}, changes))
+    for s in (plain, state):
+        (progress,) = list(train(s, batches(s.config), 10**9))
+        assert progress.images_seen == 64
+    assert weights(state).isfinite().all()
+    assert not torch.equal(weights(state)[:100], weights(plain)[:100])
+
+
+def test_the_average_follows_slowly():
+    config = tiny("ring", optim__ema=0.5)
+    state = create_state(config)
+    assert state.average is not None
+    old = next(state.average.parameters()).clone()
+    train_step(state, *next(batches(config)))
+    new, present = next(state.average.parameters()), next(state.encoder_generator.parameters())
+    keep = 0.5 ** (16 / 1000)
+    torch.testing.assert_close(new, keep * old + (1 - keep) * present)
+
+
+def test_two_runs_are_bit_for_bit_equal_and_another_seed_is_not():
+    def run(seed):
+        state = create_state(tiny("digits", seed=seed))
+        progress = list(train(state, batches(state.config), 16))
+        return weights(state), [p.metrics for p in progress]
+
+    one, two, other = run(0), run(0), run(1)
+    assert torch.equal(one[0], two[0])
+    assert one[1] == two[1]
+    assert not torch.equal(one[0], other[0])
+
+
+def test_progress_counts_images_and_ends_with_the_run():
+    state = create_state(tiny("ring", total_images=16 * 7))
+    seen = [p.images_seen for p in train(state, batches(state.config), 40)]
+    assert seen == [48, 96, 112]
+
+
+def test_a_diverged_run_stops_with_the_name_of_the_loss():
+    config = tiny("ring")
+    state = create_state(config)
+    with torch.no_grad():
+        next(state.discriminators.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="loss/D"):
+        list(train(state, batches(config), 16))
+
+
+def _rank(rank: int, world: int, port: int, config: Config, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    state = create_state(config)
+    distribute(state)
+    progress = list(train(state, batches(config, 0, rank, world), 16))
+    if rank == 0:
+        torch.save({"weights": weights(state), "metrics": progress[-1].metrics}, out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["ring", "digits"])
+def test_two_ranks_train_like_one(name, tmp_path: Path):
+    """Gradients are means over the global batch, so only the order of additions differs."""
+    config = tiny(name, total_images=16 * 8, model__norm="none")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    out = str(tmp_path / "rank0.pt")
+    ranks = [context.Process(target=_rank, args=(r, 2, port, config, out)) for r in range(2)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(120)
+        assert p.exitcode == 0
+    two = torch.load(out, weights_only=True)
+    state = create_state(config)
+    progress = list(train(state, batches(config), 16))
+    # Adam divides by the root of the second moment, so rounding of a gradient near zero can move a
+    # weight by a share of the learning rate; 8 steps of 5e-4 bound the rest.
+    torch.testing.assert_close(two["weights"], weights(state), rtol=1e-3, atol=2e-4)
+    for key, value in progress[-1].metrics.items():
+        assert two["metrics"][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
