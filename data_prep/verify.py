@@ -1,0 +1,120 @@
+"""Read a data set back and name everything that is not as its manifest says.
+
+    python data_prep/verify.py runs/data/digits
+
+ends with status 0 and "OK: 1797 samples in 4 shards"; status 1 means that something is wrong.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from ivegan import cli, storage
+from ivegan.errors import UserError
+from ivegan.shards import MANIFEST, Manifest, Shard, read_manifest, read_tar, settings_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(cli.Options):
+    """Read every shard back against the manifest; exit status 1 if anything is wrong."""
+
+    uri: str
+    """Folder or s3:// URI of the data set."""
+
+
+def verify(uri: str) -> list[str]:
+    """Return one sentence for each thing that is wrong; none means that all is well.
+
+    Raises:
+        UserError: there is no readable manifest at the URI.
+    """
+    uri = storage.absolute(uri)
+    manifest = read_manifest(uri)
+    wrong = list(_of_manifest(manifest))
+    present = storage.list_files(uri)
+    named = {shard.key for shard in manifest.shards}
+    wrong += [
+        f"{name} does not belong to the data set."
+        for name in sorted(present.keys() - named - {MANIFEST})
+    ]
+    keys: Counter[str] = Counter()
+    for shard in manifest.shards:
+        if shard.key not in present:
+            wrong.append(f"{shard.key} is missing.")
+        else:
+            wrong += _of_shard(uri, shard, manifest, keys)
+    repeated = [key for key, count in keys.items() if count > 1]
+    if repeated:
+        wrong.append(f"{len(repeated)} keys stand in the data set twice, {repeated[0]!r} is one.")
+    return wrong
+
+
+def main(options: Verify) -> dict[str, Any]:
+    """Verify, or tell the plan, and return the JSON object."""
+    manifest = read_manifest(storage.absolute(options.uri))
+    summary = {
+        "manifest": storage.join(storage.absolute(options.uri), MANIFEST),
+        "shards": len(manifest.shards),
+        "samples": sum(manifest.splits.values()),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+    }
+    if options.dry_run:
+        for key, value in summary.items():
+            print(f"{key:10} {value}")
+        return summary | {"wrong": []}
+    wrong = verify(options.uri)
+    for line in wrong:
+        print(line)
+    if not wrong:
+        print(f"OK: {summary['samples']} samples in {summary['shards']} shards")
+    return summary | {"wrong": wrong}
+
+
+def command() -> None:
+    """Run as a program."""
+    cli.run(main, Verify, failed=lambda result: bool(result["wrong"]))
+
+
+def _of_manifest(manifest: Manifest) -> Iterator[str]:
+    """Yield where the manifest contradicts itself."""
+    counted = Counter[str]()
+    for shard in manifest.shards:
+        counted[shard.split] += shard.samples
+    for split in sorted(counted.keys() | manifest.splits.keys()):
+        if counted[split] != manifest.splits.get(split, 0):
+            yield (
+                f"{MANIFEST} says {manifest.splits.get(split, 0)} samples of {split}, but its "
+                f"shards sum to {counted[split]}."
+            )
+    if settings_hash(manifest.settings) != manifest.settings_hash:
+        yield f"{MANIFEST} holds settings of another hash than it says."
+
+
+def _of_shard(uri: str, shard: Shard, manifest: Manifest, keys: Counter[str]) -> Iterator[str]:
+    """Yield what is wrong with one shard, counting its keys."""
+    raw = storage.read_bytes(storage.join(uri, shard.key))
+    if len(raw) != shard.bytes:
+        yield f"{shard.key} has {len(raw)} bytes, the manifest says {shard.bytes}."
+    if sha256(raw).hexdigest() != shard.sha256:
+        yield f"{shard.key} has another sha256 than the manifest says."
+    count = 0
+    try:
+        for sample in read_tar(raw):
+            count += 1
+            keys[sample.key] += 1
+            if sample.image.shape != manifest.image_shape:
+                yield (
+                    f"{shard.key} holds {sample.key} of shape {sample.image.shape}, the manifest "
+                    f"says {manifest.image_shape}."
+                )
+    except UserError as error:
+        yield f"{shard.key} cannot be read: {error}"
+        return
+    if count != shard.samples:
+        yield f"{shard.key} holds {count} samples, the manifest says {shard.samples}."
+
+
+if __name__ == "__main__":
+    command()

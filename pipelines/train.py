@@ -1,0 +1,687 @@
+"""Train one preset: Ray Train with DDP over N workers, or a plain loop in this process.
+
+    python pipelines/train.py digits --total-images 100000 --workers 2
+    python pipelines/train.py ring --workers 0 --optim.lr_g 1e-4
+    ray job submit -- python pipelines/train.py celeba --data s3://bucket/celeba --workers 8 --gpu
+
+The workers compute and write checkpoints; this process, the driver, starts them, shows progress and
+is the only one that talks to MLflow. Workers send it events through a queue, so neither a slow
+terminal nor a dead tracking server can hold a step up.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from data_prep.build import build
+from ivegan import checkpoint, cli, data, storage
+from ivegan.config import PRESETS, Config, config_hash, flatten, from_dict, to_dict
+from ivegan.errors import UserError
+from ivegan.figures import progress_figures
+from ivegan.step import NonFiniteLossError, create_state, distribute, train
+from pipelines import tracking
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(cli.Options):
+    """Train one preset of IVE-GAN.
+
+    Settings of the run itself are listed with the others, under dotted names; the options here say
+    where and how fast.
+    """
+
+    data: str | None = None
+    """Shards, a folder or s3:// URI; digits builds its own on first use, ring and grid need none."""
+    storage: str | None = None
+    """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
+    workers: int = 2
+    """DDP workers of Ray Train; 0 is the plain loop in this process, without Ray."""
+    threads: int = 1
+    """CPU threads of each worker."""
+    gpu: bool = False
+    """Give each worker a GPU."""
+    run_id: str | None = None
+    """Name of the run, its folder in storage; made from preset and time by default."""
+    resume: bool = False
+    """Continue the run id from its last checkpoint if it has one, start it otherwise."""
+    wait_for_nodes: float = 0.0
+    """Seconds to wait for a cluster's autoscaler to add what is missing."""
+    log_every: int = 0
+    """Images between two lines of progress; 0 is a hundredth of the run."""
+    save_every: int = 0
+    """Images between two checkpoints; 0 is a tenth of the run."""
+    parent_run: str | None = None
+    """MLflow run to nest this one under."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("threads", 1), ("log_every", 0), ("save_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run resolved: every place absolute, so that it means the same on any node."""
+
+    preset: str
+    config: Config
+    run: Run
+    run_id: str
+    run_uri: str
+    data_uri: str | None
+    cache_dir: str
+    tracking_uri: str
+    journal: str
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as plain values, for ``--dry-run``."""
+        return {
+            "preset": self.preset,
+            "run_id": self.run_id,
+            "run_uri": self.run_uri,
+            "data": self.data_uri,
+            "tracking_uri": self.tracking_uri,
+            "workers": self.run.workers,
+            "gpu": self.run.gpu,
+            "steps": self.config.total_steps,
+            "config": to_dict(self.config),
+        }
+
+
+def runs_dir() -> Path:
+    """Return the git-ignored folder of local defaults, ``runs`` below the present folder.
+
+    Raises:
+        UserError: the present folder is a throw-away copy that a Ray job was uploaded in.
+    """
+    here = Path.cwd()
+    if "working_dir_files" in here.parts or "_ray_pkg_" in str(here):
+        raise UserError(
+            "This job runs in a throw-away copy of its working directory: set --storage (and "
+            "--data) and MLFLOW_TRACKING_URI to places outside it."
+        )
+    return here / "runs"
+
+
+def resolve(preset: str, config: Config, run: Run) -> Plan:
+    """Return the plan of a run; nothing is written or started.
+
+    Raises:
+        UserError: settings that cannot work together, or a place that is missing.
+    """
+    share = max(1, run.workers)
+    if config.batch_size % (2 * share):
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be cut into {share} equal, even shares; "
+            f"choose a multiple of {2 * share}, or other --workers."
+        )
+    if config.model.norm == "sync" and not run.gpu:
+        raise UserError("model.norm sync needs --gpu; choose batch, group or none on a CPU.")
+    run_id = run.run_id or f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    if not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise UserError(f"--run-id {run_id!r} may hold letters, digits, '-', '_' and '.' only.")
+    where = run.storage or str(runs_dir() / "checkpoints")
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(runs_dir())
+    data_uri = run.data
+    if data_uri is None and config.dataset == "digits":
+        data_uri = str(runs_dir() / "data" / "digits")
+    if data_uri is None and not config.is_points:
+        raise UserError(
+            f"The preset {preset} needs --data, a folder or s3:// URI that "
+            f"`python data_prep/build.py {config.dataset}` has written."
+        )
+    cache = os.environ.get("IVEGAN_CACHE")
+    if cache is None:
+        with contextlib.suppress(UserError):
+            cache = str(runs_dir() / "cache")
+    return Plan(
+        preset=preset,
+        config=config,
+        run=run,
+        run_id=run_id,
+        run_uri=storage.join(storage.absolute(where), run_id),
+        data_uri=None if data_uri is None else storage.absolute(data_uri),
+        cache_dir=cache or str(Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"),
+        tracking_uri=tracking_uri,
+        journal=str(Path(cache or tempfile.gettempdir()).parent / "journal" / f"{run_id}.jsonl"),
+    )
+
+
+def at(plan: Plan, config: Config, run_id: str, parent_run: str | None = None) -> Plan:
+    """Return the plan of another run beside this one: same places, its own settings and name."""
+    run = dataclasses.replace(plan.run, parent_run=parent_run or plan.run.parent_run)
+    folder, _, _ = plan.run_uri.rpartition("/")
+    return dataclasses.replace(
+        plan,
+        config=config,
+        run=run,
+        run_id=run_id,
+        run_uri=storage.join(folder, run_id),
+        journal=str(Path(plan.journal).with_name(f"{run_id}.jsonl")),
+    )
+
+
+def fit(plan: Plan, *, show: Callable[[Event], None] | None = None) -> dict[str, Any]:
+    """Train as planned and return what ``--json`` prints: ids, checkpoint, rate, last metrics.
+
+    Args:
+        plan: from ``resolve``.
+        show: called with every event, for a terminal; nothing is printed here.
+
+    Raises:
+        UserError: the run id exists, the data do not fit, or the cluster is too small.
+        NonFiniteLossError: training diverged.
+    """
+    dataset_hash = check_data(plan)
+    known = _earlier_start(plan)
+    with contextlib.ExitStack() as stack:
+        if plan.run.workers:
+            stack.enter_context(ray_cluster())
+            require_resources(plan.run, (lambda line: show({"line": line})) if show else log.info)
+        return _tracked(plan, dataset_hash, known, show)
+
+
+def _tracked(
+    plan: Plan, dataset_hash: str, known: dict[str, Any] | None, show: Emit | None
+) -> dict[str, Any]:
+    """Train under an MLflow run that ends as the training does."""
+    mlflow_run = _start_tracking(plan, dataset_hash, known)
+    facts = {
+        "preset": plan.preset,
+        "run_id": plan.run_id,
+        "mlflow_run_id": mlflow_run,
+        "tracking_uri": _public(plan.tracking_uri),
+        "data": plan.data_uri,
+        "dataset_hash": dataset_hash,
+        "config_hash": config_hash(plan.config),
+        "git_commit": git_commit(),
+        "world_size": max(1, plan.run.workers),
+        "threads_per_worker": plan.run.threads,
+        "versions": {"torch": torch.__version__},
+    }
+    marker = json.dumps({**facts, "config": to_dict(plan.config)}, indent=2)
+    storage.write_bytes(storage.join(plan.run_uri, "run.json"), marker.encode())
+    tracker = tracking.Tracker(plan.tracking_uri, mlflow_run, Path(plan.journal))
+
+    def handle(event: Event) -> None:
+        """Pass one event on to whoever watches and to MLflow."""
+        if show is not None:
+            show(event)
+        if "metrics" in event:
+            tracker.log(event["metrics"], event["images_seen"])
+        for name, png in event.get("figures", {}).items():
+            tracker.figure(name, png, event["images_seen"])
+
+    status = "FAILED"
+    fit_somewhere = _fit_ray if plan.run.workers else work
+    try:
+        with _terminated_by_signal(), tracking.system_metrics(plan.tracking_uri, mlflow_run):
+            result = fit_somewhere(plan, facts, handle)
+        status = "FINISHED"
+    except (KeyboardInterrupt, Terminated):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close()
+        tracking.end_run(plan.tracking_uri, mlflow_run, status)
+    return {"run_id": plan.run_id, "mlflow_run_id": mlflow_run, **result}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: end the run in order, the last checkpoint stays."""
+
+
+@contextlib.contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """Turn SIGTERM into ``Terminated`` while training; only the main thread can do so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_data(plan: Plan) -> str:
+    """Return the hash of the data set, after building digits where they are missing."""
+    if plan.data_uri is None:
+        return plan.config.dataset  # drawn afresh from its formula, so its name says it all
+    from ivegan.networks import sample_shape
+    from ivegan.shards import read_manifest
+
+    if plan.config.dataset == "digits" and plan.run.data is None:
+        build("digits", source=None, out=plan.data_uri, workers=0)
+    manifest = read_manifest(plan.data_uri)
+    shape = sample_shape(plan.config.model)
+    if tuple(manifest.image_shape) != shape:
+        raise UserError(
+            f"The images of {plan.data_uri} are {tuple(manifest.image_shape)}, but the networks of "
+            f"{plan.preset} take {shape}; choose the preset of that data set, or build it again."
+        )
+    if manifest.splits.get("train", 0) < 2:
+        raise UserError(f"{plan.data_uri} has no train samples: build the data set again.")
+    return manifest.hash
+
+
+def _earlier_start(plan: Plan) -> dict[str, Any] | None:
+    """Return what an earlier start of this run id wrote down, or None.
+
+    Raises:
+        UserError: the id is taken and ``--resume`` not given, or the settings are not the same.
+    """
+    where = storage.join(plan.run_uri, "run.json")
+    if not storage.exists(where):
+        return None
+    if not plan.run.resume:
+        raise UserError(
+            f"The run id {plan.run_id} exists in {plan.run_uri}: add --resume to continue it, or "
+            "choose another --run-id."
+        )
+    earlier = json.loads(storage.read_bytes(where))
+    before, now = flatten(from_dict(earlier["config"])), flatten(plan.config)
+    changed = [k for k in now if now[k] != before[k] and k != "total_images"]
+    if changed:
+        told = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
+        raise UserError(f"The run {plan.run_id} cannot be resumed with other settings: {told}.")
+    return earlier
+
+
+def _start_tracking(plan: Plan, dataset_hash: str, known: dict[str, Any] | None) -> str:
+    """Return the id of the MLflow run: the earlier one of this run id, or a new one."""
+    return tracking.start_run(
+        plan.tracking_uri,
+        experiment=f"ivegan-{plan.config.dataset}",
+        run_name=plan.run_id,
+        params={**flatten(plan.config), "workers": plan.run.workers, "threads": plan.run.threads},
+        tags={
+            "preset": plan.preset,
+            "git_commit": git_commit(),
+            "config_hash": config_hash(plan.config),
+            "dataset_hash": dataset_hash,
+            "checkpoints": plan.run_uri,
+        },
+        config=to_dict(plan.config),
+        dataset=(plan.config.dataset, dataset_hash, plan.data_uri or plan.config.dataset),
+        parent_run_id=plan.run.parent_run,
+        run_id=known["mlflow_run_id"] if known else None,
+    )
+
+
+def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
+    """Train with Ray's workers, passing their events on as they come."""
+    import ray.train
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    listener = threading.Thread(target=_listen, args=(queue, handle), daemon=True)
+    listener.start()
+    filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"plan": plan, "facts": facts, "events": queue.actor},
+        scaling_config=ScalingConfig(
+            num_workers=plan.run.workers,
+            use_gpu=plan.run.gpu,
+            resources_per_worker=_needs(plan.run),
+        ),
+        run_config=RunConfig(
+            name=plan.run_id,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=3),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from error
+    finally:
+        queue.put(None)
+        listener.join()
+        queue.shutdown(force=True)
+    outcome = result.return_value
+    assert isinstance(outcome, dict), "rank 0 returns the outcome"
+    if "diverged" in outcome:
+        raise NonFiniteLossError(outcome["diverged"])
+    return outcome
+
+
+def _listen(queue: Any, handle: Callable[[Event], None]) -> None:
+    """Handle events until None comes."""
+    while (event := queue.get()) is not None:
+        handle(event)
+
+
+def _cause(error: Exception) -> Exception:
+    """Return the user's mistake behind a failed training, or the failure itself."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return UserError(str(cause))
+            cause = cause.__cause__
+    return error
+
+
+def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Train on one of Ray's ranks; only rank 0's events and outcome are used."""
+    import ray.train
+
+    events = payload["events"]
+    rank = ray.train.get_context().get_world_rank()
+
+    def emit(event: Event) -> None:
+        if rank == 0:
+            events.put_nowait.remote(event)  # not awaited: a slow driver must not hold a step up
+        if "checkpoint" in event:
+            ray.train.report({"images_seen": event["images_seen"]})
+
+    try:
+        return work(payload["plan"], payload["facts"], emit)
+    except NonFiniteLossError as error:
+        # Returned, not raised: every retry would diverge again.
+        return {"diverged": str(error)}
+
+
+def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Train on one rank, from the run's last checkpoint if there is one.
+
+    Every rank calls this and emits the same events, rank 0's with figures. Returned are checkpoint,
+    images seen, steady rate, world size and the last metrics.
+    """
+    run, config = plan.run, plan.config
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.set_num_threads(run.threads)
+    state = create_state(config, _device(run))
+    start = _agree(checkpoint.latest(plan.run_uri))
+    if start:
+        checkpoint.restore(state, start)
+    distribute(state)
+    split = (
+        None
+        if plan.data_uri is None
+        else data.load_split(plan.data_uri, "train", Path(plan.cache_dir))
+    )
+    batches = data.batches(config, split, state.step, rank, world_size, state.device)
+    log_every = run.log_every or max(1, config.total_images // 100)
+    save_every = run.save_every or max(1, config.total_images // 10)
+    saved, before = start, state.images_seen
+    clock = Clock(before)
+    metrics: dict[str, float] = {}
+    for progress in train(state, batches, log_every):
+        seen = progress.images_seen
+        clock.lap(seen)
+        metrics = progress.metrics | {"rate/images_per_second": clock.rate}
+        event: Event = {
+            "images_seen": seen,
+            "total_images": config.total_steps * config.batch_size,
+            "metrics": metrics,
+        }
+        if progress.step == config.total_steps or seen // save_every > before // save_every:
+            if rank == 0:
+                saved = checkpoint.save(state, plan.run_uri, facts)
+                event["figures"] = progress_figures(state.encoder_generator, config, split)
+            event["checkpoint"] = saved
+        emit(event)
+        before = seen
+        clock.resume()
+    return {
+        "checkpoint": saved,
+        "images_seen": state.images_seen,
+        "images_per_second": round(clock.steady_rate, 1),
+        "world_size": world_size,
+        "metrics": metrics,
+    }
+
+
+@dataclass
+class Clock:
+    """Times training alone: what happens between ``lap`` and ``resume`` does not count."""
+
+    images: int
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+    rate: float = 0.0
+    steady_images: int = 0
+    steady_seconds: float = 0.0
+    laps: int = 0
+
+    def lap(self, images_seen: int) -> None:
+        """Note that training came this far."""
+        seconds = time.perf_counter() - self.since
+        images, self.images = images_seen - self.images, images_seen
+        self.rate = images / seconds
+        self.laps += 1
+        if self.laps > 1:  # the first lap holds warm-up
+            self.steady_images += images
+            self.steady_seconds += seconds
+
+    def resume(self) -> None:
+        """Note that training goes on."""
+        self.since = time.perf_counter()
+
+    @property
+    def steady_rate(self) -> float:
+        """Images per second after the first lap, or within it where it was the only one."""
+        return self.steady_images / self.steady_seconds if self.steady_seconds else self.rate
+
+
+def _device(run: Run) -> torch.device:
+    if not run.gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--gpu was given, but torch sees no CUDA device; leave it out.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _agree(value: str | None) -> str | None:
+    """Return rank 0's value on every rank: a listing may change between two ranks' looks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def ray_cluster(dashboard: bool = False) -> Iterator[None]:
+    """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = None if os.environ.get("RAY_ADDRESS") else "local"
+    ray.init(
+        address=address,
+        include_dashboard=None if address is None else dashboard,
+        logging_level="ERROR",
+        log_to_driver=False,
+        runtime_env={"env_vars": storage.environment()},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_resources(run: Run, say: Callable[[str], None]) -> None:
+    """Return once the cluster can hold the workers.
+
+    Raises:
+        UserError: it cannot, and nothing can add what is missing in time.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    need = _needs(run)
+    told = " and ".join(f"{v:g} {k}" for k, v in need.items())
+    deadline = time.monotonic() + run.wait_for_nodes
+    asked = False
+    while (room := _room(need)) < run.workers:
+        if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
+            waited = f" after waiting {run.wait_for_nodes:g} s" if run.wait_for_nodes else ""
+            raise UserError(
+                f"{run.workers} workers of {told} each were asked for, but the cluster has room "
+                f"for {room}{waited}; lower --workers or --threads, or add nodes"
+                + ("." if run.wait_for_nodes else " (--wait-for-nodes waits for an autoscaler).")
+            )
+        if not asked:
+            request_resources(bundles=[need] * run.workers)
+            asked = True
+        say(f"waiting for nodes: room for {room} of {run.workers} workers of {told} each")
+        threading.Event().wait(5)  # the autoscaler offers nothing to wait on
+
+
+def _needs(run: Run) -> dict[str, float]:
+    """Return what one worker takes."""
+    return {"CPU": float(run.threads)} | ({"GPU": 1.0} if run.gpu else {})
+
+
+def _room(need: dict[str, float]) -> int:
+    """Return how many workers the nodes that are alive can hold, busy or not."""
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return sum(int(min(n.get(k, 0) // v for k, v in need.items())) for n in nodes)
+
+
+def git_commit() -> str:
+    """Return the commit of this code, "-dirty" where files differ, or "unknown" outside git."""
+    baked = os.environ.get("IVEGAN_GIT_COMMIT")
+    if baked:
+        return baked
+    here = Path(__file__).resolve().parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _public(uri: str) -> str:
+    """Return a URI without the user and password it may carry."""
+    scheme, slashes, rest = uri.partition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
+
+
+class Display:
+    """Shows a run's events: a progress bar in a terminal, plain lines elsewhere."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.total = plan.config.total_steps * plan.config.batch_size
+        self.bar: Any = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=self.total, unit=" images", unit_scale=True, dynamic_ncols=True, file=sys.stdout
+            )
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if "line" in event:
+            self._write(event["line"])
+        if "metrics" in event:
+            self._progress(event["images_seen"], event["metrics"])
+        if "checkpoint" in event:
+            self._write(f"checkpoint {event['checkpoint']}")
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _progress(self, seen: int, metrics: dict[str, float]) -> None:
+        rate = metrics["rate/images_per_second"]
+        losses = "  ".join(
+            f"{told} {metrics[name]:.3f}"
+            for told, name in (
+                ("D", "loss/D"),
+                ("D'", "loss/D_prime"),
+                ("GE", "loss/GE_pair"),
+                ("G'", "loss/GE_prior"),
+            )
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(losses, refresh=False)
+            self.bar.update(seen - self.bar.n)
+            return
+        left = timedelta(seconds=round((self.total - seen) / rate))
+        print(
+            f"{seen:>11,} of {self.total:,} images  {rate:>8,.0f} images/s  {left} left  "
+            f"loss {losses}",
+            flush=True,
+        )
+
+    def _write(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+
+def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
+    """Train as the command line says; return what ``--json`` prints."""
+    plan = resolve(preset, config, run)
+    if run.dry_run:
+        print(json.dumps(plan.describe(), indent=2))
+        return plan.describe()
+    display = Display(plan)
+    print(f"run {plan.run_id}: {preset}, {config.total_steps:,} steps of {config.batch_size}")
+    try:
+        result = fit(plan, show=display)
+    except Terminated:
+        print(f"stopped; continue with --run-id {plan.run_id} --resume", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        display.close()
+    print(
+        f"{result['images_seen']:,} images seen, {result['images_per_second']:,.0f} images/s by "
+        f"{result['world_size']} worker(s); checkpoint {result['checkpoint']}"
+    )
+    return result
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run_preset(main, Run, PRESETS, default="digits")
+
+
+if __name__ == "__main__":
+    # By its full name, so that Ray's workers find these functions instead of unpickling copies.
+    from pipelines.train import command as named_command
+
+    named_command()

@@ -1,0 +1,95 @@
+"""What several test files share: real data where there is some, a real S3 server, one Ray."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ivegan import storage
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Return the folder with the real ``mnist/`` and ``celeba/``, or skip."""
+    where = os.environ.get("IVEGAN_TEST_DATA")
+    if not where:
+        pytest.skip("set IVEGAN_TEST_DATA to a folder with mnist/ and celeba/")
+    return Path(where)
+
+
+@pytest.fixture(scope="session")
+def digits_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the URI of the digits, built once; a test that spoils data copies it first."""
+    from data_prep.build import build
+
+    out = tmp_path_factory.mktemp("digits") / "shards"
+    build("digits", None, str(out), workers=0)
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run one local Ray for all tests that want it; its nodes have the test store's credentials."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as environment:
+        if importlib.util.find_spec("swift") or os.environ.get("S3_TEST_ENDPOINT"):
+            for name, value in request.getfixturevalue("s3_variables").items():
+                environment.setenv(name, value)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Return the variables that lead to a real S3 server.
+
+    It is the one that S3_TEST_ENDPOINT, S3_TEST_ACCESS_KEY and S3_TEST_SECRET_KEY name, or Swift,
+    started here.
+    """
+    if endpoint := os.environ.get("S3_TEST_ENDPOINT"):
+        yield {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": os.environ["S3_TEST_ACCESS_KEY"],
+            "AWS_SECRET_ACCESS_KEY": os.environ["S3_TEST_SECRET_KEY"],
+            "AWS_DEFAULT_REGION": os.environ.get("S3_TEST_REGION", "us-east-1"),
+        }
+        return
+    if importlib.util.find_spec("swift") is None:
+        pytest.skip("pip install swift, or set S3_TEST_ENDPOINT")
+    # A process of its own: Swift's libraries patch sockets and threads where they are imported.
+    program = [sys.executable, ROOT / "infra" / "s3_server.py", tmp_path_factory.mktemp("s3")]
+    with subprocess.Popen([*program, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = [server.stdout.readline() for _ in range(4)]
+            yield dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def s3(s3_variables: dict[str, str]) -> Iterator[str]:
+    """Return an empty ``s3://bucket`` for one test, with the environment set to reach it."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            environment.delenv(name)
+        for name, value in s3_variables.items():
+            environment.setenv(name, value)
+        storage._client.cache_clear()
+        client, bucket = storage.s3_client(), f"ivegan-test-{uuid.uuid4().hex}"
+        client.create_bucket(Bucket=bucket)
+        yield f"s3://{bucket}"
+        storage._client.cache_clear()
+        for name in storage.list_files(f"s3://{bucket}"):
+            client.delete_object(Bucket=bucket, Key=name)
+        client.delete_bucket(Bucket=bucket)
+        storage._client.cache_clear()

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ivegan import classifier, data
+from ivegan.classifier import Settings, classifier_of, classify, train_classifier
+from ivegan.errors import UserError
+
+QUICK = Settings(images=600, epochs=1, batch_size=20)
+
+
+@pytest.fixture
+def squares() -> tuple[np.ndarray, np.ndarray]:
+    """Return images with one bright quarter each, and which quarter it is."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 15)
+    images = rng.integers(60, size=(60, 1, 16, 16), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), 2)
+        image[0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 180
+    return images, labels
+
+
+def test_it_reads_held_out_handwriting(digits_dataset: str, tmp_path: Path) -> None:
+    train = data.load_split(digits_dataset, "train", tmp_path)
+    test = data.load_split(digits_dataset, "test", tmp_path)
+    # A third of the images of the real settings; those reach 99 %.
+    model = train_classifier(train.images, train.labels, Settings(images=13_000))
+    labels, features = classify(model, test.images)
+    assert np.mean(labels == test.labels) > 0.95
+    assert features.shape == (len(test.images), 64)
+
+
+def test_the_number_of_threads_does_not_change_the_weights(
+    squares: tuple[np.ndarray, np.ndarray],
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        weights = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(threads)  # nor does anybody else's random state
+            weights.append(train_classifier(*squares, QUICK).state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_training_leaves_the_random_state_alone(squares: tuple[np.ndarray, np.ndarray]) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train_classifier(*squares, QUICK)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_predictions_do_not_depend_on_the_batch(squares: tuple[np.ndarray, np.ndarray]) -> None:
+    model = train_classifier(*squares, QUICK)
+    images = squares[0]
+    labels, features = classify(model, images)
+    alone = classify(model, images[7:8])
+    assert alone[0][0] == labels[7]
+    # Not bit for bit: another batch size may take another matrix kernel.
+    np.testing.assert_allclose(alone[1][0], features[7], rtol=1e-4, atol=1e-5)
+    assert np.mean(labels == squares[1]) > 0.9
+
+
+def test_a_trained_classifier_is_kept_and_not_trained_again(
+    squares: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = classifier_of(*squares, "hash", tmp_path, QUICK)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(classifier, "train_classifier", never)
+    second = classifier_of(*squares, "hash", tmp_path, QUICK)
+    assert not second.training
+    np.testing.assert_array_equal(classify(first, squares[0])[1], classify(second, squares[0])[1])
+    with pytest.raises(AssertionError, match="trained again"):
+        classifier_of(*squares, "other data", tmp_path, QUICK)
+    with pytest.raises(AssertionError, match="trained again"):
+        classifier_of(*squares, "hash", tmp_path, Settings(images=600, epochs=1, seed=1))
+
+
+def test_attributes_are_read_side_by_side(squares: tuple[np.ndarray, np.ndarray]) -> None:
+    images, quarter = squares
+    attributes = np.stack((quarter >= 2, quarter % 2 == 1), axis=1).astype(np.int64)
+    model = train_classifier(images, attributes, QUICK)
+    labels, _ = classify(model, images)
+    assert labels.shape == attributes.shape
+    assert np.mean(labels == attributes) > 0.9
+
+
+def test_large_images_in_colour_are_averaged_down(
+    squares: tuple[np.ndarray, np.ndarray],
+) -> None:
+    images = np.repeat(squares[0].repeat(4, axis=2).repeat(4, axis=3), 3, axis=1)
+    model = train_classifier(images, squares[1], Settings(images=100, epochs=1, batch_size=20))
+    assert model.side == 32
+    assert classify(model, images)[1].shape == (60, 64)
+
+
+def test_images_without_as_many_labels_are_refused(
+    squares: tuple[np.ndarray, np.ndarray],
+) -> None:
+    with pytest.raises(UserError, match="60 images and 59 labels"):
+        train_classifier(squares[0], squares[1][:-1], QUICK)
+
+
+@pytest.mark.slow
+def test_it_reads_mnist(test_data: Path, tmp_path: Path) -> None:
+    from data_prep.build import build
+
+    out = tmp_path / "mnist"
+    build("mnist", str(test_data / "mnist"), str(out), workers=0)
+    train = data.load_split(str(out), "train", tmp_path)
+    test = data.load_split(str(out), "test", tmp_path)
+    model = train_classifier(train.images, train.labels)
+    assert np.mean(classify(model, test.images)[0] == test.labels) > 0.99

@@ -1,0 +1,301 @@
+import functools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ivegan import checkpoint, evaluate, order, report
+from ivegan.classifier import Settings, classifier_of
+from ivegan.config import override, preset
+from ivegan.errors import UserError
+from ivegan.step import create_state
+
+QUICK = Settings(images=9000, epochs=1, channels=(16, 32, 32))
+NUM_TEST = 80  # held-out digits that are looked at
+
+
+class PerfectRing(nn.Module):
+    """A generator that draws from the ring itself, one mode for each eighth of z's range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, noise: Tensor, z: Tensor) -> Tensor:
+        means, std = order.modes("ring")
+        which = ((z[:, 0] + 1) * 4).long().clamp(0, 7)
+        return torch.from_numpy(means).float()[which] + std * noise[:, :2]
+
+
+class Copy(nn.Module):
+    """A generator that gives back the image that it is given as z, whatever z' is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, noise: Tensor, z: Tensor) -> Tensor:
+        return z.unflatten(1, (1, 16, 16)).clamp(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the classifier for a second rather than ten."""
+    quick = functools.partial(classifier_of, settings=QUICK)
+    monkeypatch.setattr(evaluate, "classifier_of", quick)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def saved(where: Path, name: str, data: str | None = None, **changes: object) -> str:
+    """Return the URI of an untrained checkpoint."""
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    config = override(preset(name), {"model.width": 0.25, **dotted})
+    facts = {"run_id": "<tiny>", "data": data, "preset": name, "dataset_hash": "abc"}
+    return checkpoint.save(create_state(config), str(where / "run"), facts)
+
+
+def run(uri: str, out: Path, cache: Path, data: str | None = None) -> dict:
+    return evaluate.evaluate(uri, data, out, cache_dir=cache, limit=NUM_TEST)
+
+
+@pytest.fixture(scope="module")
+def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory, digits_dataset: str) -> str:
+    return saved(tmp_path_factory.mktemp("digits-run"), "digits", digits_dataset, model__z_dim=3)
+
+
+@pytest.fixture(scope="module")
+def first(
+    digits_checkpoint: str, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """Return the folder and the summary of one evaluation of digits."""
+    out = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(classifier_of, settings=QUICK)
+        patch.setattr(evaluate, "classifier_of", quick)
+        return out, run(digits_checkpoint, out, cache)
+
+
+def test_an_evaluation_writes_numbers_figures_and_a_page(first: tuple[Path, dict]) -> None:
+    out, found = first
+    written = {path.name for path in out.iterdir()}
+    names = {"samples", "reconstructions", "latent", "interpolation", "variations"}
+    assert written == {f"{name}.png" for name in names} | {"metrics.json", "report.html"}
+    stored = json.loads((out / "metrics.json").read_text())
+    assert stored["metrics"] == found["metrics"]
+    assert stored["facts"]["evaluated"] == NUM_TEST
+    assert all(np.isfinite(value) for value in found["metrics"].values())
+    for path in found["figures"].values():
+        with Image.open(path) as page:
+            assert min(page.size) > 300
+            assert np.asarray(page.convert("L")).std() > 5
+
+
+def test_the_same_checkpoint_gives_the_same_files_again(
+    first: tuple[Path, dict], digits_checkpoint: str, cache: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1234)
+    run(digits_checkpoint, tmp_path, cache)
+    for path in first[0].iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_an_untrained_generator_keeps_no_class(first: tuple[Path, dict]) -> None:
+    metrics = first[1]["metrics"]
+    assert metrics["eval/same_class"] < 0.4
+    assert metrics["eval/classifier_accuracy"] > 0.7
+    assert metrics["eval/frechet"] > 5 * metrics["eval/frechet_floor"]
+    assert metrics["eval/one_nn_pixels"] > 0.9
+
+
+def test_every_number_is_explained_or_explains_another(
+    first: tuple[Path, dict], tmp_path: Path
+) -> None:
+    points = run(saved(tmp_path, "ring"), tmp_path / "out", tmp_path)
+    against = {
+        name for about in report.MEANINGS.values() for _, name in about.references
+    } | report.MEANINGS.keys()
+    for metrics in (first[1]["metrics"], points["metrics"]):
+        unknown = {name.removeprefix("eval/") for name in metrics} - against
+        assert not unknown
+
+
+def test_the_page_needs_nothing_but_itself(first: tuple[Path, dict]) -> None:
+    page = (first[0] / "report.html").read_text()
+    assert "http" not in re.sub(r"data:image/png;base64,[^\"]+", "", page)
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 5
+    assert "&lt;tiny&gt;" in page
+    assert "<tiny>" not in page
+
+
+def test_the_page_holds_every_number_beside_its_reference(first: tuple[Path, dict]) -> None:
+    page, metrics = (first[0] / "report.html").read_text(), first[1]["metrics"]
+    for name in ("same_class", "frechet", "kmeans_nmi", "retrieval"):
+        assert report.shown(name, metrics[f"eval/{name}"]) in page
+    assert f"chance: {100 * metrics['eval/same_class_shuffled']:.2f} %" in page
+
+
+def test_copying_scores_as_the_classifier_and_not_at_all_in_variation(
+    digits_dataset: str, cache: Path
+) -> None:
+    config = override(preset("digits"), {"model.z_dim": 256})
+    copier = evaluate._Model(config, nn.Flatten(), Copy(), torch.device("cpu"))
+    sets = evaluate._load(config, digits_dataset, "test", cache, NUM_TEST)
+    codes = copier.encode(sets.x)
+    found = evaluate._generation(copier, sets, codes, cache, seed=0)
+    assert found["same_class"] == found["classifier_accuracy"]
+    found = evaluate._invariance(copier, sets.x, codes, seed=0)
+    assert found["variation_ratio"] == 0.0
+    assert 0.1 < found["retrieval"] < 1.0  # pixels do move under T
+
+
+def test_an_encoding_that_ignores_the_transformation_is_retrieved(
+    digits_dataset: str, cache: Path
+) -> None:
+    still = {"transform.shift": 0.0, "transform.rotate": 0.0}
+    config = override(preset("digits"), {"model.z_dim": 256, **still})
+    copier = evaluate._Model(config, nn.Flatten(), Copy(), torch.device("cpu"))
+    sets = evaluate._load(config, digits_dataset, "test", cache, NUM_TEST)
+    found = evaluate._invariance(copier, sets.x, copier.encode(sets.x), seed=0)
+    assert found["retrieval"] == 1.0
+
+
+def test_quality_is_one_for_a_perfect_ring_and_low_for_an_untrained_one(tmp_path: Path) -> None:
+    config = preset("ring")
+    perfect = evaluate.quality(config, nn.Identity(), PerfectRing(), None, tmp_path)
+    assert perfect == pytest.approx(1, abs=0.01)
+    config, encoder, generator, _ = checkpoint.load_networks(saved(tmp_path, "ring"))
+    assert evaluate.quality(config, encoder, generator, None, tmp_path) < 0.1
+
+
+def test_quality_of_images_lies_between_nothing_and_one(
+    digits_checkpoint: str, digits_dataset: str, cache: Path
+) -> None:
+    config, encoder, generator, _ = checkpoint.load_networks(digits_checkpoint)
+    found = evaluate.quality(config, encoder, generator, digits_dataset, cache)
+    assert 0 < found < 0.7
+    copier = override(preset("digits"), {"model.z_dim": 256})
+    better = evaluate.quality(copier, nn.Flatten(), Copy(), digits_dataset, cache)
+    assert better > found
+
+
+def test_the_density_shows_the_checkpoints_of_the_run_up_to_this_one(tmp_path: Path) -> None:
+    state = create_state(override(preset("ring"), {"model.width": 0.25}))
+    uris = []
+    for step in (1, 2, 3):
+        state.step = step
+        uris.append(checkpoint.save(state, str(tmp_path / "run"), {}))
+    config, encoder, generator, _ = checkpoint.load_networks(uris[1])
+    model = evaluate._Model(config, encoder, generator, torch.device("cpu"))
+    panels = evaluate._history(model, uris[1], 10, seed=0)
+    assert [name for name, _ in panels] == ["1.02 k samples", "2.05 k samples"]
+
+
+def test_codes_of_many_dimensions_are_projected(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=40)
+    figure = evaluate._latent(labels, rng.standard_normal((40, 5)), ["a", "b"], seed=0)
+    again = evaluate._latent(labels, rng.standard_normal((40, 2)), ["a", "b"], seed=0)
+    assert figure.image.size == again.image.size
+    assert np.asarray(figure.image).std() > 5
+
+
+def test_a_picture_of_originals_takes_the_classes_in_turn() -> None:
+    labels = np.array([2, 2, 2, 0, 1, 1, 0, 2])
+    assert evaluate._one_of_each(labels, 6).tolist() == [3, 4, 0, 6, 5, 1]
+
+
+def test_attributes_are_coloured_by_the_first_that_is_on() -> None:
+    names = ["Young", "Bangs", "Eyeglasses", "Blond_Hair", "Wearing_Hat"]
+    attributes = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0]])
+    labels, shown = evaluate._rarest(attributes, names)
+    assert shown == ["Eyeglasses", "Wearing_Hat", "Bangs", "Blond_Hair"]
+    assert labels.tolist() == [-1, 0, 3]
+
+
+def test_a_missing_checkpoint_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint at"):
+        run(str(tmp_path / "nowhere"), tmp_path, tmp_path)
+
+
+def test_data_of_another_shape_are_refused(digits_dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\(1, 16, 16\), but the checkpoint's networks take"):
+        run(saved(tmp_path, "mnist"), tmp_path / "out", tmp_path, digits_dataset)
+
+
+def test_a_checkpoint_that_does_not_say_where_its_data_are_asks_for_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give --data"):
+        run(saved(tmp_path, "digits"), tmp_path / "out", tmp_path)
+
+
+def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="limit is 1"):
+        evaluate.evaluate("any", None, tmp_path, cache_dir=tmp_path, limit=1)
+
+
+@pytest.mark.parametrize("half", ["encoder", "generator"])
+def test_networks_that_diverged_are_told(half: str, tmp_path: Path) -> None:
+    state = create_state(override(preset("ring"), {"model.width": 0.25}))
+    with torch.no_grad():
+        next(getattr(state.encoder_generator, half).parameters()).fill_(float("nan"))
+    uri = checkpoint.save(state, str(tmp_path / "run"), {})
+    with pytest.raises(UserError, match="diverged"):
+        run(uri, tmp_path / "out", tmp_path)
+
+
+def test_the_command_tells_its_plan_and_does_nothing(
+    digits_checkpoint: str,
+    digits_dataset: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipelines.evaluate import Evaluate, main
+
+    run_uri = digits_checkpoint.rpartition("/")[0]
+    out = tmp_path / "out"
+    plan = main(Evaluate(checkpoint=run_uri, out=str(out), dry_run=True))
+    assert plan["checkpoint"] == digits_checkpoint
+    assert plan["data"] == digits_dataset
+    assert digits_checkpoint in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_the_command_prints_every_number_and_where_the_page_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.evaluate import Evaluate, main
+
+    monkeypatch.setenv("IVEGAN_CACHE", str(tmp_path / "cache"))
+    found = main(Evaluate(checkpoint=saved(tmp_path, "ring"), out=str(tmp_path / "out")))
+    told = capsys.readouterr().out
+    for title, value, against, _ in report.rows(found["metrics"]):
+        assert re.search(rf"^{re.escape(title)} +{re.escape(value)} +", told, re.MULTILINE)
+        assert against in told
+    assert found["report"] in told
+    assert Path(found["report"]).exists()
+    assert len(found["figures"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"out": None}, "needs --out"),
+        ({"device": "gpu"}, "must be cpu or cuda"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(
+    changes: dict[str, str | None], sentence: str, tmp_path: Path
+) -> None:
+    from pipelines.evaluate import Evaluate, main
+
+    options = {"checkpoint": saved(tmp_path, "ring"), "out": str(tmp_path), **changes}
+    with pytest.raises(UserError, match=sentence):
+        main(Evaluate(**options))

@@ -1,0 +1,249 @@
+"""One set of names for files here and in an object store; nothing is ever half there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivegan import storage
+from ivegan.errors import UserError
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request, tmp_path) -> str:
+    """Return an empty folder of each kind: the tests below hold for both."""
+    return str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3")
+
+
+def folder(path: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+FILES = {"weights.bin": b"w" * 100, "config.json": b"{}", "deep/er/x.txt": b"x"}
+
+
+def test_what_is_written_is_read(place):
+    uri = storage.join(place, "a/b/c.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.read_bytes(uri) == b"two"
+    assert storage.exists(uri)
+    assert storage.exists(storage.join(place, "a"))
+    assert storage.list_names(storage.join(place, "a/b")) == ["c.bin"]
+
+
+def test_a_folder_is_told_from_one_whose_name_starts_alike(place):
+    storage.write_bytes(storage.join(place, "run-10/x"), b"1")
+    assert not storage.exists(storage.join(place, "run-1"))
+    assert storage.list_names(storage.join(place, "run-1")) == []
+    storage.delete_folder(storage.join(place, "run-1"))
+    assert storage.list_files(place) == {"run-10/x": 1}
+
+
+def test_lists_are_direct_children_or_all_files(place):
+    for name in ("b/2", "b/1", "a", "b/deep/3"):
+        storage.write_bytes(storage.join(place, name), name.encode())
+    assert storage.list_names(place) == ["a", "b"]
+    assert storage.list_names(storage.join(place, "b")) == ["1", "2", "deep"]
+    assert storage.list_names(storage.join(place, "nowhere")) == []
+    assert storage.list_files(place) == {"a": 1, "b/1": 3, "b/2": 3, "b/deep/3": 8}
+
+
+def test_a_file_can_be_read_in_place(place):
+    uri = storage.join(place, "big")
+    content = bytes(range(256)) * 20_000
+    storage.write_bytes(uri, content)
+    with storage.open_file(uri) as file:
+        file.seek(3_000_000)
+        assert file.read(5) == content[3_000_000:3_000_005]
+        file.seek(-7, os.SEEK_END)
+        assert file.read() == content[-7:]
+
+
+def test_folders_travel_whole(place, tmp_path):
+    source = folder(tmp_path / "source", FILES)
+    uri = storage.join(place, "checkpoint")
+    storage.upload_folder(source, uri, last="config.json")
+    storage.download_folder(uri, tmp_path / "back")
+    found = {n: (tmp_path / "back" / n).read_bytes() for n in storage.list_files(uri)}
+    assert found == FILES
+    assert storage.list_names(place) == ["checkpoint"]  # no temporary names stay behind
+
+
+def test_a_folder_uploaded_again_holds_nothing_of_the_first(place, tmp_path):
+    uri = storage.join(place, "checkpoint")
+    storage.upload_folder(folder(tmp_path / "one", FILES), uri, last="config.json")
+    storage.upload_folder(folder(tmp_path / "two", {"config.json": b"2"}), uri, last="config.json")
+    assert storage.list_files(uri) == {"config.json": 1}
+    storage.delete_folder(uri, first="config.json")
+    assert not storage.exists(uri)
+    storage.delete_folder(uri)
+
+
+@pytest.mark.s3
+def test_the_marker_goes_up_last_and_comes_down_first(s3, tmp_path, monkeypatch):
+    source = folder(tmp_path / "source", FILES)
+    calls: list[str] = []
+    client = storage.s3_client()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+        def upload_file(self, local, bucket, key):
+            calls.append(f"up {key}")
+            client.upload_file(local, bucket, key)
+
+        def delete_objects(self, *, Bucket, Delete):
+            calls.append("down " + " ".join(one["Key"] for one in Delete["Objects"]))
+            return client.delete_objects(Bucket=Bucket, Delete=Delete)
+
+    monkeypatch.setattr(storage, "s3_client", Watched)
+    storage.upload_folder(source, f"{s3}/c", last="config.json")
+    storage.upload_folder(source, f"{s3}/c", last="config.json")
+    first = ["up c/deep/er/x.txt", "up c/weights.bin", "up c/config.json"]
+    second = ["down c/config.json", "down c/deep/er/x.txt c/weights.bin"]
+    assert calls == [*first, *second, *first]
+
+
+def test_a_local_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    uri = tmp_path / "file"
+    storage.write_bytes(uri, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_bytes(uri, b"new")
+    assert uri.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+
+
+def test_a_missing_file_is_told_in_a_sentence(place):
+    uri = storage.join(place, "nothing")
+    with pytest.raises(UserError, match=rf"There is no file {uri}: correct the"):
+        storage.read_bytes(uri)
+    with (
+        pytest.raises(UserError, match=rf"There is no file {uri}: correct the"),
+        storage.open_file(uri),
+    ):
+        pass
+    with pytest.raises(UserError, match=rf"There is no folder {uri}"):
+        storage.download_folder(uri, "unused")
+
+
+def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/x/") == f"{tmp_path}/runs/x"
+    assert storage.absolute(tmp_path / "y") == f"{tmp_path}/y"
+    assert storage.absolute(f"file://{tmp_path}/a%20b") == f"{tmp_path}/a b"
+    assert storage.absolute("s3://bucket/key/") == "s3://bucket/key"
+    assert storage.absolute("s3://bucket") == "s3://bucket"
+    assert storage.join("s3://bucket/", "/a/", "b") == "s3://bucket/a/b"
+    assert storage.is_local("a") and not storage.is_local("s3://bucket/a")  # noqa: PT018
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        (
+            "gs://bucket/x",
+            "gs://bucket/x has an unknown scheme: give a local path, file:// or s3://.",
+        ),
+        ("s3:///x", "s3:///x names no bucket: write s3://BUCKET/KEY."),
+        ("", "An empty path was given: name a folder or an s3:// URI."),
+    ],
+)
+def test_a_wrong_uri_is_told_in_a_sentence(uri, sentence):
+    with pytest.raises(UserError) as told:
+        storage.read_bytes(uri)
+    assert str(told.value) == sentence
+
+
+def test_a_file_in_a_folders_place_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a file stands in its way"):
+        storage.write_bytes(tmp_path / "file" / "below", b"")
+    with pytest.raises(UserError, match="is a folder where a file is expected"):
+        storage.read_bytes(tmp_path)
+
+
+def test_one_endpoint_serves_all_libraries(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    settings = {"endpoint": "http://127.0.0.1:1", "region": "eu-central-1", "path_style": True}
+    assert storage.s3_settings() == settings
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:2")
+    assert storage.s3_settings()["endpoint"] == "http://127.0.0.1:2"
+    variables = storage.environment()
+    assert {v for k, v in variables.items() if "ENDPOINT" in k} == {"http://127.0.0.1:2"}
+    assert variables["METAFLOW_S3_ENDPOINT_URL"] == "http://127.0.0.1:2"
+    assert storage.s3_client().meta.endpoint_url == "http://127.0.0.1:2"
+    assert storage.s3_client().meta.config.s3 == {"addressing_style": "path"}
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
+    assert storage.s3_settings() == {**settings, "endpoint": None, "path_style": False}
+    assert not [name for name in storage.environment() if "ENDPOINT" in name]
+
+
+def test_an_endpoint_without_scheme_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "store:9000")
+    with pytest.raises(UserError, match="'store:9000', which is no URL: write http://HOST:PORT"):
+        storage.exists("s3://bucket/x")
+
+
+@pytest.mark.s3
+def test_pyarrow_and_boto3_reach_the_same_objects(s3):
+    storage.write_bytes(f"{s3}/a/b", b"content")
+    system, path = storage.filesystem(f"{s3}/a/b")
+    with system.open_input_stream(path) as stream:
+        assert stream.read() == b"content"
+
+
+@pytest.mark.s3
+def test_a_missing_bucket_is_named(s3):
+    for act in (storage.read_bytes, storage.exists, storage.list_names, storage.delete_folder):
+        with pytest.raises(UserError, match="There is no bucket 'nowhere-at-all' at http"):
+            act("s3://nowhere-at-all/x")
+    with pytest.raises(UserError, match="There is no bucket 'nowhere-at-all' at http"):
+        storage.write_bytes("s3://nowhere-at-all/x", b"")
+
+
+@pytest.mark.s3
+def test_wrong_credentials_are_told_and_missing_ones_too(s3, monkeypatch):
+    with monkeypatch.context() as with_wrong:
+        with_wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        storage._client.cache_clear()
+        for act in (storage.read_bytes, storage.exists, storage.list_names):
+            with pytest.raises(UserError, match="was denied: check AWS_ACCESS_KEY_ID"):
+                act(f"{s3}/x")
+        with pytest.raises(UserError, match="was denied: check AWS_ACCESS_KEY_ID"):
+            storage.write_bytes(f"{s3}/x", b"")
+    with monkeypatch.context() as without:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            without.delenv(name)
+        without.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        without.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        without.setenv("AWS_CONFIG_FILE", os.devnull)
+        storage._client.cache_clear()
+        with pytest.raises(UserError, match="There are no credentials"):
+            storage.read_bytes(f"{s3}/x")
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(storage, "_ATTEMPTS", 1)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    storage._client.cache_clear()
+    with pytest.raises(UserError, match=r"store at http://127\.0\.0\.1:9 does not answer"):
+        storage.exists("s3://bucket/x")
+    storage._client.cache_clear()

@@ -1,0 +1,405 @@
+"""Training from the command to the checkpoint: in this process, on Ray, and as a Ray job."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from data_prep.build import build
+from ivegan import checkpoint
+from ivegan.config import override, preset
+from ivegan.errors import UserError
+from pipelines import tracking, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A fresh SQLite store: MLflow takes seconds to make its tables, a copy takes none."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking.client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, empty_store):
+    """An empty folder to work in, with no variable of ours set."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "IVEGAN_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ring(home, empty_store):
+    """Return a function that returns a function that trains a small ring and keeps its losses."""
+    (home / "runs").mkdir()
+    shutil.copy(empty_store, home / "runs" / "mlflow.db")
+    return functools.partial(_ring, home)
+
+
+def mlflow_runs(home):
+    client = MlflowClient(f"sqlite:///{home}/runs/mlflow.db")
+    return client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+
+def _ring(home, workers=0, images=64 * 20, **changes):
+    config = override(
+        preset("ring"),
+        {"batch_size": 64, "total_images": images}
+        | {k.replace("__", "."): v for k, v in changes.items()},
+    )
+    options: dict[str, Any] = {"log_every": 64, "save_every": 64 * 10}
+
+    def start(run_id="a", **more):
+        run = train.Run(workers=workers, run_id=run_id, **(options | more))
+        events = []
+        result = train.fit(train.resolve("ring", config, run), show=events.append)
+        losses = [
+            {k: v for k, v in e["metrics"].items() if not k.startswith("rate/")}
+            for e in events
+            if "metrics" in e
+        ]
+        return result, losses
+
+    return start
+
+
+def test_a_run_leaves_checkpoints_metrics_parameters_and_figures(home, ring):
+    result, losses = ring()()
+    assert result["images_seen"] == 1280
+    assert result["world_size"] == 1
+    assert result["images_per_second"] > 0
+    assert len(losses) == 20
+    config, _, _, facts = checkpoint.load_networks(result["checkpoint"])
+    assert config.dataset == "ring"
+    assert facts["mlflow_run_id"] == result["mlflow_run_id"]
+    assert [Path(u).name for u in checkpoint.checkpoints(str(home / "runs/checkpoints/a"))] == [
+        "checkpoint-0000000640",
+        "checkpoint-0000001280",
+    ]
+    client = MlflowClient(f"sqlite:///{home}/runs/mlflow.db")
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr_g"] == "0.0002"
+    assert run.data.params["model.z_dim"] == "2"
+    assert run.data.tags["preset"] == "ring"
+    assert len(run.data.tags["git_commit"]) >= 7
+    history = client.get_metric_history(result["mlflow_run_id"], "loss/D")
+    assert [p.step for p in history] == [64 * k for k in range(1, 21)]
+    np.testing.assert_allclose([p.value for p in history], [m["loss/D"] for m in losses])
+    kept = {f.path for f in client.list_artifacts(result["mlflow_run_id"])}
+    assert {"config.json", "figures"} <= kept
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(home, ring):
+    _, one = ring()("one")
+    _, two = ring()("two")
+    _, other = ring(seed=1)("other")
+    assert one == two
+    assert one != other
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(home, ring):
+    whole, unbroken = ring()("whole")
+    ring(images=64 * 10)("half")
+    resumed, rest = ring()("half", resume=True)
+    assert rest == unbroken[10:]
+    a, b = (load_file(Path(r["checkpoint"]) / "weights.safetensors") for r in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert resumed["mlflow_run_id"] != whole["mlflow_run_id"]
+    names = [run.info.run_name for run in mlflow_runs(home)]
+    assert names.count("half") == 1  # one MLflow run, though started twice
+
+
+def test_a_taken_run_id_is_refused_and_keeps_what_it_has(home, ring):
+    ring()("taken")
+    before = sorted(p for p in (home / "runs/checkpoints/taken").rglob("*"))
+    with pytest.raises(UserError, match=r"taken exists.*--resume"):
+        ring()("taken")
+    assert sorted(p for p in (home / "runs/checkpoints/taken").rglob("*")) == before
+
+
+def test_resuming_with_other_settings_names_them(home, ring):
+    ring()("a")
+    with pytest.raises(UserError, match=r"optim\.lr_g was 0\.0002 and is 0\.1"):
+        ring(optim__lr_g=0.1)("a", resume=True)
+
+
+def test_a_diverged_run_is_marked_failed(home, ring):
+    with pytest.raises(train.NonFiniteLossError, match="loss"):
+        ring(optim__lr_d=1e38, optim__lr_g=1e38)("wild")
+    assert [run.info.status for run in mlflow_runs(home)] == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "changes", "options", "sentence"),
+    [
+        ("mnist", {}, {}, "needs --data"),
+        ("ring", {"batch_size": 6}, {"workers": 2}, "batch_size 6"),
+        ("digits", {"model.norm": "sync"}, {}, "needs --gpu"),
+        ("ring", {}, {"run_id": "a/b"}, "run-id"),
+        ("mnist", {}, {"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(home, preset_name, changes, options, sentence):
+    config = override(preset(preset_name), changes)
+    with pytest.raises(UserError, match=sentence):
+        train.fit(train.resolve(preset_name, config, train.Run(**options)))
+    assert not (home / "runs" / "checkpoints").exists()
+
+
+def test_data_of_another_shape_are_refused(home, digits_dataset):
+    run = train.Run(data=str(digits_dataset), workers=0)
+    with pytest.raises(UserError, match=r"\(1, 16, 16\).*\(1, 32, 32\)"):
+        train.fit(train.resolve("mnist", preset("mnist"), run))
+
+
+def test_an_uploaded_working_directory_holds_no_runs(home, monkeypatch):
+    folder = home / "working_dir_files" / "_ray_pkg_0123"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="--storage"):
+        train.resolve("ring", preset("ring"), train.Run())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+    train.resolve("ring", preset("ring"), train.Run(storage=str(home)))
+
+
+def command(*words, cwd, status=0, **env):
+    """Run the train command as a person would; return stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "train.py"), *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        env={**os.environ, **env},
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["rnig"], "There is no preset 'rnig'"),
+        (["ring", "--optim.lr", "1"], "There is no flag --optim.lr"),
+        (["ring", "--workers", "two"], "--workers takes a whole number"),
+        (["mnist", "--workers", "0"], "needs --data"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_and_status_2(home, words, sentence):
+    out, err = command(*words, cwd=home, status=2)
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+    assert not (home / "runs").exists()
+
+
+def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(home):
+    words = ["ring", "--batch-size", "64", "--total-images", "640", "--workers", "0", "--json"]
+    out, _ = command(*words, "--dry-run", cwd=home)
+    assert json.loads(out.splitlines()[-1])["steps"] == 10
+    assert not (home / "runs").exists()
+    out, _ = command(*words, cwd=home)
+    result = json.loads(out.splitlines()[-1])
+    assert {"run_id", "mlflow_run_id", "checkpoint", "images_seen", "images_per_second"} <= set(
+        result
+    )
+    assert result["world_size"] == 1
+    assert "loss/D" in result["metrics"]
+    assert "640 of 640 images" in out
+
+
+@pytest.mark.fault
+def test_a_terminated_run_is_killed_in_mlflow_and_can_go_on(home):
+    words = ["ring", "--batch-size", "64", "--workers", "0", "--run-id", "x"]
+    started = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "pipelines" / "train.py"),
+            *words,
+            "--total-images",
+            "64000000",
+            "--log-every",
+            "64000",
+            "--save-every",
+            "64000",
+        ],
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None
+    for line in started.stdout:
+        if line.startswith("checkpoint"):
+            break
+    started.send_signal(signal.SIGTERM)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM
+    assert "--run-id x --resume" in err
+    (run,) = mlflow_runs(home)
+    assert run.info.status == "KILLED"
+    newest = checkpoint.find(str(home / "runs/checkpoints/x"))
+    seen = int(newest.rpartition("-")[2])
+    more = [*words, "--total-images", str(seen + 640), "--resume", "--json"]
+    out, _ = command(*more, cwd=home)
+    assert json.loads(out.splitlines()[-1])["images_seen"] == seen + 640
+    (run,) = mlflow_runs(home)
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.ray
+def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
+    """Same data, same draws: over 100 steps only the order of additions differs."""
+    images = 64 * 100
+    _, plain = ring(images=images)("plain")
+    result, two = ring(workers=2, images=images)("two")
+    assert result["world_size"] == 2
+    assert len(two) == len(plain) == 100
+    for a, b in zip(plain, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    again, repeated = ring(workers=2, images=images)("again")
+    assert repeated == two  # bit for bit: same seed, world size and threads
+    a, b = (load_file(Path(r["checkpoint"]) / "weights.safetensors") for r in (result, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.ray
+def test_asking_for_more_than_the_cluster_has_is_a_sentence(home, ray_cluster, ring):
+    with pytest.raises(UserError, match=r"64 workers of 1 CPU each.*room for 2"):
+        ring(workers=64, batch_size=128)("big")
+
+
+@pytest.mark.ray
+@pytest.mark.fault
+def test_a_killed_ray_worker_costs_nothing_but_time(home, ray_cluster, ring):
+    """One of two workers gets SIGKILL at the first checkpoint; the run ends as if it had not."""
+    cadence: dict[str, Any] = {"log_every": 64 * 500, "save_every": 64 * 500}
+    start = ring(workers=2, images=64 * 4000)
+    unbroken, _ = start("unbroken", **cadence)
+    killed: list[int] = []
+
+    def kill_once(event):
+        if event.get("checkpoint") and not killed:
+            worker = next(
+                p
+                for p in psutil.process_iter(["name", "cmdline"])
+                if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+            )
+            worker.kill()
+            killed.append(event["images_seen"])
+
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 4000})
+    run = train.Run(workers=2, run_id="killed", **cadence)
+    result = train.fit(train.resolve("ring", config, run), show=kill_once)
+    assert killed
+    assert killed[0] < result["images_seen"] == 64 * 4000
+    a, b = (load_file(Path(r["checkpoint"]) / "weights.safetensors") for r in (unbroken, result))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A Ray head of its own, as `ray start --head` makes it; yields the address for jobs."""
+    port, dashboard, client = free_ports(3)
+    ray = str(Path(sys.executable).with_name("ray"))
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
+    words = [
+        *("--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"),
+        *(f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+        "--dashboard-host=127.0.0.1",
+    ]
+    log = tmp_path / "head.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [ray, "start", *words], env=env, stdout=out, stderr=out, cwd=tmp_path
+        )
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_for(f"{address}/api/version", process, log)
+        yield address, env
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    """Return once the URL answers; fail with the log if the process ends or a minute passes."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except OSError:
+            time.sleep(0.2)  # between two looks
+        else:
+            return
+    pytest.fail(f"{url} does not answer:\n{log.read_text()[-2000:]}")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.mark.ray
+def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(head, tmp_path):
+    address, env = head
+    tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    runtime = {"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri, "IVEGAN_GIT_COMMIT": "abc1234"}}
+    ray = str(Path(sys.executable).with_name("ray"))
+    submit = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)]
+    submit += ["--runtime-env-json", json.dumps(runtime), "--"]
+    script = [sys.executable, "pipelines/train.py", "digits", "--total-images", "5000", "--json"]
+    places = ["--storage", f"{tmp_path}/store", "--data", f"{tmp_path}/digits"]
+    build("digits", source=None, out=f"{tmp_path}/digits", workers=0)
+    done = subprocess.run(
+        [*submit, *script, *places, "--run-id", "job"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    config, encoder, _, facts = checkpoint.load_networks(
+        checkpoint.find(f"{tmp_path}/store/job")
+    )
+    assert config.total_images == 5000
+    assert facts["world_size"] == 2
+    assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
+    run = MlflowClient(tracking_uri).get_run(facts["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["git_commit"] == "abc1234"
+    assert run.data.metrics["loss/D"] > 0
+
+    # Without places outside its folder the job says what to set, and fails.
+    nowhere = subprocess.run(
+        [*submit[:-3], "--", *script], capture_output=True, text=True, env=env, check=False
+    )
+    assert nowhere.returncode != 0
+    assert "set --storage" in nowhere.stdout + nowhere.stderr

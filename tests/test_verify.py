@@ -1,0 +1,111 @@
+"""Whatever is wrong with a data set is named."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep import verify as verify_module
+from data_prep.verify import verify
+from ivegan import shards
+from ivegan.errors import UserError
+
+TRAIN = "train/shard-00000.tar"
+
+
+@pytest.fixture
+def dataset(digits_dataset, tmp_path) -> Path:
+    return Path(shutil.copytree(digits_dataset, tmp_path / "dataset"))
+
+
+def lie(dataset: Path, **changes) -> None:
+    manifest = shards.read_manifest(str(dataset))
+    shards.write_manifest(str(dataset), dataclasses.replace(manifest, **changes))
+
+
+def lie_of_first_shard(dataset: Path, **changes) -> None:
+    first, *others = shards.read_manifest(str(dataset)).shards
+    lie(dataset, shards=(dataclasses.replace(first, **changes), *others))
+
+
+def flip(dataset: Path) -> None:
+    content = bytearray((dataset / TRAIN).read_bytes())
+    content[3 * 512 + 60] ^= 4
+    (dataset / TRAIN).write_bytes(content)
+
+
+def swap(dataset: Path) -> None:
+    one, other = dataset / TRAIN, dataset / "test" / "shard-00000.tar"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def test_a_good_data_set_has_nothing_wrong(digits_dataset):
+    assert verify(digits_dataset) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (flip, f"{TRAIN} has another sha256 than the manifest says."),
+        (
+            lambda d: (d / TRAIN).write_bytes((d / TRAIN).read_bytes()[:9000]),
+            f"{TRAIN} has 9000 bytes, the manifest says ",
+        ),
+        (lambda d: (d / TRAIN).unlink(), f"{TRAIN} is missing."),
+        (
+            lambda d: (d / "train" / "notes.txt").write_text("mine"),
+            "train/notes.txt does not belong to the data set.",
+        ),
+        (swap, f"{TRAIN} has another sha256 than the manifest says."),
+        (lambda d: lie_of_first_shard(d, samples=999), f"{TRAIN} holds 1000 samples, the manifest"),
+        (lambda d: lie_of_first_shard(d, sha256="0" * 64), f"{TRAIN} has another sha256 than the"),
+        (lambda d: lie_of_first_shard(d, bytes=1), f"{TRAIN} has "),
+        (
+            lambda d: lie(d, splits={"train": 1348, "valid": 150, "test": 300}),
+            "manifest.json says 1348 samples of train, but its shards sum to 1347.",
+        ),
+        (
+            lambda d: lie(d, splits={"train": 1347, "valid": 150}),
+            "manifest.json says 0 samples of test, but its shards sum to 300.",
+        ),
+        (lambda d: lie(d, image_shape=(3, 16, 16)), f"{TRAIN} holds "),
+        (lambda d: lie(d, settings={"other": 1}), "manifest.json holds settings of another hash"),
+    ],
+)
+def test_what_is_wrong_is_named(dataset, spoil, sentence):
+    spoil(dataset)
+    assert any(line.startswith(sentence) for line in verify(str(dataset)))
+
+
+def test_a_shard_listed_twice_repeats_keys(dataset):
+    manifest = shards.read_manifest(str(dataset))
+    lie(dataset, shards=(*manifest.shards, manifest.shards[-1]))
+    assert any("stand in the data set twice" in line for line in verify(str(dataset)))
+
+
+def test_no_data_set_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="There is no data set at"):
+        verify(str(tmp_path))
+
+
+def test_the_command_ends_with_1_if_anything_is_wrong(dataset, capsys, monkeypatch):
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(dataset), "--json"])
+    for code, ending in ((0, "OK: 1797 samples in 4 shards"), (1, f"{TRAIN} is missing.")):
+        with pytest.raises(SystemExit) as stop:
+            verify_module.command()
+        said = capsys.readouterr().out.splitlines()
+        assert stop.value.code == code
+        assert said[-2] == ending
+        assert json.loads(said[-1])["wrong"] == ([] if code == 0 else [ending])
+        (dataset / TRAIN).unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(dataset / "nowhere")])
+    with pytest.raises(SystemExit) as stop:
+        verify_module.command()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("There is no data set at")
