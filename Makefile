@@ -6,22 +6,25 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check install ui bench clean
+.PHONY: demo test test-slow test-all lint check install ui clean
 
 demo: install
-	$(BIN)/python pipelines/workflow.py run digits --demo
+	$(BIN)/python pipelines/workflow.py run digits --total-images 300000
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: install
-	$(BIN)/python -m pytest -m "not gpu"
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
-check: install
+test-all: test-slow test
+
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
-	$(MAKE) test VENV=$(VENV)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test
 
 install: $(INSTALLED)
 
@@ -33,9 +36,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
-
-bench: install
-	$(BIN)/python benchmarks/step.py digits --device cpu
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -348,6 +349,7 @@ def _written_by_ray(jobs: list[Job], workers: int) -> Iterator[Shard]:
         # Where no cluster is named, one is started for as long as this takes.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         attach = bool(os.environ.get("RAY_ADDRESS"))
+        _check_ray_address()
         ray.init(
             address=None if attach else "local",
             num_cpus=None if attach else workers,
@@ -371,6 +373,19 @@ def _written_by_ray(jobs: list[Job], workers: int) -> Iterator[Shard]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_ray_address() -> None:
+    """Raise a UserError if RAY_ADDRESS names a host that does not answer: Ray would try forever."""
+    address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(
+                f"No Ray cluster answers at RAY_ADDRESS {address} ({error}): correct or unset it."
+            ) from error
 
 
 def _shown(shards: Iterable[Shard], total: int) -> Iterator[Shard]:

@@ -80,7 +80,7 @@ def describe(
 def read(
     source: str, split: str, start: int, stop: int, *, crop: str = "c128", limit: int | None = None
 ) -> Iterator[Sample]:
-    """Yield the samples of one split from start to stop; the limit cuts nothing off before stop."""
+    """Yield the samples of one split from start to stop."""
     lists = _lists(source)
     uri = storage.join(source, ZIP)
     with storage.open_file(uri) as file, _archive(file, uri) as archive:
@@ -179,8 +179,4 @@ def _archive(file: io.BufferedReader, uri: str) -> zipfile.ZipFile:
 def _members(archive: zipfile.ZipFile) -> dict[str, str]:
     """Return file name -> name in the archive, whose folder differs between releases."""
     paths = map(PurePosixPath, archive.namelist())
-    return {
-        path.name: str(path)
-        for path in paths
-        if path.suffix == ".jpg" and not path.name.startswith(".")
-    }
+    return {path.name: str(path) for path in paths if path.suffix == ".jpg"}

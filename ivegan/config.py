@@ -178,7 +178,7 @@ _RING = Config(
 _DIGITS = Config(
     dataset="digits",
     model=Model(architecture="digits", z_dim=16, noise_dim=4, norm="none"),
-    optim=Optim(lr_g=5e-4, lr_d=5e-4, beta1=0.5),
+    optim=Optim(lr_g=8e-4, lr_d=8e-4, beta1=0.5, ema=0.9),
     objective=Objective(mismatched=1.0),
     transform=Transform(shift=1.5, rotate=15.0, condition=True),
     batch_size=128,

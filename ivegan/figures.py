@@ -257,15 +257,18 @@ def scatter(
             )
     if solid:
         axis.view_init(elev=22, azim=-60)
-        axis.set_box_aspect((1, 1, 1), zoom=0.92)
+        axis.set_box_aspect((1, 1, 1), zoom=0.97)
         for pane in (axis.xaxis, axis.yaxis, axis.zaxis):
             pane.set_pane_color((1, 1, 1, 1))
+            pane.line.set_color(MUTED)
             pane._axinfo["grid"].update(color=FAINT, linewidth=0.6)
     else:
         _plain_axis(axis)
         axis.set_aspect("equal")
-        _name_groups(axis, codes, labels, names)
+        if labels.min() >= 0:
+            _name_groups(axis, codes, labels, names)
     if axes:
+        axis.locator_params(nbins=4)
         setters = (axis.set_xlabel, axis.set_ylabel) + ((axis.set_zlabel,) if solid else ())
         for setter, name in zip(setters, ("z₁", "z₂", "z₃"), strict=False):
             setter(name, fontsize=10, color=MUTED)

@@ -246,5 +246,7 @@ def _means(sums: dict[str, Tensor], count: int) -> dict[str, float]:
     means = dict(zip(sums, values.tolist(), strict=True))
     for name, value in means.items():
         if not math.isfinite(value):
-            raise NonFiniteLossError(f"{name} is {value}; lower the learning rates or change the seed.")
+            raise NonFiniteLossError(
+                f"{name} is {value}; lower the learning rates or change the seed."
+            )
     return means

@@ -52,6 +52,8 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Return the numbers of a checkpoint, ``eval/same_class`` and so on, after writing all files.
 
+    Numbers and files also go under the MLflow run that made the checkpoint, where it is at hand.
+
     Args:
         uri: a checkpoint, a run's folder, or a registered model of either half.
         data: shards; those that the checkpoint was trained on by default.
@@ -61,8 +63,9 @@ def evaluate_checkpoint(
     Raises:
         UserError: as for ``ivegan.evaluate.evaluate``.
     """
+    at = _resolve(uri)
     found = evaluate(
-        _resolve(uri),
+        at,
         data,
         out,
         cache_dir=_cache_dir(),
@@ -70,6 +73,13 @@ def evaluate_checkpoint(
         seed=seed,
         limit=limit,
     )
+    about = checkpoint.read_facts(at)
+    if about.get("mlflow_run_id") and limit is None:  # a part of the data says less
+        from pipelines.registry import store_of
+        from pipelines.tracking import add_report
+
+        run_id, seen = about["mlflow_run_id"], about["images_seen"]
+        add_report(store_of(about), run_id, found["metrics"], seen, Path(out))
     return found["metrics"]
 
 

@@ -1,9 +1,13 @@
 """The steps of a workflow, for Metaflow: prepare, train, evaluate, register.
 
-``pipelines/workflow.py`` is the command; it checks what it is given and starts this file. Each step is
-a process of its own that calls the function behind the command of the same name, and what passes
+``pipelines/workflow.py`` is the command; it checks what it is given and starts this file. Each step
+is a process of its own that calls the function behind the command of the same name, and what passes
 from one to the next are places and ids, never models.
 """
+
+# Metaflow builds its names at run time, where no type checker sees them.
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false
 
 import json
 from pathlib import Path

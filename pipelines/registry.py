@@ -1,4 +1,947 @@
-"""Registered models: encoder and generator of one run, under stage words, moved together.
+"""Registered models: encoder and generator of one run, each loadable by MLflow alone.
 
-The tracking helper is writing this file (started 08:59); please do not write another one.
+    python pipelines/registry.py register runs/checkpoints/RUN_ID
+    python pipelines/registry.py promote digits --to production
+    python pipelines/registry.py pull ivegan-digits-encoder --stage production --to /tmp/encoder
+
+``staging`` and ``production`` are an alias and an MLflow stage, so that ``models:/NAME@production``
+and ``models:/NAME/Production`` both load. A pair moves in a fixed order of calls:
+
+    1. the encoder's alias: from this one call on, the change has happened
+    2. the generator's alias, which follows to the encoder's partner
+    3. ``staging``, which becomes empty where its version went to production
+    4. the MLflow stages, and the tag ``stage``; whoever lost a word is archived
+
+2 to 4 follow from 1 alone (``settle``), so whatever an interruption leaves half done, the next
+``list``, ``register``, ``promote`` or ``rollback`` repairs.
 """
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import mlflow
+import numpy as np
+import torch
+from mlflow import MlflowClient, pyfunc, pytorch
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ivegan import checkpoint, cli, storage
+from ivegan.artifact import check_sums, empty_members, find_pickles, write_sums
+from ivegan.config import Config, config_hash, flatten, from_dict, to_dict
+from ivegan.errors import UserError
+from ivegan.networks import Encoder, Generator, sample_shape
+from pipelines import tracking
+
+KINDS = ("encoder", "generator")
+WORDS = ("staging", "production")
+Pair = tuple[ModelVersion, ModelVersion]
+"""Encoder and generator of one run."""
+
+TOLERANCE = 1e-5  # between a registered model and the network it was made from
+
+_WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
+_ADDED_BY_MLFLOW = frozenset({"registered_model_meta"})  # a note that each download writes
+_BATCHES = (1, 2, 5)  # one is the size that an exported graph is most easily frozen to
+
+
+class EncoderModel(nn.Module):
+    """E as it is registered: uint8 images (N, C, H, W), or float32 points (N, 2) -> float32 z."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return z; pixels are scaled here, so that nobody has to know how."""
+        return self.encoder(x.float() / 255 if x.dtype == torch.uint8 else x)
+
+
+class GeneratorModel(nn.Module):
+    """G as it is registered: one float32 tensor [z, z'] -> float32 images in [0, 1], or points."""
+
+    def __init__(self, generator: Generator, z_dim: int) -> None:
+        super().__init__()
+        self.generator = generator
+        self.z_dim = z_dim
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return G(z', z); MLflow's signatures know one input, hence the concatenation."""
+        return self.generator(latent[:, self.z_dim :], latent[:, : self.z_dim])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """One of the two models of a run, and what its users see of it."""
+
+    kind: str
+    """encoder or generator"""
+    preset: str
+    config: Config
+    network: nn.Module
+
+    @property
+    def name(self) -> str:
+        """Name of the registered model."""
+        return model_name(self.preset, self.kind)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network behind the interface that is registered."""
+        if isinstance(self.network, Encoder):
+            return EncoderModel(self.network)
+        assert isinstance(self.network, Generator)
+        return GeneratorModel(self.network, self.config.model.z_dim)
+
+    @property
+    def weights(self) -> bytes:
+        """The network's state, as safetensors."""
+        state = self.network.state_dict()
+        return save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+
+    @property
+    def signature(self) -> ModelSignature:
+        """Types and shapes; unnamed, since MLflow hands named tensors over as a dictionary."""
+        batch = self.batch(2)
+        with torch.no_grad():
+            answer = self.model(torch.from_numpy(batch)).numpy()
+        inputs, outputs = (
+            Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (batch, answer)
+        )
+        return ModelSignature(inputs=inputs, outputs=outputs)
+
+    @property
+    def usage(self) -> str:
+        """What goes in and comes out, for people."""
+        sizes, shape = self.config.model, ("N", *sample_shape(self.config.model))
+        samples = f"{'points' if self.config.is_points else 'images'} {shape}".replace("'", "")
+        if self.kind == "encoder":
+            kind = "float32" if self.config.is_points else "uint8, 0 to 255,"
+            return f"Encoder of IVE-GAN: {kind} {samples} -> float32 latents z (N, {sizes.z_dim})."
+        scale = "" if self.config.is_points else " in [0, 1]"
+        return (
+            f"Generator of IVE-GAN: float32 [z, z'] (N, {sizes.z_dim} + {sizes.noise_dim}), z in "
+            f"(-1, 1) and z' standard normal or zeros -> float32 {samples}{scale}."
+        )
+
+    def batch(self, size: int, seed: int = 0) -> np.ndarray:
+        """Return random inputs of the kind that the model is made for."""
+        random, sizes = np.random.default_rng(seed), self.config.model
+        if self.kind == "generator":
+            z = random.uniform(-1, 1, (size, sizes.z_dim))
+            noise = random.standard_normal((size, sizes.noise_dim))
+            return np.concatenate((z, noise), axis=1).astype(np.float32)
+        shape = (size, *sample_shape(sizes))
+        if self.config.is_points:
+            return random.uniform(-1, 1, shape).astype(np.float32)
+        return random.integers(0, 256, shape, dtype=np.uint8)
+
+
+def model_name(preset: str, kind: str) -> str:
+    """Return the name that one half of a preset is registered under."""
+    return f"ivegan-{preset}-{kind}"
+
+
+def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[str, Any]:
+    """Register both halves of a checkpoint as candidates in staging; return what ``--json`` prints.
+
+    Before either counts as registered, both are fetched back, loaded as a stranger would and
+    compared with the networks. The same checkpoint again makes no second version.
+
+    Args:
+        checkpoint_uri: a checkpoint, or a run's folder, whose newest is taken.
+        tracking_uri: where runs and models are; where the run was tracked by default.
+
+    Raises:
+        UserError: no checkpoint, no MLflow, or a registered model that computes something else.
+    """
+    at = checkpoint.find(storage.absolute(checkpoint_uri))
+    config, encoder, generator, facts = checkpoint.load_networks(at)
+    preset = facts.get("preset") or config.dataset
+    halves = [
+        Half(kind=kind, preset=preset, config=config, network=network)
+        for kind, network in zip(KINDS, (encoder, generator), strict=True)
+    ]
+    with _asking(tracking_uri or store_of(facts)) as tracked:
+        versions = [_registered(tracked, half, facts) for half in halves]
+        missing = [h for h, version in zip(halves, versions, strict=True) if version is None]
+        if missing:
+            run_id = next((v.run_id for v in versions if v), None) or _run_of(
+                tracked, config, facts
+            )
+            _add(tracked, missing, run_id, at, facts)
+        encoder_version, generator_version = (_registered(tracked, h, facts) for h in halves)
+        assert encoder_version
+        assert generator_version
+        _tag(tracked, encoder_version, partner_version=generator_version.version)
+        _tag(tracked, generator_version, partner_version=encoder_version.version)
+        if str(encoder_version.version) not in _aliases(tracked, halves[0].name).values():
+            _set_alias(tracked, encoder_version, "staging")
+        settle(tracked, preset)
+        versions = [_registered(tracked, half, facts) for half in halves]
+        told = {h.kind: _facts_of(v) for h, v in zip(halves, versions, strict=True) if v}
+        return {
+            "preset": preset,
+            "run_id": facts.get("run_id"),
+            "mlflow_run_id": encoder_version.run_id,
+            "stage": told["encoder"]["stage"],
+            "new": bool(missing),
+            "names": [half.name for half in halves],
+            **told,
+        }
+
+
+def _registered(tracked: MlflowClient, half: Half, facts: Mapping[str, Any]) -> ModelVersion | None:
+    """Return the version that holds these very weights of this very run, or None."""
+    digest = hashlib.sha256(half.weights).hexdigest()
+    for version in _versions(tracked, half.name):
+        tags = version.tags
+        if tags.get("weights_sha256") == digest and tags.get("run_id") == str(facts.get("run_id")):
+            return version
+    return None
+
+
+def _add(
+    tracked: MlflowClient, halves: list[Half], run_id: str, at: str, facts: Mapping[str, Any]
+) -> None:
+    """Log the halves, check what was logged, and make versions of them only then.
+
+    Raises:
+        UserError: what comes back is not what was sent; nothing is left registered.
+    """
+    logged: list[tuple[Half, str, str]] = []
+    try:
+        for half in halves:
+            model_id, digest = _log(tracked, half, run_id, facts)
+            logged.append((half, model_id, digest))
+            check(f"models:/{model_id}", digest, half)
+    except BaseException:
+        for _, model_id, _ in logged:
+            tracked.delete_logged_model(model_id)
+        raise
+    for half, model_id, digest in logged:
+        if not tracked.search_registered_models(f"name='{half.name}'"):
+            tracked.create_registered_model(half.name, {"preset": half.preset}, half.usage)
+        tags = {
+            "registered_at": _now(),
+            "preset": half.preset,
+            "run_id": facts.get("run_id"),
+            "checkpoint": at,
+            "images_seen": facts["images_seen"],
+            "dataset_hash": facts.get("dataset_hash"),
+            "config_hash": config_hash(half.config),
+            "git_commit": facts.get("git_commit"),
+            "sha256": digest,
+            "weights_sha256": hashlib.sha256(half.weights).hexdigest(),
+        }
+        tracked.create_model_version(
+            half.name,
+            f"models:/{model_id}",
+            run_id,
+            tags={name: str(value) for name, value in tags.items()},
+            description=f"Run {facts.get('run_id')} after {facts['images_seen']:,} images.",
+            model_id=model_id,
+        )
+
+
+def _log(
+    tracked: MlflowClient, half: Half, run_id: str, facts: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Return (id, checksum) of a half, logged as a model of its run."""
+    logged = tracked.create_logged_model(
+        tracked.get_run(run_id).info.experiment_id,
+        name=half.kind,
+        source_run_id=run_id,
+        params={name: str(value) for name, value in flatten(half.config).items()},
+    )
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = Path(tmp) / "model"
+            digest = _write(folder, half, logged, run_id, facts)
+            tracked.log_model_artifacts(logged.model_id, str(folder))
+        tracked.finalize_logged_model(logged.model_id, "READY")
+        output = LoggedModelOutput(logged.model_id, step=facts["images_seen"])
+        tracked.log_outputs(run_id, [output])
+    except BaseException:
+        tracked.delete_logged_model(logged.model_id)
+        raise
+    return logged.model_id, digest
+
+
+def _write(
+    folder: Path, half: Half, logged: LoggedModel, run_id: str, facts: Mapping[str, Any]
+) -> str:
+    """Return the checksum of a model's folder, after writing all that belongs in it."""
+    about = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        run_id=run_id,
+        model_id=logged.model_id,
+    )
+    versions = {"mlflow": mlflow.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    pytorch.save_model(
+        half.model.eval(),
+        str(folder),
+        mlflow_model=about,
+        signature=half.signature,
+        input_example=half.batch(2),  # of one, the batch size would be frozen
+        # "+cpu" is a build, not a version; it would keep others from installing theirs
+        pip_requirements=[f"{k}=={v.partition('+')[0]}" for k, v in versions.items()],
+        serialization_format="pt2",
+    )
+    # The exported graph lies on the CPU, but MLflow picks a GPU where it sees one, and fails.
+    about.flavors["python_function"]["config"]["device"] = "cpu"
+    about.save(str(folder / "MLmodel"))
+    # torch keeps the example beside the graph, as a pickle, and does without it if it is empty.
+    empty_members(folder / "data" / "model.pt2", "sample_inputs")
+    (folder / _WEIGHTS).write_bytes(half.weights)
+    stored = {**facts, "config": to_dict(half.config), "half": half.kind, "usage": half.usage}
+    (folder / _CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    return write_sums(folder)
+
+
+def check(model_uri: str, digest: str, half: Half | None = None) -> None:
+    """Do nothing if a model comes back as it was sent and computes what its network does.
+
+    Args:
+        model_uri: of the model, any form that MLflow knows.
+        digest: its checksum.
+        half: the network; the one that the model's own weights and configuration make by default.
+
+    Raises:
+        UserError: changed files, a pickle among them, or other numbers.
+    """
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = _fetch(model_uri, digest, Path(tmp))
+        half = half or _half_of(folder)
+        model = pyfunc.load_model(str(folder))
+        for size in _BATCHES:
+            batch = half.batch(size, seed=size)
+            with torch.no_grad():
+                expected = half.model(torch.from_numpy(batch)).numpy()
+            found = np.asarray(model.predict(batch))
+            far = np.inf if found.shape != expected.shape else np.abs(found - expected).max()
+            if not far <= TOLERANCE:
+                raise UserError(
+                    f"{half.name} as MLflow loads it is {far:.2g} away from its network on a batch "
+                    f"of {size} (at most {TOLERANCE:g} is allowed): it cannot be registered."
+                )
+
+
+def _fetch(model_uri: str, digest: str, into: Path) -> Path:
+    """Return the folder of a model, fetched and verified, nothing of it loaded.
+
+    Raises:
+        UserError: changed files, or a pickle among them.
+    """
+    folder = Path(download_artifacts(model_uri, dst_path=str(into / "model")))
+    check_sums(folder, digest, ignore=_ADDED_BY_MLFLOW)
+    if pickles := find_pickles(folder):
+        raise UserError(f"{model_uri} holds pickles ({', '.join(pickles)}): do not load it.")
+    return folder
+
+
+def _half_of(folder: Path) -> Half:
+    """Return the half whose weights and configuration lie in a verified folder."""
+    facts = json.loads((folder / _CONFIG).read_text())
+    config = from_dict(facts["config"])
+    network = (Encoder if facts["half"] == "encoder" else Generator)(config.model).eval()
+    network.load_state_dict(load_file(folder / _WEIGHTS))
+    preset = facts.get("preset") or config.dataset
+    return Half(kind=facts["half"], preset=preset, config=config, network=network)
+
+
+def promote(preset: str, *, to: str = "production", version: int | None = None) -> dict[str, Any]:
+    """Move the encoder and the generator of one run to a stage; return what ``--json`` prints.
+
+    Args:
+        preset: whose models.
+        to: staging or production.
+        version: of the encoder; the one in staging by default.
+
+    Raises:
+        UserError: no such pair, or one that does not pass.
+    """
+    with _asking() as tracked:
+        pair = _candidates(tracked, preset, to, version)
+        _check_pair(pair)
+        encoder, before = pair[0], _holder(tracked, preset, to)
+        if before is not None and before.version != encoder.version:
+            _tag(tracked, encoder, replaces=before.version)
+        _tag(tracked, encoder, **{f"{to}_at": _now()})
+        _set_alias(tracked, encoder, to)
+        settle(tracked, preset)
+        return _moved(preset, to, pair, before)
+
+
+def rollback(preset: str) -> dict[str, Any]:
+    """Put back into production the pair that the present one replaced; return as ``promote``.
+
+    Raises:
+        UserError: nothing in production, or nothing that it replaced.
+    """
+    with _asking() as tracked:
+        pair, present = _former(tracked, preset)
+        _check_pair(pair)
+        _set_alias(tracked, pair[0], "production")
+        settle(tracked, preset)
+        return _moved(preset, "production", pair, present)
+
+
+def _candidates(tracked: MlflowClient, preset: str, to: str, version: int | None) -> Pair:
+    """Return the pair that is to be promoted.
+
+    Raises:
+        UserError: there is none.
+    """
+    aliases = _aliases(tracked, model_name(preset, "encoder"))
+    if version is None and to == "staging":
+        raise UserError("promote --to staging needs --version, the encoder's version to put there.")
+    if version is None and "staging" not in aliases:
+        raise UserError(
+            f"No version of {preset} is in staging: register a checkpoint first, or name one with "
+            "--version."
+        )
+    chosen = aliases["staging"] if version is None else str(version)
+    if to == "staging" and aliases.get("production") == chosen:
+        raise UserError(f"Version {chosen} of {preset} is in production: roll back to take it out.")
+    return _pair(tracked, preset, chosen)
+
+
+def _former(tracked: MlflowClient, preset: str) -> tuple[Pair, ModelVersion]:
+    """Return (the pair that the one in production replaced, the encoder in production).
+
+    Raises:
+        UserError: there is none.
+    """
+    present = _holder(tracked, preset, "production")
+    if present is None:
+        raise UserError(f"No version of {preset} is in production: there is nothing to undo.")
+    former = present.tags.get("replaces")
+    if former is None:
+        raise UserError(
+            f"Version {present.version} of {preset} replaced no other: there is no way back."
+        )
+    return _pair(tracked, preset, former), present
+
+
+def _pair(tracked: MlflowClient, preset: str, encoder_version: str) -> Pair:
+    """Return the encoder of a version and the generator of the same run.
+
+    Raises:
+        UserError: one of them is missing, or they are of different runs.
+    """
+    encoder = _resolve(tracked, model_name(preset, "encoder"), encoder_version)
+    partner = encoder.tags.get("partner_version")
+    if partner is None:
+        raise UserError(
+            f"Version {encoder_version} of {encoder.name} has no generator: register its "
+            f"checkpoint again, {encoder.tags.get('checkpoint')}."
+        )
+    generator = _resolve(tracked, model_name(preset, "generator"), partner)
+    if encoder.run_id != generator.run_id:
+        raise UserError(
+            f"Version {encoder.version} of {encoder.name} and version {generator.version} of "
+            f"{generator.name} come from different runs: register the checkpoint again."
+        )
+    return encoder, generator
+
+
+def _check_pair(pair: Pair) -> None:
+    """Do nothing if both halves are as they were registered, and load.
+
+    Raises:
+        UserError: one is not.
+    """
+    for half in pair:
+        check(f"models:/{half.name}/{half.version}", _digest(half))
+
+
+def settle(tracked: MlflowClient, preset: str) -> list[str]:
+    """Make all else follow the encoder's aliases; return, in words, what had to change.
+
+    Steps 2 to 4 of the order above. Doing it twice changes nothing more.
+    """
+    done: list[str] = []
+    encoders, generators = (model_name(preset, kind) for kind in KINDS)
+    truth = _aliases(tracked, encoders)
+    if "staging" in truth and truth["staging"] == truth.get("production"):
+        tracked.delete_registered_model_alias(encoders, "staging")
+        truth = _aliases(tracked, encoders)
+        done.append(f"{encoders}@staging emptied")
+    present = _aliases(tracked, generators)
+    for word in WORDS:
+        partner = None
+        if word in truth:
+            holder = tracked.get_model_version(encoders, truth[word])
+            partner = holder.tags.get("partner_version")
+        if partner is not None and present.get(word) != partner:
+            tracked.set_registered_model_alias(generators, word, partner)
+            done.append(f"{generators}@{word} -> {partner}")
+        elif partner is None and word in present:
+            tracked.delete_registered_model_alias(generators, word)
+            done.append(f"{generators}@{word} emptied")
+    for name in (encoders, generators):
+        words = {version: word for word, version in _aliases(tracked, name).items()}
+        # Holders first: no moment without a production model.
+        for version in sorted(_versions(tracked, name), key=lambda v: str(v.version) not in words):
+            before = version.current_stage or "None"
+            word = words.get(str(version.version), "archived")
+            if word == "archived" and before.lower() not in WORDS:
+                continue  # it never had a word, or lost it before
+            if before.lower() != word:
+                tracked.transition_model_version_stage(
+                    name, str(version.version), word.capitalize()
+                )
+                done.append(f"{name} {version.version}: {before} -> {word.capitalize()}")
+            _tag(tracked, version, stage=word)
+    return done
+
+
+def overview(preset: str | None = None, *, repair: bool = True) -> dict[str, Any]:
+    """Return every version of every preset, newest first, after repairing what was left half done.
+
+    Args:
+        preset: only this one.
+        repair: whether to mend, or only to look.
+    """
+    with _asking() as tracked:
+        found = tracked.search_registered_models("name LIKE 'ivegan-%'", order_by=["name"])
+        names = [m.name for m in found if preset is None or m.name in _names(preset)]
+        presets = sorted({name.removeprefix("ivegan-").rpartition("-")[0] for name in names})
+        repaired = [line for one in presets for line in settle(tracked, one)] if repair else []
+        rows = [_facts_of(version) for name in names for version in _versions(tracked, name)]
+    return {"versions": rows, "repaired": repaired}
+
+
+def pull(name: str, *, stage: str = "production", to: Path) -> dict[str, Any]:
+    """Fetch one model into a folder, verified before anything of it is loaded; return its facts.
+
+    The folder then holds ``model/`` for MLflow, ``weights.safetensors`` and ``config.json``. What
+    else is in it stays.
+
+    Args:
+        name: of the registered model.
+        stage: an alias or an MLflow stage; the alias counts where they differ.
+        to: the folder.
+
+    Raises:
+        UserError: no such model or stage, or files that are not as they were registered.
+    """
+    with _asking() as tracked:
+        version = _resolve(tracked, name, stage)
+        facts = _facts_of(version)
+        try:
+            to.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=to, prefix=".pull-") as tmp:
+                folder = _fetch(f"models:/{name}/{version.version}", _digest(version), Path(tmp))
+                for extra in (_WEIGHTS, _CONFIG):
+                    shutil.copyfile(folder / extra, Path(tmp) / extra)
+                    (Path(tmp) / extra).replace(to / extra)
+                if (to / "model").exists():
+                    (to / "model").rename(Path(tmp) / "former")
+                folder.rename(to / "model")
+        except OSError as error:
+            raise UserError(f"{to} cannot be written ({error}): choose another --to.") from error
+    return {**facts, "to": str(to)}
+
+
+def checkpoint_of(model_uri: str) -> str:
+    """Return the checkpoint that a registered model of either half was made from.
+
+    Args:
+        model_uri: ``models:/NAME@ALIAS``, ``models:/NAME/STAGE`` or ``models:/NAME/VERSION``.
+
+    Raises:
+        UserError: no such model.
+    """
+    found = re.fullmatch(r"models:/+([^/@]+)[/@]([^/@]+)", model_uri)
+    if found is None:
+        raise UserError(
+            f"{model_uri} is no model: write models:/NAME@production or models:/NAME/3."
+        )
+    with _asking() as tracked:
+        version = _resolve(tracked, found[1], found[2])
+    at = version.tags.get("checkpoint")
+    if at is None:
+        raise UserError(f"{model_uri} does not say which checkpoint it is from: give that instead.")
+    return at
+
+
+def sync(journals: Path) -> dict[str, Any]:
+    """Deliver to MLflow what an outage held back; return the points delivered, by MLflow run.
+
+    Raises:
+        UserError: the server still does not answer.
+    """
+    return {"delivered": tracking.deliver(journals)}
+
+
+@contextlib.contextmanager
+def _asking(uri: str | None = None) -> Iterator[MlflowClient]:
+    """Yield a client; what MLflow refuses becomes a sentence, and what it chats is not heard."""
+    uri = uri or _default_uri()
+    chatty = logging.getLogger("mlflow")
+    level = chatty.level
+    with warnings.catch_warnings():
+        # Stages are deprecated, and wanted nevertheless: the design promises both.
+        warnings.simplefilter("ignore")
+        try:
+            tracked = tracking.client(uri)
+            chatty.setLevel(logging.ERROR)
+            yield tracked
+        except MlflowException as error:
+            told = str(error).partition("\n")[0]
+            raise UserError(f"MLflow at {tracking.public(uri)} refuses: {told}") from error
+        finally:
+            chatty.setLevel(level)
+
+
+def _default_uri() -> str:
+    """Return the store that the environment names, or the local one."""
+    from pipelines.train import runs_dir
+
+    return os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(runs_dir())
+
+
+def store_of(facts: Mapping[str, Any]) -> str:
+    """Return the store of the run that made a checkpoint, as far as it can be reached from here."""
+    told = facts.get("tracking_uri")
+    gone = told and told.startswith("sqlite:///") and not Path(told[len("sqlite:///") :]).exists()
+    return os.environ.get("MLFLOW_TRACKING_URI") or (told if told and not gone else _default_uri())
+
+
+def _run_of(tracked: MlflowClient, config: Config, facts: Mapping[str, Any]) -> str:
+    """Return the MLflow run that a checkpoint comes from, made anew where this store lacks it."""
+    known, name = facts.get("mlflow_run_id"), str(facts.get("run_id"))
+    if known is not None and tracking.run_exists(tracked, known):
+        return known
+    source = str(facts.get("data") or config.dataset)
+    run_id = tracking.start_run(
+        tracked.tracking_uri,
+        experiment=f"ivegan-{config.dataset}",
+        run_name=name,
+        params=flatten(config),
+        tags={
+            "preset": str(facts.get("preset")),
+            "git_commit": str(facts.get("git_commit")),
+            "config_hash": config_hash(config),
+            "dataset_hash": str(facts.get("dataset_hash")),
+            "mlflow.note.content": f"Made when {name} was registered; it was tracked elsewhere.",
+        },
+        config=to_dict(config),
+        dataset=(config.dataset, str(facts.get("dataset_hash")), source),
+    )
+    tracking.end_run(tracked.tracking_uri, run_id, "FINISHED")
+    return run_id
+
+
+def _names(preset: str) -> list[str]:
+    return [model_name(preset, kind) for kind in KINDS]
+
+
+def _versions(tracked: MlflowClient, name: str) -> list[ModelVersion]:
+    """Return all versions of a model, newest first; none where there is no such model."""
+    found = tracked.search_model_versions(f"name='{name}'")
+    return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def _aliases(tracked: MlflowClient, name: str) -> dict[str, str]:
+    """Return which version (as text) each stage word points to."""
+    try:
+        aliases = tracked.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+    return {word: str(version) for word, version in aliases.items() if word in WORDS}
+
+
+def _resolve(tracked: MlflowClient, name: str, word: str) -> ModelVersion:
+    """Return the version that an alias, a stage or a number means.
+
+    Raises:
+        UserError: no such model or version, with those that there are.
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{name!r} is no name of a model: it looks like ivegan-digits-encoder.")
+    versions = _versions(tracked, name)
+    if not versions:
+        names = [model.name for model in tracked.search_registered_models()]
+        near = difflib.get_close_matches(name, names, n=3) or names[:6]
+        there = f"there are {', '.join(near)}" if near else "none is registered yet"
+        raise UserError(f"No model is registered as {name}; {there}.")
+    alias = _aliases(tracked, name).get(word.lower())
+    for version in versions:
+        if str(version.version) == (word if word.isdecimal() else alias):
+            return version
+    for version in versions:
+        if alias is None and (version.current_stage or "").lower() == word.lower():
+            return version
+    there = ", ".join(f"{v.version} ({v.tags.get('stage', 'no stage')})" for v in versions[:6])
+    raise UserError(f"{name} has no version {word}; there are {there}.")
+
+
+def _holder(tracked: MlflowClient, preset: str, word: str) -> ModelVersion | None:
+    """Return the encoder that holds a stage word."""
+    name = model_name(preset, "encoder")
+    version = _aliases(tracked, name).get(word)
+    return None if version is None else tracked.get_model_version(name, version)
+
+
+def _set_alias(tracked: MlflowClient, version: ModelVersion, word: str) -> None:
+    tracked.set_registered_model_alias(version.name, word, str(version.version))
+
+
+def _tag(tracked: MlflowClient, version: ModelVersion, **tags: object) -> None:
+    for name, value in tags.items():
+        if version.tags.get(name) != str(value):
+            tracked.set_model_version_tag(version.name, str(version.version), name, str(value))
+            version.tags[name] = str(value)
+
+
+def _digest(version: ModelVersion) -> str:
+    """Return the checksum that a version was registered with.
+
+    Raises:
+        UserError: it has none.
+    """
+    if "sha256" not in version.tags:
+        raise UserError(
+            f"Version {version.version} of {version.name} has no checksum: register it with "
+            "registry.py, and it gets one."
+        )
+    return version.tags["sha256"]
+
+
+def _facts_of(version: ModelVersion) -> dict[str, Any]:
+    """Return what people want to know of a version."""
+    tags = version.tags
+    name, _, kind = version.name.rpartition("-")
+    partner = f"{name}-{'generator' if kind == 'encoder' else 'encoder'}"
+    return {
+        "name": version.name,
+        "version": int(version.version),
+        "stage": tags.get("stage"),
+        "run_id": tags.get("run_id"),
+        "mlflow_run_id": version.run_id,
+        "images_seen": int(tags["images_seen"]) if "images_seen" in tags else None,
+        "registered_at": tags.get("registered_at"),
+        "sha256": tags.get("sha256"),
+        "partner": partner,
+        "partner_version": int(tags["partner_version"]) if "partner_version" in tags else None,
+    }
+
+
+def _moved(
+    preset: str,
+    to: str,
+    pair: tuple[ModelVersion, ModelVersion],
+    before: ModelVersion | None,
+) -> dict[str, Any]:
+    """Return what a change of stage has done."""
+    encoder, generator = pair
+    return {
+        "preset": preset,
+        "stage": to,
+        "run_id": encoder.tags.get("run_id"),
+        "encoder": {"name": encoder.name, "version": int(encoder.version)},
+        "generator": {"name": generator.name, "version": int(generator.version)},
+        "replaced": None if before is None else int(before.version),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Register(cli.Options):
+    """Register a checkpoint's encoder and generator as candidates in staging."""
+
+    checkpoint: str
+    """A checkpoint's folder, or a run's folder (its newest is taken)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promote(cli.Options):
+    """Move the encoder and the generator of one run to a stage, together."""
+
+    preset: str
+    """Whose models: digits, celeba-plus, ..."""
+    to: Literal["staging", "production"] = "production"
+    """The stage."""
+    version: int | None = None
+    """The encoder's version; the one in staging by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback(cli.Options):
+    """Put back into production what the present pair replaced."""
+
+    preset: str
+    """Whose models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(cli.Options):
+    """Show all versions and their stages, and repair what an interruption left."""
+
+    preset: str | None = None
+    """Only this preset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull(cli.Options):
+    """Fetch one model, verified, for use without this repository."""
+
+    name: str
+    """Name of the registered model: ivegan-digits-encoder."""
+    stage: str = "production"
+    """An alias, a stage or a version."""
+    to: str | None = None
+    """Folder for model/, weights.safetensors and config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync(cli.Options):
+    """Deliver to MLflow what an outage held back."""
+
+    journals: str | None = None
+    """Folder of the journals; runs/journal by default."""
+
+
+def main_register(options: Register) -> dict[str, Any]:
+    """Register, or tell what would be."""
+    at = checkpoint.find(storage.absolute(options.checkpoint))
+    if options.dry_run:
+        facts = checkpoint.read_facts(at)
+        preset = facts.get("preset") or facts["config"]["dataset"]
+        return _print({"checkpoint": at, "names": _names(preset), "stage": "staging"})
+    done = register(at)
+    for kind in KINDS:
+        half = done[kind]
+        say = "registered as" if done["new"] else "was registered before, as"
+        print(f"{kind} {say} {half['name']} version {half['version']} ({half['stage']})")
+    return done
+
+
+def main_promote(options: Promote) -> dict[str, Any]:
+    """Promote, or tell what would be."""
+    if options.dry_run:
+        with _asking() as tracked:
+            pair = _candidates(tracked, options.preset, options.to, options.version)
+            before = _holder(tracked, options.preset, options.to)
+        return _print(_moved(options.preset, options.to, pair, before))
+    return _print_move(promote(options.preset, to=options.to, version=options.version))
+
+
+def main_rollback(options: Rollback) -> dict[str, Any]:
+    """Roll back, or tell what would come back."""
+    if options.dry_run:
+        with _asking() as tracked:
+            pair, present = _former(tracked, options.preset)
+        return _print(_moved(options.preset, "production", pair, present))
+    return _print_move(rollback(options.preset))
+
+
+def main_list(options: List) -> dict[str, Any]:
+    """Print a table; with ``--dry-run``, without repairing."""
+    found = overview(options.preset, repair=not options.dry_run)
+    for line in found["repaired"]:
+        print(f"repaired: {line}")
+    columns = ("name", "version", "stage", "run_id", "images_seen", "partner_version", "sha256")
+    table = [
+        columns,
+        *(
+            ["-" if row[c] is None else str(row[c])[:40] for c in columns]
+            for row in found["versions"]
+        ),
+    ]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    for row in table:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    return found
+
+
+def main_pull(options: Pull) -> dict[str, Any]:
+    """Pull, or tell what would come."""
+    if options.to is None:
+        raise UserError(
+            "pull needs --to, a folder for model/, weights.safetensors and config.json."
+        )
+    to = Path(options.to).expanduser().absolute()
+    if options.dry_run:
+        with _asking() as tracked:
+            found = _facts_of(_resolve(tracked, options.name, options.stage))
+        return _print({**found, "to": str(to)})
+    return _print(pull(options.name, stage=options.stage, to=to))
+
+
+def main_sync(options: Sync) -> dict[str, Any]:
+    """Deliver, or tell how much waits."""
+    from pipelines.train import runs_dir
+
+    folder = Path(options.journals) if options.journals else runs_dir() / "journal"
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} of journals: name one with --journals.")
+    if options.dry_run:
+        return _print({"waiting": tracking.waiting(folder)})
+    done = sync(folder)
+    print(f"{sum(done['delivered'].values())} entries delivered")
+    return done
+
+
+def _print(values: dict[str, Any]) -> dict[str, Any]:
+    """Print values one a line, and return them."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:{width}}  {value}")
+    return values
+
+
+def _print_move(done: dict[str, Any]) -> dict[str, Any]:
+    for kind in KINDS:
+        print(f"{done[kind]['name']} version {done[kind]['version']} is now in {done['stage']}")
+    if done["replaced"] is not None:
+        print(f"in place of version {done['replaced']} of the encoder and its partner")
+    return done
+
+
+def command() -> None:
+    """Run from the command line."""
+    cli.run_verb(
+        {
+            "register": (main_register, Register),
+            "promote": (main_promote, Promote),
+            "rollback": (main_rollback, Rollback),
+            "list": (main_list, List),
+            "pull": (main_pull, Pull),
+            "sync": (main_sync, Sync),
+        }
+    )
+
+
+if __name__ == "__main__":
+    command()

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
+Measure = Callable[[str], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Run(cli.Options):
     """
 
     data: str | None = None
-    """Shards, a folder or s3:// URI; digits builds its own on first use, ring and grid need none."""
+    """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
     workers: int = 2
@@ -183,12 +184,13 @@ def at(plan: Plan, config: Config, run_id: str, parent_run: str | None = None) -
     )
 
 
-def fit(plan: Plan, *, show: Callable[[Event], None] | None = None) -> dict[str, Any]:
+def fit(plan: Plan, *, show: Emit | None = None, measure: Measure | None = None) -> dict[str, Any]:
     """Train as planned and return what ``--json`` prints: ids, checkpoint, rate, last metrics.
 
     Args:
         plan: from ``resolve``.
         show: called with every event, for a terminal; nothing is printed here.
+        measure: called with every checkpoint's URI; what it returns is tracked with the losses.
 
     Raises:
         UserError: the run id exists, the data do not fit, or the cluster is too small.
@@ -200,11 +202,15 @@ def fit(plan: Plan, *, show: Callable[[Event], None] | None = None) -> dict[str,
         if plan.run.workers:
             stack.enter_context(ray_cluster())
             require_resources(plan.run, (lambda line: show({"line": line})) if show else log.info)
-        return _tracked(plan, dataset_hash, known, show)
+        return _tracked(plan, dataset_hash, known, show, measure)
 
 
 def _tracked(
-    plan: Plan, dataset_hash: str, known: dict[str, Any] | None, show: Emit | None
+    plan: Plan,
+    dataset_hash: str,
+    known: dict[str, Any] | None,
+    show: Emit | None,
+    measure: Measure | None,
 ) -> dict[str, Any]:
     """Train under an MLflow run that ends as the training does."""
     mlflow_run = _start_tracking(plan, dataset_hash, known)
@@ -212,7 +218,7 @@ def _tracked(
         "preset": plan.preset,
         "run_id": plan.run_id,
         "mlflow_run_id": mlflow_run,
-        "tracking_uri": _public(plan.tracking_uri),
+        "tracking_uri": tracking.public(plan.tracking_uri),
         "data": plan.data_uri,
         "dataset_hash": dataset_hash,
         "config_hash": config_hash(plan.config),
@@ -226,13 +232,15 @@ def _tracked(
     tracker = tracking.Tracker(plan.tracking_uri, mlflow_run, Path(plan.journal))
 
     def handle(event: Event) -> None:
-        """Pass one event on to whoever watches and to MLflow."""
-        if show is not None:
-            show(event)
+        """Pass one event on to MLflow and to whoever watches."""
+        if measure is not None and "checkpoint" in event:
+            event["metrics"] |= measure(event["checkpoint"])
         if "metrics" in event:
             tracker.log(event["metrics"], event["images_seen"])
         for name, png in event.get("figures", {}).items():
             tracker.figure(name, png, event["images_seen"])
+        if show is not None:
+            show(event)
 
     status = "FAILED"
     fit_somewhere = _fit_ray if plan.run.workers else work
@@ -240,7 +248,7 @@ def _tracked(
         with _terminated_by_signal(), tracking.system_metrics(plan.tracking_uri, mlflow_run):
             result = fit_somewhere(plan, facts, handle)
         status = "FINISHED"
-    except (KeyboardInterrupt, Terminated):
+    except (KeyboardInterrupt, SystemExit, Terminated):
         status = "KILLED"
         raise
     finally:
@@ -397,22 +405,26 @@ def _cause(error: Exception) -> Exception:
 
 def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train on one of Ray's ranks; only rank 0's events and outcome are used."""
+    import ray
     import ray.train
 
     events = payload["events"]
     rank = ray.train.get_context().get_world_rank()
+    last: list[Any] = []
 
     def emit(event: Event) -> None:
         if rank == 0:
-            events.put_nowait.remote(event)  # not awaited: a slow driver must not hold a step up
-        if "checkpoint" in event:
-            ray.train.report({"images_seen": event["images_seen"]})
+            # Not awaited: a slow driver must not hold a step up. Nor Ray Train's own report, which
+            # holds every rank up until its controller looks next, 2 s later.
+            last[:] = [events.put_nowait.remote(event)]
 
     try:
-        return work(payload["plan"], payload["facts"], emit)
+        outcome = work(payload["plan"], payload["facts"], emit)
     except NonFiniteLossError as error:
         # Returned, not raised: every retry would diverge again.
-        return {"diverged": str(error)}
+        outcome = {"diverged": str(error)}
+    ray.get(last)  # the queue holds all events now, before the driver closes it
+    return outcome
 
 
 def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -528,7 +540,7 @@ def ray_cluster(dashboard: bool = False) -> Iterator[None]:
     ray.init(
         address=address,
         include_dashboard=None if address is None else dashboard,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": storage.environment()},
     )
@@ -591,12 +603,6 @@ def git_commit() -> str:
         return "unknown"
 
 
-def _public(uri: str) -> str:
-    """Return a URI without the user and password it may carry."""
-    scheme, slashes, rest = uri.partition("://")
-    return scheme + slashes + rest.rpartition("@")[2]
-
-
 class Display:
     """Shows a run's events: a progress bar in a terminal, plain lines elsewhere."""
 
@@ -607,7 +613,11 @@ class Display:
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=self.total, unit=" images", unit_scale=True, dynamic_ncols=True, file=sys.stdout
+                total=self.total,
+                unit=" images",
+                unit_scale=True,
+                dynamic_ncols=True,
+                file=sys.stdout,
             )
 
     def __call__(self, event: Event) -> None:

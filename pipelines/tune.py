@@ -33,12 +33,12 @@ class Sweep(cli.Options):
     max_concurrent: int = 0
     """Trials at once; 0 is as many as the cluster has CPUs, or GPUs with --gpu."""
     data: str | None = None
-    """Shards, a folder or s3:// URI; digits builds its own on first use, ring and grid need none."""
+    """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
     gpu: bool = False
     """Give each trial a GPU."""
-    seed: int = 0
+    search_seed: int = 0
     """Seed of the search; each trial's own seed is the setting ``seed``."""
     sweep_id: str | None = None
     """Name of the sweep; made from preset and time by default."""
@@ -54,7 +54,11 @@ def space(config: Config) -> dict[str, Any]:
 
     rates = {"optim.lr_g": tune.loguniform(1e-4, 2e-3), "optim.lr_d": tune.loguniform(1e-4, 2e-3)}
     if config.is_points:
-        return {**rates, "model.z_dim": tune.choice([2, 3, 4]), "model.noise_dim": tune.choice([2, 4])}
+        return {
+            **rates,
+            "model.z_dim": tune.choice([2, 3, 4]),
+            "model.noise_dim": tune.choice([2, 4]),
+        }
     sizes = [2, 3, 8, 16, 32] if config.dataset != "celeba" else [128, 256, 512, 1024]
     return {**rates, "model.z_dim": tune.choice(sizes), "model.noise_dim": tune.choice([2, 4, 8])}
 
@@ -68,28 +72,27 @@ def trial(changes: dict[str, Any], plan: train.Plan) -> None:
     run_id = f"{plan.run_id}-{tune.get_context().get_trial_id()}"
     own = train.at(plan, override(plan.config, changes), run_id)
 
-    def report(event: train.Event) -> None:
-        if event.get("checkpoint"):
-            config, encoder, generator, _ = checkpoint.load_networks(event["checkpoint"])
-            score = quality(config, encoder, generator, plan.data_uri, Path(plan.cache_dir))
-            event["metrics"][SCORE] = score
-            tune.report(
-                {
-                    SCORE: score,
-                    "images_seen": event["images_seen"],
-                    "checkpoint": event["checkpoint"],
-                }
-            )
+    def measure(at: str) -> dict[str, float]:
+        config, encoder, generator, _ = checkpoint.load_networks(at)
+        return {SCORE: quality(config, encoder, generator, plan.data_uri, Path(plan.cache_dir))}
 
-    train.fit(own, show=report)
+    def report(event: train.Event) -> None:
+        if "checkpoint" in event:  # after tracking, since a trial that is stopped ends in here
+            seen, score = event["images_seen"], event["metrics"][SCORE]
+            tune.report({SCORE: score, "images_seen": seen, "checkpoint": event["checkpoint"]})
+
+    train.fit(own, show=report, measure=measure)
 
 
 def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Run or restore a sweep; return its best configuration, score, trials and parent run."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    name = options.restore or options.sweep_id or f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    name = (
+        options.restore or options.sweep_id or f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    )
     run = train.Run(
         data=options.data, storage=options.storage, workers=0, gpu=options.gpu, run_id=name,
         resume=True,
@@ -139,9 +142,7 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
                         num_samples=options.samples,
                         max_concurrent_trials=options.max_concurrent or _slots(options.gpu),
                         time_budget_s=options.time_budget or None,
-                        search_alg=tune.search.basic_variant.BasicVariantGenerator(
-                            random_state=options.seed
-                        ),
+                        search_alg=BasicVariantGenerator(random_state=options.search_seed),
                         scheduler=ASHAScheduler(
                             time_attr="images_seen",
                             max_t=2 * config.total_images,  # or it would kill the finished ones too
@@ -154,20 +155,27 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
                     ),
                 )
             results = tuner.fit()
-        finished = [r for r in results if r.metrics and SCORE in r.metrics]
-        if not finished:
+        tracking.deliver(Path(plan.journal).parent)
+        tracking.end_children(plan.tracking_uri, parent, "stopped by the sweep")
+        trials = [
+            {"config": r.config, SCORE: r.metrics[SCORE], "images_seen": r.metrics["images_seen"]}
+            for r in results
+            if r.metrics and SCORE in r.metrics
+        ]
+        if not trials:
             raise UserError(f"No trial of {name} came as far as a score; see {plan.run_uri}.")
-        best = max(finished, key=lambda r: r.metrics[SCORE])
+        trials.sort(key=lambda t: -t[SCORE])
+        best = {
+            f"best.{k}": str(v) for k, v in {**trials[0]["config"], SCORE: trials[0][SCORE]}.items()
+        }
+        tracking.set_tags(plan.tracking_uri, parent, best)
         status = "FINISHED"
     finally:
         tracking.end_run(plan.tracking_uri, parent, status)
     return {
-        "best_config": best.config,
-        "best_metric": best.metrics[SCORE],
-        "trials": [
-            {"config": r.config, SCORE: r.metrics[SCORE], "images_seen": r.metrics["images_seen"]}
-            for r in finished
-        ],
+        "best_config": trials[0]["config"],
+        "best_metric": trials[0][SCORE],
+        "trials": trials,
         "parent_run_id": parent,
         "sweep_id": name,
     }
@@ -187,7 +195,7 @@ def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     if options.dry_run:
         return result
     print(f"\n{'score':>8} {'images':>10}  settings")
-    for row in sorted(result["trials"], key=lambda r: -r[SCORE]):
+    for row in result["trials"]:
         told = "  ".join(f"{k}={_short(v)}" for k, v in row["config"].items())
         print(f"{row[SCORE]:>8.4f} {row['images_seen']:>10,}  {told}")
     flags = " ".join(f"--{k} {_short(v)}" for k, v in result["best_config"].items())

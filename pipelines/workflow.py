@@ -8,7 +8,6 @@
 (``show``, ``card view evaluate``, ``argo-workflows create``) goes to Metaflow as it stands.
 """
 
-import getpass
 import os
 import subprocess
 import sys
@@ -168,10 +167,12 @@ def _metaflow(arguments: list[str]) -> dict[str, Any]:
             print("The workflow stopped; `workflow.py resume` goes on from there.", file=sys.stderr)
             raise SystemExit(status)
         run_id = noted.read_text().strip()
-    from metaflow import Run, namespace
+    from metaflow.client.core import Run, namespace
 
     namespace(None)
-    result: dict[str, Any] = Run(f"IveGanFlow/{run_id}").data.result
+    artifacts = Run(f"IveGanFlow/{run_id}").data
+    assert artifacts is not None, "a run that ended well has its artifacts"
+    result: dict[str, Any] = artifacts.result
     _tell(result)
     return {"metaflow_run": run_id, **result}
 
@@ -181,11 +182,10 @@ def _environment() -> None:
     where = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
     if where not in os.environ and os.environ.get("METAFLOW_DEFAULT_DATASTORE", "local") == "local":
         os.environ[where] = str(train.runs_dir())
-    if not any(os.environ.get(k) for k in ("METAFLOW_USER", "USER", "USERNAME")):
-        try:
-            os.environ["METAFLOW_USER"] = getpass.getuser()
-        except (KeyError, OSError):  # a container whose user id has no name
-            os.environ["METAFLOW_USER"] = "ivegan"
+    # Metaflow wants a user's name, and does not take root for one, as containers have it.
+    known = (os.environ.get(k) for k in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
+    if not any(name and name != "root" for name in known):
+        os.environ["METAFLOW_USER"] = "ivegan"
     for name, value in storage.environment().items():
         os.environ.setdefault(name, value)
 
@@ -204,7 +204,8 @@ def _tell(result: dict[str, Any]) -> None:
 def headline(metrics: dict[str, float]) -> list[str]:
     """Return the three numbers that say most, each with its meaning."""
     told = {
-        "eval/same_class": "{:.1%} of held-out images keep their class through E and G (chance {chance:.0%})",
+        "eval/same_class": "{:.1%} of held-out images keep their class through E and G "
+        "(chance {chance:.0%})",
         "eval/one_nn": "{:.1%} of held-out codes have a nearest neighbour of their own class",
         "eval/linear_probe": "{:.1%} of held-out codes are classified right by a linear probe",
         "eval/modes": "{:.0f} modes of the mixture are reached",
@@ -223,7 +224,9 @@ def command() -> None:
     if arguments[:1] in ([], ["-h"], ["--help"], ["resume"]):
         cli.run_verb({"resume": (resume, Resume)}, argv=arguments)
     _environment()
-    raise SystemExit(subprocess.run([sys.executable, str(FLOW), *arguments], check=False).returncode)
+    raise SystemExit(
+        subprocess.run([sys.executable, str(FLOW), *arguments], check=False).returncode
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from ivegan import storage
 
@@ -43,7 +46,7 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         if importlib.util.find_spec("swift") or os.environ.get("S3_TEST_ENDPOINT"):
             for name, value in request.getfixturevalue("s3_variables").items():
                 environment.setenv(name, value)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=2, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -93,3 +96,41 @@ def s3(s3_variables: dict[str, str]) -> Iterator[str]:
             client.delete_object(Bucket=bucket, Key=name)
         client.delete_bucket(Bucket=bucket)
         storage._client.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a fresh SQLite store: MLflow takes seconds to make its tables, a copy takes none."""
+    from pipelines import tracking
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    tracking.client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder to work in, with no variable of ours set."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "IVEGAN_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def store(home: Path, empty_store: Path) -> str:
+    """Return the URI of a fresh MLflow store, where commands that run in ``home`` look for it."""
+    (home / "runs").mkdir()
+    shutil.copy(empty_store, home / "runs" / "mlflow.db")
+    return f"sqlite:///{home}/runs/mlflow.db"
+
+
+@pytest.fixture
+def mlflow_runs() -> Callable[[str], list[Run]]:
+    """Return a function that returns all runs of a store, newest first."""
+
+    def runs(uri: str) -> list[Run]:
+        client = MlflowClient(uri)
+        return client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+    return runs

@@ -50,7 +50,6 @@ def faces(folder: Path, counts: tuple[int, ...] = (5, 3, 2), size=(178, 218)) ->
     names = [f"{i + 1:06d}.jpg" for i in range(sum(counts))]
     with zipfile.ZipFile(folder / celeba.ZIP, "w") as archive:
         archive.writestr("img_align_celeba/", b"")
-        archive.writestr("__MACOSX/img_align_celeba/._000001.jpg", b"no image")
         for name in names:
             jpeg = io.BytesIO()
             pixels = RNG.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
@@ -169,6 +168,7 @@ def test_a_killed_build_goes_on_and_ends_like_an_unbroken_one(idx_folder, tmp_pa
     result = build("mnist", str(idx_folder), str(killed), shard_size=4)
     assert (result["skipped"], result["shards"]) == (2, 10)
     assert files_of(killed) == files_of(unbroken)
+    assert verify(str(killed)) == []  # the records of what was finished are gone
 
 
 def test_the_manifest_is_written_last(idx_folder, tmp_path, monkeypatch):
@@ -217,6 +217,14 @@ def test_a_mistake_found_in_a_task_is_the_same_sentence(tmp_path, ray_cluster):
     assert "has (200, 300) pixels instead of (178, 218)" in str(told.value)
     assert "\n" not in str(told.value)
     assert type(told.value) is UserError
+
+
+@pytest.mark.ray
+def test_a_cluster_that_does_not_answer_is_told_at_once(idx_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match=r"No Ray cluster answers at RAY_ADDRESS 127\.0\.0\.1:9"):
+        build("mnist", str(idx_folder), str(tmp_path / "out"), workers=2)
 
 
 # IDX files
@@ -435,7 +443,6 @@ def test_the_program_builds_and_answers_in_json(idx_folder, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_the_program_starts_its_own_ray(idx_folder, tmp_path):
     done = program("mnist", "--source", idx_folder, "--out", tmp_path / "out", "--workers", "2")
     assert done.returncode == 0, done.stderr

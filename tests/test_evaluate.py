@@ -242,13 +242,28 @@ def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("half", ["encoder", "generator"])
-def test_networks_that_diverged_are_told(half: str, tmp_path: Path) -> None:
-    state = create_state(override(preset("ring"), {"model.width": 0.25}))
+@pytest.mark.parametrize("name", ["ring", "digits"])
+def test_networks_that_diverged_are_told_by_name(
+    name: str, half: str, digits_dataset: str, cache: Path, tmp_path: Path
+) -> None:
+    state = create_state(override(preset(name), {"model.width": 0.25}))
     with torch.no_grad():
-        next(getattr(state.encoder_generator, half).parameters()).fill_(float("nan"))
+        for networks in (state.encoder_generator, state.average):
+            if networks is not None:
+                next(getattr(networks, half).parameters()).fill_(float("nan"))
     uri = checkpoint.save(state, str(tmp_path / "run"), {})
-    with pytest.raises(UserError, match="diverged"):
-        run(uri, tmp_path / "out", tmp_path)
+    with pytest.raises(UserError, match=f"{half} of this checkpoint diverged"):
+        run(uri, tmp_path / "out", cache, digits_dataset)
+
+
+def test_another_seed_draws_other_samples(tmp_path: Path) -> None:
+    uri = saved(tmp_path, "ring")
+    found = [
+        evaluate.evaluate(uri, None, tmp_path / "out", cache_dir=tmp_path, seed=seed, limit=100)
+        for seed in (0, 1)
+    ]
+    for name in ("std_ratio", "residual_std_ratio"):
+        assert found[0]["metrics"][f"eval/{name}"] != found[1]["metrics"][f"eval/{name}"]
 
 
 def test_the_command_tells_its_plan_and_does_nothing(

@@ -72,7 +72,11 @@ def test_the_discriminator_phase_gives_the_players_no_gradient_and_the_other_way
 def test_a_step_is_equation_3_written_out_plainly():
     """The shared forward passes give the gradients of one forward per use, in float64."""
     config = tiny(
-        "digits", model__norm="none", objective__mismatched=0.0, transform__condition=False
+        "digits",
+        model__norm="none",
+        objective__mismatched=0.0,
+        transform__condition=False,
+        optim__ema=0.0,
     )
     state = create_state(config)
     state.players.double()

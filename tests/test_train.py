@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +25,15 @@ from data_prep.build import build
 from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from pipelines import tracking, train
+from pipelines import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """A fresh SQLite store: MLflow takes seconds to make its tables, a copy takes none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking.client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def home(tmp_path, monkeypatch, empty_store):
-    """An empty folder to work in, with no variable of ours set."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "IVEGAN_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def ring(home, empty_store):
+def ring(home, store):
     """Return a function that returns a function that trains a small ring and keeps its losses."""
-    (home / "runs").mkdir()
-    shutil.copy(empty_store, home / "runs" / "mlflow.db")
     return functools.partial(_ring, home)
-
-
-def mlflow_runs(home):
-    client = MlflowClient(f"sqlite:///{home}/runs/mlflow.db")
-    return client.search_runs([e.experiment_id for e in client.search_experiments()])
 
 
 def _ring(home, workers=0, images=64 * 20, **changes):
@@ -117,7 +93,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_does_not(home, ring):
     assert one != other
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(home, ring):
+def test_an_interrupted_run_goes_on_bit_for_bit(store, ring, mlflow_runs):
     whole, unbroken = ring()("whole")
     ring(images=64 * 10)("half")
     resumed, rest = ring()("half", resume=True)
@@ -125,7 +101,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home, ring):
     a, b = (load_file(Path(r["checkpoint"]) / "weights.safetensors") for r in (whole, resumed))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert resumed["mlflow_run_id"] != whole["mlflow_run_id"]
-    names = [run.info.run_name for run in mlflow_runs(home)]
+    names = [run.info.run_name for run in mlflow_runs(store)]
     assert names.count("half") == 1  # one MLflow run, though started twice
 
 
@@ -143,10 +119,10 @@ def test_resuming_with_other_settings_names_them(home, ring):
         ring(optim__lr_g=0.1)("a", resume=True)
 
 
-def test_a_diverged_run_is_marked_failed(home, ring):
+def test_a_diverged_run_is_marked_failed(store, ring, mlflow_runs):
     with pytest.raises(train.NonFiniteLossError, match="loss"):
         ring(optim__lr_d=1e38, optim__lr_g=1e38)("wild")
-    assert [run.info.status for run in mlflow_runs(home)] == ["FAILED"]
+    assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +205,7 @@ def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(h
 
 
 @pytest.mark.fault
-def test_a_terminated_run_is_killed_in_mlflow_and_can_go_on(home):
+def test_a_terminated_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_runs):
     words = ["ring", "--batch-size", "64", "--workers", "0", "--run-id", "x"]
     started = subprocess.Popen(
         [
@@ -256,14 +232,14 @@ def test_a_terminated_run_is_killed_in_mlflow_and_can_go_on(home):
     _, err = started.communicate(timeout=60)
     assert started.returncode == 128 + signal.SIGTERM
     assert "--run-id x --resume" in err
-    (run,) = mlflow_runs(home)
+    (run,) = mlflow_runs(store)
     assert run.info.status == "KILLED"
     newest = checkpoint.find(str(home / "runs/checkpoints/x"))
     seen = int(newest.rpartition("-")[2])
     more = [*words, "--total-images", str(seen + 640), "--resume", "--json"]
     out, _ = command(*more, cwd=home)
     assert json.loads(out.splitlines()[-1])["images_seen"] == seen + 640
-    (run,) = mlflow_runs(home)
+    (run,) = mlflow_runs(store)
     assert run.info.status == "FINISHED"
 
 
@@ -291,6 +267,7 @@ def test_asking_for_more_than_the_cluster_has_is_a_sentence(home, ray_cluster, r
 
 @pytest.mark.ray
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_killed_ray_worker_costs_nothing_but_time(home, ray_cluster, ring):
     """One of two workers gets SIGKILL at the first checkpoint; the run ends as if it had not."""
     cadence: dict[str, Any] = {"log_every": 64 * 500, "save_every": 64 * 500}
@@ -320,13 +297,14 @@ def test_a_killed_ray_worker_costs_nothing_but_time(home, ray_cluster, ring):
 @pytest.fixture
 def head(tmp_path):
     """A Ray head of its own, as `ray start --head` makes it; yields the address for jobs."""
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client, agent = free_ports(4)
     ray = str(Path(sys.executable).with_name("ray"))
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
     words = [
         *("--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"),
         *(f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+        f"--dashboard-agent-listen-port={agent}",
         "--dashboard-host=127.0.0.1",
     ]
     log = tmp_path / "head.log"
@@ -336,25 +314,30 @@ def head(tmp_path):
         )
     try:
         address = f"http://127.0.0.1:{dashboard}"
-        wait_for(f"{address}/api/version", process, log)
+        wait_for(lambda: takes_jobs(ray, address, env), process, log)
         yield address, env
     finally:
-        process.terminate()
+        # Killed with all it started: asked to end, it waits half a minute for its own children.
+        for child in (*psutil.Process(process.pid).children(recursive=True), process):
+            child.kill()
         process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Return once the URL answers; fail with the log if the process ends or a minute passes."""
-    deadline = time.monotonic() + 60
+def takes_jobs(ray: str, address: str, env: dict[str, str]) -> bool:
+    """Return whether the head runs jobs; its dashboard answers long before its agent does."""
+    words = [ray, "job", "submit", "--address", address, "--no-wait", "--", "true"]
+    return subprocess.run(words, env=env, capture_output=True, check=False).returncode == 0
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+    """Return once it is ready; fail with the log if the process ends or two minutes pass."""
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except OSError:
-            time.sleep(0.2)  # between two looks
-        else:
+        if ready():
             return
-    pytest.fail(f"{url} does not answer:\n{log.read_text()[-2000:]}")
+        time.sleep(0.2)  # between two looks
+    pytest.fail(f"not ready:\n{log.read_text()[-2000:]}")
 
 
 def free_ports(count: int) -> list[int]:
@@ -386,9 +369,7 @@ def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(he
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    config, encoder, _, facts = checkpoint.load_networks(
-        checkpoint.find(f"{tmp_path}/store/job")
-    )
+    config, encoder, _, facts = checkpoint.load_networks(checkpoint.find(f"{tmp_path}/store/job"))
     assert config.total_images == 5000
     assert facts["world_size"] == 2
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
