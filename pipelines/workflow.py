@@ -9,9 +9,11 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from ivegan.errors import UserError
 from pipelines import train
 
 FLOW = Path(__file__).with_name("flow.py")
+# Metaflow's time, and the step where a line comes from one.
+_PREFIX = re.compile(r"\d{4}-\S+ [\d:.]+ (?:\[\w+/(\w+)/\w+(?: \(pid \d+\))?\] ?)?")
+_CHATTER = {"Task is starting.", "Task finished successfully.", "Done!"}
+_TITLES = {"start": "prepare"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +168,12 @@ def _metaflow(arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         noted = Path(tmp) / "run_id"
         call = [sys.executable, str(FLOW), "--quiet", *arguments, "--run-id-file", str(noted)]
-        status = subprocess.run(call, check=False).returncode
-        if status:
+        with subprocess.Popen(
+            call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process:
+            assert process.stdout is not None
+            _pass_on(process.stdout)
+        if status := process.returncode:
             print("The workflow stopped; `workflow.py resume` goes on from there.", file=sys.stderr)
             raise SystemExit(status)
         run_id = noted.read_text().strip()
@@ -175,6 +185,20 @@ def _metaflow(arguments: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = artifacts.result
     _tell(result)
     return {"metaflow_run": run_id, **result}
+
+
+def _pass_on(lines: Iterable[str]) -> None:
+    """Print what the steps print, under their names instead of behind Metaflow's prefix."""
+    present = ""
+    for line in lines:
+        found = _PREFIX.match(line)
+        text = (line[found.end() :] if found else line).rstrip()
+        if not text or text in _CHATTER:
+            continue
+        if found and found[1] and found[1] != present:
+            present = found[1]
+            print(f"\n{_TITLES.get(present, present)}", flush=True)
+        print(f"  {text}" if found and found[1] else text, flush=True)
 
 
 def _environment() -> None:

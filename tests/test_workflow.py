@@ -67,7 +67,7 @@ def test_a_killed_workflow_goes_on_where_it_stopped(home, store):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["run_id"] == "cut"
     assert result["images_seen"] == 640000
-    first = next(line for line in done.stdout.splitlines() if " of 640,000 images" in line)
+    first = next(line for line in done.stdout.splitlines() if " of 640,000 " in line)
     assert int(first.split(" of ")[0].split()[-1].replace(",", "")) > 64000  # not from the start
     assert "Cloning" in done.stdout + done.stderr
     assert len(MlflowClient(store).search_model_versions("name='ivegan-ring-encoder'")) == 1
