@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-slow test-all lint check install ui clean
 
 demo: install
-	$(BIN)/python pipelines/workflow.py run digits --total-images 300000
+	$(BIN)/python pipelines/workflow.py run digits
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -182,7 +182,7 @@ _DIGITS = Config(
     objective=Objective(mismatched=1.0),
     transform=Transform(shift=1.5, rotate=15.0, condition=True),
     batch_size=128,
-    total_images=1_000_000,
+    total_images=300_000,
 )
 _MNIST = Config(
     dataset="mnist",

@@ -353,7 +353,7 @@ def progress_figures(
         if split is None:
             pages = {"samples": _progress_points(samples.numpy(), config.dataset)}
         else:
-            x = np.asarray(split.images[:10])
+            x = np.array(split.images[:10])
             codes = players.encoder(to_float(torch.from_numpy(x)).to(device))
             made = [players.generator(part, codes) for part in noise[: 4 * len(x)].split(len(x))]
             x_hat = np.stack([to_uint8(variation.cpu()).numpy() for variation in made])

@@ -562,19 +562,22 @@ def require_resources(run: Run, say: Callable[[str], None]) -> None:
     told = " and ".join(f"{v:g} {k}" for k, v in need.items())
     deadline = time.monotonic() + run.wait_for_nodes
     asked = False
-    while (room := _room(need)) < run.workers:
-        if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
-            waited = f" after waiting {run.wait_for_nodes:g} s" if run.wait_for_nodes else ""
-            raise UserError(
-                f"{run.workers} workers of {told} each were asked for, but the cluster has room "
-                f"for {room}{waited}; lower --workers or --threads, or add nodes"
-                + ("." if run.wait_for_nodes else " (--wait-for-nodes waits for an autoscaler).")
-            )
-        if not asked:
+    try:
+        while (room := _room(need)) < run.workers:
+            if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
+                waited = f" after waiting {run.wait_for_nodes:g} s" if asked else ""
+                raise UserError(
+                    f"{run.workers} workers of {told} each were asked for, but the cluster has "
+                    f"room for {room}{waited}; lower --workers or --threads, or add nodes"
+                    + ("." if waited else " (--wait-for-nodes waits for an autoscaler).")
+                )
             request_resources(bundles=[need] * run.workers)
             asked = True
-        say(f"waiting for nodes: room for {room} of {run.workers} workers of {told} each")
-        threading.Event().wait(5)  # the autoscaler offers nothing to wait on
+            say(f"waiting for nodes: room for {room} of {run.workers} workers of {told} each")
+            threading.Event().wait(5)  # the autoscaler offers nothing to wait on
+    finally:
+        if asked:  # taken back, or the autoscaler would hold the nodes for ever
+            request_resources(bundles=[])
 
 
 def _needs(run: Run) -> dict[str, float]:

@@ -27,7 +27,8 @@ from pipelines import train
 FLOW = Path(__file__).with_name("flow.py")
 # Metaflow's time, and the step where a line comes from one.
 _PREFIX = re.compile(r"\d{4}-\S+ [\d:.]+ (?:\[\w+/(\w+)/\w+(?: \(pid \d+\))?\] ?)?")
-_CHATTER = {"Task is starting.", "Task finished successfully.", "Done!"}
+_TASK_CHATTER = {"Task is starting.", "Task finished successfully."}
+_FLOW_CHATTER = re.compile(r"^Done!$|\btasks? (is|are)\b|\bsteps? (is|are|has not)\b")
 _TITLES = {"start": "prepare"}
 
 
@@ -193,12 +194,13 @@ def _pass_on(lines: Iterable[str]) -> None:
     for line in lines:
         found = _PREFIX.match(line)
         text = (line[found.end() :] if found else line).rstrip()
-        if not text or text in _CHATTER:
+        step = found[1] if found else None
+        if not text or text in _TASK_CHATTER or (found and not step and _FLOW_CHATTER.search(text)):
             continue
-        if found and found[1] and found[1] != present:
-            present = found[1]
-            print(f"\n{_TITLES.get(present, present)}", flush=True)
-        print(f"  {text}" if found and found[1] else text, flush=True)
+        if step and step != present:
+            present = step
+            print(f"\n{_TITLES.get(step, step)}", flush=True)
+        print(f"  {text}" if step else text, flush=True)
 
 
 def _environment() -> None:

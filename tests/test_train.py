@@ -260,6 +260,26 @@ def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
 
 
 @pytest.mark.ray
+@pytest.mark.s3
+def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
+    """Built to S3, trained from there by two Ray workers, resumed and read back from there."""
+    build("digits", source=None, out=f"{s3}/digits", workers=0)
+    sizes: dict[str, Any] = {"batch_size": 16, "model.width": 0.25}
+    places: dict[str, Any] = {"data": f"{s3}/digits", "storage": f"{s3}/runs", "run_id": "far"}
+    for workers, images in ((2, 16 * 8), (0, 16 * 12)):
+        config = override(preset("digits"), {**sizes, "total_images": images})
+        run = train.Run(workers=workers, resume=True, save_every=16 * 4, **places)
+        result = train.fit(train.resolve("digits", config, run))
+        assert result["images_seen"] == images
+    kept = [uri.rpartition("-")[2] for uri in checkpoint.checkpoints(f"{s3}/runs/far")]
+    assert [int(seen) for seen in kept] == [64, 128, 192]
+    assert result["checkpoint"] == checkpoint.find(f"{s3}/runs/far")
+    _, encoder, _, facts = checkpoint.load_networks(result["checkpoint"])
+    assert facts["data"] == f"{s3}/digits"
+    assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
+
+
+@pytest.mark.ray
 def test_asking_for_more_than_the_cluster_has_is_a_sentence(home, ray_cluster, ring):
     with pytest.raises(UserError, match=r"64 workers of 1 CPU each.*room for 2"):
         ring(workers=64, batch_size=128)("big")
@@ -384,3 +404,13 @@ def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(he
     )
     assert nowhere.returncode != 0
     assert "set --storage" in nowhere.stdout + nowhere.stderr
+
+    # Nodes that nobody adds are waited for, and told.
+    many = ["ring", "--workers", "64", "--wait-for-nodes", "6", *places[:2], "--run-id", "many"]
+    waits = subprocess.run(
+        [*submit, *script[:2], *many], capture_output=True, text=True, env=env, check=False
+    )
+    assert waits.returncode != 0
+    told = waits.stdout + waits.stderr
+    assert "waiting for nodes: room for 2 of 64 workers of 1 CPU each" in told
+    assert "room for 2 after waiting 6 s; lower --workers" in told
