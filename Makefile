@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all lint check install ui clean
+.PHONY: demo test test-slow test-all lint check install ui bench clean
 
 demo: install
 	$(BIN)/python pipelines/workflow.py run digits
@@ -35,7 +35,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 ui: install
+	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+bench: install
+	$(BIN)/python benchmarks/step.py ring --rounds 5
+	$(BIN)/python benchmarks/step.py digits --rounds 5
+	$(BIN)/python benchmarks/step.py mnist --model.width 0.25 --batch-size 128 --rounds 5
+	$(BIN)/python benchmarks/step.py celeba --model.width 0.25 --batch-size 16 --rounds 5
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache

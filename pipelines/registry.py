@@ -873,7 +873,7 @@ def main_list(options: List) -> dict[str, Any]:
     table = [
         columns,
         *(
-            ["-" if row[c] is None else str(row[c])[:40] for c in columns]
+            ["-" if row[c] is None else str(row[c])[: 12 if c == "sha256" else 40] for c in columns]
             for row in found["versions"]
         ),
     ]

@@ -435,7 +435,11 @@ def _experiment(tracked: MlflowClient, name: str, uri: str) -> str:
         where = None if path is None else (path.parent / "artifacts" / name).as_uri()
         note = DESCRIPTIONS.get(name.removeprefix("ivegan-"), "")
         try:
-            return tracked.create_experiment(name, where, {"mlflow.note.content": note})
+            tags = {
+                "mlflow.note.content": note,
+                "mlflow.experimentKind": "custom_model_development",  # not a language model's
+            }
+            return tracked.create_experiment(name, where, tags)
         except MlflowException:
             found = tracked.get_experiment_by_name(name)  # another process was faster
             if found is None:

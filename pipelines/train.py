@@ -21,11 +21,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ from pipelines import tracking
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 Measure = Callable[[str], dict[str, float]]
@@ -372,7 +374,7 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
         ),
     )
     try:
-        result = trainer.fit()
+        result = _in_a_thread(trainer.fit)
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     finally:
@@ -384,6 +386,24 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
     if "diverged" in outcome:
         raise NonFiniteLossError(outcome["diverged"])
     return outcome
+
+
+def _in_a_thread(call: Callable[[], T]) -> T:
+    """Return what a call returns that is made in another thread.
+
+    In the main one Ray Train would take Ctrl-C over, and an exception that a signal raises inside
+    Ray gets lost: a terminated run would go on.
+    """
+    outcome: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    return outcome.result()
 
 
 def _listen(queue: Any, handle: Callable[[Event], None]) -> None:
@@ -684,9 +704,10 @@ def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
     print(f"run {plan.run_id}: {preset}, {config.total_steps:,} steps of {config.batch_size}")
     try:
         result = fit(plan, show=display)
-    except Terminated:
+    except (KeyboardInterrupt, Terminated) as stop:
         print(f"stopped; continue with --run-id {plan.run_id} --resume", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
+        by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise SystemExit(128 + by) from None
     finally:
         display.close()
     print(

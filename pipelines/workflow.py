@@ -24,6 +24,8 @@ from ivegan.config import PRESETS, Config, flatten, override, preset
 from ivegan.errors import UserError
 from pipelines import train
 
+UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+"""MLflow opens on its pages for language models unless told otherwise."""
 FLOW = Path(__file__).with_name("flow.py")
 # Metaflow's time, and the step where a line comes from one.
 _PREFIX = re.compile(r"\d{4}-\S+ [\d:.]+ (?:\[\w+/(\w+)/\w+(?: \(pid \d+\))?\] ?)?")
@@ -222,7 +224,7 @@ def _tell(result: dict[str, Any]) -> None:
     for line in headline(result["evaluation"]):
         print(f"  {line}")
     print(f"Figures and numbers: {result['report']}")
-    print("Runs and models:     make ui, then http://127.0.0.1:5000")
+    print(f"Runs and models:     make ui, then {UI}")
     for name in result["registered"].get("names", []):
         print(f"Registered:          models:/{name}@staging")
 

@@ -28,6 +28,7 @@ from ivegan.errors import UserError
 from pipelines import train
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "pipelines" / "train.py")
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_an_uploaded_working_directory_holds_no_runs(home, monkeypatch):
 def command(*words, cwd, status=0, **env):
     """Run the train command as a person would; return stdout and stderr."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "train.py"), *words],
+        [sys.executable, TRAIN, *words],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -205,20 +206,19 @@ def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(h
 
 
 @pytest.mark.fault
-def test_a_terminated_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_runs):
-    words = ["ring", "--batch-size", "64", "--workers", "0", "--run-id", "x"]
+@pytest.mark.parametrize(
+    ("workers", "by"),
+    [
+        ("0", signal.SIGTERM),
+        ("0", signal.SIGINT),
+        pytest.param("2", signal.SIGTERM, marks=pytest.mark.ray),
+    ],
+)
+def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_runs, workers, by):
+    words = ["ring", "--batch-size", "64", "--run-id", "x"]
+    endless = ["--total-images", "64000000", "--log-every", "64000", "--save-every", "64000"]
     started = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "pipelines" / "train.py"),
-            *words,
-            "--total-images",
-            "64000000",
-            "--log-every",
-            "64000",
-            "--save-every",
-            "64000",
-        ],
+        [sys.executable, TRAIN, *words, *endless, "--workers", workers],
         cwd=home,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -228,15 +228,15 @@ def test_a_terminated_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_
     for line in started.stdout:
         if "saved checkpoint-" in line:
             break
-    started.send_signal(signal.SIGTERM)
+    started.send_signal(by)
     _, err = started.communicate(timeout=60)
-    assert started.returncode == 128 + signal.SIGTERM
+    assert started.returncode == 128 + by
     assert "--run-id x --resume" in err
     (run,) = mlflow_runs(store)
     assert run.info.status == "KILLED"
     newest = checkpoint.find(str(home / "runs/checkpoints/x"))
     seen = int(newest.rpartition("-")[2])
-    more = [*words, "--total-images", str(seen + 640), "--resume", "--json"]
+    more = [*words, "--total-images", str(seen + 640), "--workers", "0", "--resume", "--json"]
     out, _ = command(*more, cwd=home)
     assert json.loads(out.splitlines()[-1])["images_seen"] == seen + 640
     (run,) = mlflow_runs(store)
