@@ -214,8 +214,8 @@ class Logits(NamedTuple):
     """D(T(x), x)"""
     pair_fake: Tensor
     """D(G(z', E(x)), x)"""
-    pair_mismatched: Tensor
-    """D(T(y), x), y another sample of the batch"""
+    pair_mismatched: Tensor | None
+    """D(T(y), x), y another sample of the batch, where it was asked for"""
     sample_real: Tensor
     """D'(x)"""
     sample_fake: Tensor
@@ -245,6 +245,8 @@ class Discriminators(nn.Module):
         tx: Float[Tensor, "n ..."],
         x_hat: Float[Tensor, "n ..."],
         x_prior: Float[Tensor, "n ..."],
+        *,
+        mismatched: bool = False,
     ) -> Logits:
         """Return every logit of one step.
 
@@ -253,12 +255,15 @@ class Discriminators(nn.Module):
         """
         x_features, tx_features = self.trunk(torch.cat((x, tx))).chunk(2)
         x_hat_features, x_prior_features = self.trunk(torch.cat((x_hat, x_prior))).chunk(2)
-        # Neighbours 2k and 2k+1 swap places: the same partner for any number of workers.
-        ty_features = tx_features.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        pair_mismatched = None
+        if mismatched:
+            # Neighbours 2k and 2k+1 swap places: the same partner for any number of workers.
+            ty_features = tx_features.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            pair_mismatched = self.pair(ty_features, x_features)
         return Logits(
             pair_real=self.pair(tx_features, x_features),
             pair_fake=self.pair(x_hat_features, x_features),
-            pair_mismatched=self.pair(ty_features, x_features),
+            pair_mismatched=pair_mismatched,
             sample_real=self.sample(x_features),
             sample_fake=self.sample(x_prior_features),
         )

@@ -167,9 +167,10 @@ def _judge(
     penalised = bool(objective.r1 or objective.r2)
     if penalised:
         x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
-    logits: Logits = state.judges(x, tx, x_hat, x_prior)
+    mismatched = bool(objective.mismatched)
+    logits: Logits = state.judges(x, tx, x_hat, x_prior, mismatched=mismatched)
     loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
-    if objective.mismatched:
+    if logits.pair_mismatched is not None:
         loss_D = loss_D + objective.mismatched * discriminator_loss(
             logits.pair_real, logits.pair_mismatched, objective.loss
         )

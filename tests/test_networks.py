@@ -36,7 +36,7 @@ def test_every_network_maps_its_shapes(name):
     assert images.min() >= low
     assert images.max() <= 1
     x_hat, x_prior = EncoderGenerator(model)(x, noise, z, noise)
-    logits = Discriminators(model)(x, x, x_hat, x_prior)
+    logits = Discriminators(model)(x, x, x_hat, x_prior, mismatched=True)
     assert all(logit.shape == (4,) for logit in logits)
 
 
@@ -131,8 +131,11 @@ def test_a_signal_keeps_its_size_through_fresh_networks():
 def test_the_mismatched_pair_is_a_neighbours_and_independent_of_ranks():
     judges = Discriminators(override(preset("ring"), {"model.z_dim": 2}).model)
     x, tx = torch.rand(2, 8, 2)
-    whole = judges(x, tx, x, x).pair_mismatched
-    halves = [judges(x[s], tx[s], x[s], x[s]).pair_mismatched for s in (slice(4), slice(4, 8))]
+    whole = judges(x, tx, x, x, mismatched=True).pair_mismatched
+    halves = [
+        judges(x[s], tx[s], x[s], x[s], mismatched=True).pair_mismatched
+        for s in (slice(4), slice(4, 8))
+    ]
     torch.testing.assert_close(torch.cat(halves), whole)
     swapped = tx[[1, 0, 3, 2, 5, 4, 7, 6]]
     torch.testing.assert_close(judges.pair(swapped, x), whole)
