@@ -55,6 +55,7 @@ class IveGanFlow(FlowSpec):
     @step
     def evaluate(self) -> None:
         """Measure the last checkpoint and draw the paper's figures."""
+        from ivegan import report
         from pipelines import workflow
 
         out = Path(workflow.report_folder(self))
@@ -62,8 +63,8 @@ class IveGanFlow(FlowSpec):
         print(f"measuring {self.trained['checkpoint']} on held-out samples")
         self.metrics = workflow.evaluate(self.trained, self.data_uri, out)
         current.card.append(Markdown(f"# {self.preset}: run {self.trained['run_id']}"))
-        rows = [[name, f"{value:.4g}"] for name, value in sorted(self.metrics.items())]
-        current.card.append(Table(rows, headers=["quantity", "value"]))
+        rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]
+        current.card.append(Table(rows, headers=["what", "here", "to hold it against"]))
         for figure in sorted(out.glob("*.png")):
             current.card.append(Markdown(f"### {figure.stem.replace('_', ' ')}"))
             current.card.append(Image(figure.read_bytes()))

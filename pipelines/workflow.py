@@ -210,6 +210,8 @@ def _environment() -> None:
     where = "METAFLOW_DATASTORE_SYSROOT_LOCAL"
     if where not in os.environ and os.environ.get("METAFLOW_DEFAULT_DATASTORE", "local") == "local":
         os.environ[where] = str(train.runs_dir())
+        # Whatever its value, Metaflow (2.19) then keeps cards with its other records below runs.
+        os.environ.setdefault("METAFLOW_CARD_LOCALROOT", str(train.runs_dir()))
     # Metaflow wants a user's name, and does not take root for one, as containers have it.
     known = (os.environ.get(k) for k in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER"))
     if not any(name and name != "root" for name in known):

@@ -34,6 +34,8 @@ def test_a_workflow_ends_with_models_in_staging_and_numbers_in_mlflow(home, stor
     assert "models:/ivegan-ring-encoder@staging" in done.stdout
     assert "modes of the mixture are reached" in done.stdout
     assert Path(result["report"]).read_text().startswith("<!doctype html>")
+    assert len(list((home / "runs" / ".metaflow").rglob("cards/*.html"))) == 1
+    assert not (home / ".metaflow").exists()  # everything is below runs/
     client = MlflowClient(store)
     tracked = client.get_run(result["mlflow_run_id"])
     assert tracked.info.status == "FINISHED"
