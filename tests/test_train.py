@@ -229,7 +229,7 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
         if "saved checkpoint-" in line:
             break
     started.send_signal(by)
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=180)
     assert started.returncode == 128 + by
     assert "--run-id x --resume" in err
     (run,) = mlflow_runs(store)
