@@ -68,7 +68,7 @@ def evaluate_checkpoint(
         at,
         data,
         out,
-        cache_dir=_cache_dir(),
+        cache_dir=cache_dir(),
         device=device,
         seed=seed,
         limit=limit,
@@ -133,7 +133,7 @@ def _resolve(uri: str) -> str:
     return checkpoint.find(storage.absolute(uri))
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     """Return this node's folder for decoded images and trained classifiers."""
     if os.environ.get("IVEGAN_CACHE"):
         return Path(os.environ["IVEGAN_CACHE"])

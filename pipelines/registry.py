@@ -45,12 +45,12 @@ from mlflow.types import Schema, TensorSpec
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ivegan import checkpoint, cli, storage
+from ivegan import checkpoint, cli, report, storage
 from ivegan.artifact import check_sums, empty_members, find_pickles, write_sums
 from ivegan.config import Config, config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from ivegan.networks import Encoder, Generator, sample_shape
-from pipelines import tracking
+from pipelines import gate, model_card, tracking
 
 KINDS = ("encoder", "generator")
 WORDS = ("staging", "production")
@@ -59,7 +59,7 @@ Pair = tuple[ModelVersion, ModelVersion]
 
 TOLERANCE = 1e-5  # between a registered model and the network it was made from
 
-_WEIGHTS, _CONFIG = "weights.safetensors", "config.json"
+_WEIGHTS, _CONFIG, _CARD = "weights.safetensors", "config.json", "model_card.md"
 _ADDED_BY_MLFLOW = frozenset({"registered_model_meta"})  # a note that each download writes
 _BATCHES = (1, 2, 5)  # one is the size that an exported graph is most easily frozen to
 
@@ -276,7 +276,8 @@ def _log(
     try:
         with tempfile.TemporaryDirectory() as tmp:
             folder = Path(tmp) / "model"
-            digest = _write(folder, half, logged, run_id, facts)
+            evaluated = tracked.get_run(run_id).data.metrics
+            digest = _write(folder, half, logged, run_id, facts, evaluated)
             tracked.log_model_artifacts(logged.model_id, str(folder))
         tracked.finalize_logged_model(logged.model_id, "READY")
         output = LoggedModelOutput(logged.model_id, step=facts["images_seen"])
@@ -288,7 +289,12 @@ def _log(
 
 
 def _write(
-    folder: Path, half: Half, logged: LoggedModel, run_id: str, facts: Mapping[str, Any]
+    folder: Path,
+    half: Half,
+    logged: LoggedModel,
+    run_id: str,
+    facts: Mapping[str, Any],
+    evaluated: Mapping[str, float],
 ) -> str:
     """Return the checksum of a model's folder, after writing all that belongs in it."""
     about = Model(
@@ -316,6 +322,9 @@ def _write(
     (folder / _WEIGHTS).write_bytes(half.weights)
     stored = {**facts, "config": to_dict(half.config), "half": half.kind, "usage": half.usage}
     (folder / _CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    found = {k: v for k, v in evaluated.items() if k.startswith(report.PREFIX)}
+    card = model_card.render(half.name, half.kind, half.usage, stored, found)
+    (folder / _CARD).write_text(card)
     return write_sums(folder)
 
 
@@ -370,27 +379,89 @@ def _half_of(folder: Path) -> Half:
     return Half(kind=facts["half"], preset=preset, config=config, network=network)
 
 
-def promote(preset: str, *, to: str = "production", version: int | None = None) -> dict[str, Any]:
+def promote(
+    preset: str,
+    *,
+    to: str = "production",
+    version: int | None = None,
+    data: str | None = None,
+    force: str | None = None,
+) -> dict[str, Any]:
     """Move the encoder and the generator of one run to a stage; return what ``--json`` prints.
 
     Args:
         preset: whose models.
-        to: staging or production.
+        to: staging or production; the latter through the gate.
         version: of the encoder; the one in staging by default.
+        data: shards to judge on; those that the candidate was trained on by default.
+        force: why the gate's numbers do not count this time. Files that were changed, or models
+            that compute something else than their network, never pass.
 
     Raises:
-        UserError: no such pair, or one that does not pass.
+        UserError: no such pair, or one that does not pass, with the number.
     """
     with _asking() as tracked:
         pair = _candidates(tracked, preset, to, version)
         _check_pair(pair)
         encoder, before = pair[0], _holder(tracked, preset, to)
+        verdict = None
+        if to == "production" and (before is None or before.version != encoder.version):
+            verdict = _examine(tracked, preset, pair, before, data, force)
         if before is not None and before.version != encoder.version:
             _tag(tracked, encoder, replaces=before.version)
-        _tag(tracked, encoder, **{f"{to}_at": _now()})
+        tags: dict[str, object] = {f"{to}_at": _now()}
+        if verdict is not None:
+            tags |= {"quality": verdict.score, "quality_of_replaced": verdict.holder_score}
+            tags |= {"forced_because": force} if verdict.faults else {}
+        for half in pair:
+            _tag(tracked, half, **tags)
         _set_alias(tracked, encoder, to)
         settle(tracked, preset)
-        return _moved(preset, to, pair, before)
+        moved = _moved(preset, to, pair, before)
+        if verdict is not None:
+            moved |= {"quality": verdict.score, "quality_of_replaced": verdict.holder_score}
+            moved |= {"overruled": list(verdict.faults)}
+        return moved
+
+
+def _examine(
+    tracked: MlflowClient,
+    preset: str,
+    pair: Pair,
+    before: ModelVersion | None,
+    data: str | None,
+    force: str | None,
+) -> gate.Verdict:
+    """Return the gate's verdict on a pair.
+
+    Raises:
+        UserError: it does not pass, and is not forced.
+    """
+    from pipelines.evaluate import cache_dir
+
+    holder = None if before is None else _contender(_pair(tracked, preset, str(before.version)))
+    where = None if data is None else storage.absolute(data)
+    verdict = gate.examine(_contender(pair), holder, data=where, cache_dir=cache_dir())
+    if verdict.faults and not force:
+        raise UserError(
+            f"Version {pair[0].version} of {preset} does not go to production: "
+            f"{'; '.join(verdict.faults)}. (--force REASON overrules this.)"
+        )
+    return verdict
+
+
+def _contender(pair: Pair) -> gate.Contender:
+    """Return the networks of a pair, from their own files, verified."""
+    networks, facts = [], {}
+    for half in pair:
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = _fetch(f"models:/{half.name}/{half.version}", _digest(half), Path(tmp))
+            networks.append(_half_of(folder))
+            facts = json.loads((folder / _CONFIG).read_text())
+    encoder, generator = networks
+    return gate.Contender(
+        config=encoder.config, encoder=encoder.network, generator=generator.network, facts=facts
+    )
 
 
 def rollback(preset: str) -> dict[str, Any]:
@@ -536,8 +607,8 @@ def overview(preset: str | None = None, *, repair: bool = True) -> dict[str, Any
 def pull(name: str, *, stage: str = "production", to: Path) -> dict[str, Any]:
     """Fetch one model into a folder, verified before anything of it is loaded; return its facts.
 
-    The folder then holds ``model/`` for MLflow, ``weights.safetensors`` and ``config.json``. What
-    else is in it stays.
+    The folder then holds ``model/`` for MLflow, ``weights.safetensors``, ``config.json`` and the
+    model card, ``model_card.md``. What else is in it stays.
 
     Args:
         name: of the registered model.
@@ -554,7 +625,7 @@ def pull(name: str, *, stage: str = "production", to: Path) -> dict[str, Any]:
             to.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=to, prefix=".pull-") as tmp:
                 folder = _fetch(f"models:/{name}/{version.version}", _digest(version), Path(tmp))
-                for extra in (_WEIGHTS, _CONFIG):
+                for extra in (_WEIGHTS, _CONFIG, _CARD):
                     shutil.copyfile(folder / extra, Path(tmp) / extra)
                     (Path(tmp) / extra).replace(to / extra)
                 if (to / "model").exists():
@@ -792,6 +863,10 @@ class Promote(cli.Options):
     """The stage."""
     version: int | None = None
     """The encoder's version; the one in staging by default."""
+    data: str | None = None
+    """Shards to judge on; those that the candidate was trained on by default."""
+    force: str | None = None
+    """Reason to go to production in spite of the gate's numbers; it is kept as a tag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -852,7 +927,14 @@ def main_promote(options: Promote) -> dict[str, Any]:
             pair = _candidates(tracked, options.preset, options.to, options.version)
             before = _holder(tracked, options.preset, options.to)
         return _print(_moved(options.preset, options.to, pair, before))
-    return _print_move(promote(options.preset, to=options.to, version=options.version))
+    done = promote(
+        options.preset,
+        to=options.to,
+        version=options.version,
+        data=options.data,
+        force=options.force,
+    )
+    return _print_move(done)
 
 
 def main_rollback(options: Rollback) -> dict[str, Any]:
@@ -924,6 +1006,12 @@ def _print(values: dict[str, Any]) -> dict[str, Any]:
 def _print_move(done: dict[str, Any]) -> dict[str, Any]:
     for kind in KINDS:
         print(f"{done[kind]['name']} version {done[kind]['version']} is now in {done['stage']}")
+    if "quality" in done:
+        former = done["quality_of_replaced"]
+        beside = "" if former is None else f", {former:.3f} of the pair before"
+        print(f"quality on the validation split: {done['quality']:.3f}{beside}")
+        for fault in done["overruled"]:
+            print(f"overruled: {fault}")
     if done["replaced"] is not None:
         print(f"in place of version {done['replaced']} of the encoder and its partner")
     return done

@@ -18,21 +18,30 @@ from ivegan import checkpoint
 from ivegan.artifact import check_sums, find_pickles, write_sums
 from ivegan.config import override, preset
 from ivegan.errors import UserError
+from ivegan.evaluate import quality
 from ivegan.step import create_state
-from pipelines import registry
+from pipelines import gate, registry
 
 ENCODER, GENERATOR = "ivegan-digits-encoder", "ivegan-digits-generator"
 
 
-def saved(folder: Path, run_id: str, seed: int = 0) -> str:
-    """Return the URI of a small checkpoint of the digits."""
-    state = create_state(override(preset("digits"), {"model.width": 0.25, "seed": seed}))
-    facts = {"preset": "digits", "run_id": run_id, "dataset_hash": "abc", "git_commit": "def"}
-    return checkpoint.save(state, str(folder / run_id), facts)
+def saved(folder: Path, run_id: str, seed: int = 0, name: str = "digits", **facts: str) -> str:
+    """Return the URI of a small, untrained checkpoint."""
+    state = create_state(override(preset(name), {"model.width": 0.25, "seed": seed}))
+    known = {"preset": name, "run_id": run_id, "dataset_hash": name, "git_commit": "def"}
+    known |= {"config_hash": "123", **facts}
+    return checkpoint.save(state, str(folder / run_id), known)
 
 
 @pytest.fixture
-def registered(home: Path, store: str) -> dict[str, str]:
+def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything pass: for what is not about the gate."""
+    verdict = gate.Verdict(score=1.0, holder_score=None, faults=())
+    monkeypatch.setattr(gate, "examine", lambda *_, **__: verdict)
+
+
+@pytest.fixture
+def registered(home: Path, store: str, open_gate: None) -> dict[str, str]:
     """Return the checkpoints of two runs: the first in production, the second in staging."""
     first, second = (saved(home, name, seed) for seed, name in enumerate(("first", "second")))
     registry.register(first)
@@ -141,9 +150,14 @@ def test_pull_brings_weights_config_and_a_model_without_any_pickle(registered, h
         "model",
         "weights.safetensors",
         "config.json",
+        "model_card.md",
     }
     assert json.loads((home / "got" / "config.json").read_text())["run_id"] == "second"
     assert find_pickles(home / "got") == []
+    card = (home / "got" / "model_card.md").read_text()
+    assert "uint8, 0 to 255, images (N, 1, 16, 16) -> float32 latents z (N, 16)" in card
+    assert "CC BY 4.0" in card
+    assert "Not evaluated" in card
 
 
 def test_a_changed_artifact_is_refused(registered, store, home):
@@ -176,6 +190,47 @@ def test_a_model_that_computes_something_else_is_not_registered(home, store, mon
     with pytest.raises(UserError, match="away from its network"):
         registry.register(uri)
     assert MlflowClient(store).search_registered_models() == []
+
+
+def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, store, monkeypatch):
+    monkeypatch.setitem(gate.LEAST, "ring", 0.0)
+    monkeypatch.setattr(gate, "MARGIN", 0.0)
+    uris = [saved(home, f"run{seed}", seed, "ring") for seed in range(2)]
+    scores = []
+    for uri in uris:
+        config, encoder, generator, _ = checkpoint.load_networks(uri)
+        scores.append(quality(config, encoder, generator, None, home))
+    worse, better = sorted(range(2), key=lambda i: scores[i])
+    assert scores[worse] < scores[better]
+    registry.register(uris[worse])
+    done = registry.promote("ring")
+    assert done["quality"] == pytest.approx(scores[worse])
+    registry.register(uris[better])
+    done = registry.promote("ring")
+    assert (done["quality"], done["quality_of_replaced"]) == pytest.approx(
+        (scores[better], scores[worse])
+    )
+    registry.promote("ring", to="staging", version=1)
+    with pytest.raises(UserError, match=rf"{scores[worse]:.3f} is under {scores[better]:.3f}"):
+        registry.promote("ring")
+    name = "ivegan-ring-generator"
+    assert words(store, name)["2"] == ("production", "Production")
+    done = registry.promote("ring", force="the newer one answers too slowly")
+    assert len(done["overruled"]) == 1
+    tags = MlflowClient(store).get_model_version(name, "1").tags
+    assert tags["forced_because"] == "the newer one answers too slowly"
+    assert float(tags["quality"]) == pytest.approx(scores[worse])
+
+
+def test_an_untrained_pair_of_unknown_origin_is_refused(home, store, digits_dataset):
+    registry.register(saved(home, "a", data=digits_dataset, git_commit=""))
+    with pytest.raises(UserError) as told:
+        registry.promote("digits")
+    sentence = str(told.value)
+    assert "is under 0.4, the least for digits" in sentence
+    assert "does not say its git_commit" in sentence
+    assert "is not the data set that it was trained on" in sentence
+    assert words(store, ENCODER)["1"] == ("staging", "Staging")
 
 
 @pytest.mark.parametrize(
