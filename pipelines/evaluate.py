@@ -7,9 +7,6 @@ Digits take half a minute on two cores the first time, when the classifier that 
 trained, and less after that.
 """
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +60,8 @@ def evaluate_checkpoint(
     Raises:
         UserError: as for ``ivegan.evaluate.evaluate``.
     """
+    from pipelines.train import cache_dir  # here: --help needs neither Ray nor MLflow
+
     at = _resolve(uri)
     found = evaluate(
         at,
@@ -131,17 +130,6 @@ def _resolve(uri: str) -> str:
 
         uri = checkpoint_of(uri)
     return checkpoint.find(storage.absolute(uri))
-
-
-def cache_dir() -> Path:
-    """Return this node's folder for decoded images and trained classifiers."""
-    if os.environ.get("IVEGAN_CACHE"):
-        return Path(os.environ["IVEGAN_CACHE"])
-    from pipelines.train import runs_dir
-
-    with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
-        return runs_dir() / "cache"
-    return Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"
 
 
 def _check_device(device: str) -> None:

@@ -56,12 +56,13 @@ class IveGanFlow(FlowSpec):
     def evaluate(self) -> None:
         """Measure the last checkpoint and draw the paper's figures."""
         from ivegan import report
-        from pipelines import workflow
+        from pipelines import evaluate, workflow
 
         out = Path(workflow.report_folder(self))
         self.report = str(out / "report.html")
         print(f"measuring {self.trained['checkpoint']} on held-out samples")
-        self.metrics = workflow.evaluate(self.trained, self.data_uri, out)
+        at = self.trained["checkpoint"]
+        self.metrics = evaluate.evaluate_checkpoint(at, data=self.data_uri, out=out)
         current.card.append(Markdown(f"# {self.preset}: run {self.trained['run_id']}"))
         rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]
         current.card.append(Table(rows, headers=["what", "here", "to hold it against"]))

@@ -18,6 +18,7 @@ and ``models:/NAME/Production`` both load. A pair moves in a fixed order of call
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,6 +99,8 @@ class Half:
     preset: str
     config: Config
     network: nn.Module
+    facts: Mapping[str, Any]
+    """Of its checkpoint."""
 
     @property
     def name(self) -> str:
@@ -117,6 +120,11 @@ class Half:
         """The network's state, as safetensors."""
         state = self.network.state_dict()
         return save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Checksum of the weights alone, by which a version is known again."""
+        return hashlib.sha256(self.weights).hexdigest()
 
     @property
     def signature(self) -> ModelSignature:
@@ -178,18 +186,18 @@ def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[st
     config, encoder, generator, facts = checkpoint.load_networks(at)
     preset = facts.get("preset") or config.dataset
     halves = [
-        Half(kind=kind, preset=preset, config=config, network=network)
+        Half(kind=kind, preset=preset, config=config, network=network, facts=facts)
         for kind, network in zip(KINDS, (encoder, generator), strict=True)
     ]
     with _asking(tracking_uri or store_of(facts)) as tracked:
-        versions = [_registered(tracked, half, facts) for half in halves]
+        versions = [_registered(tracked, half) for half in halves]
         missing = [h for h, version in zip(halves, versions, strict=True) if version is None]
         if missing:
             run_id = next((v.run_id for v in versions if v), None) or _run_of(
                 tracked, config, facts
             )
-            _add(tracked, missing, run_id, at, facts)
-        encoder_version, generator_version = (_registered(tracked, h, facts) for h in halves)
+            _add(tracked, missing, run_id, at)
+        encoder_version, generator_version = (_registered(tracked, h) for h in halves)
         assert encoder_version
         assert generator_version
         _tag(tracked, encoder_version, partner_version=generator_version.version)
@@ -197,7 +205,7 @@ def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[st
         if str(encoder_version.version) not in _aliases(tracked, halves[0].name).values():
             _set_alias(tracked, encoder_version, "staging")
         settle(tracked, preset)
-        versions = [_registered(tracked, half, facts) for half in halves]
+        versions = [_registered(tracked, half) for half in halves]
         told = {h.kind: _facts_of(v) for h, v in zip(halves, versions, strict=True) if v}
         return {
             "preset": preset,
@@ -210,19 +218,16 @@ def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[st
         }
 
 
-def _registered(tracked: MlflowClient, half: Half, facts: Mapping[str, Any]) -> ModelVersion | None:
+def _registered(tracked: MlflowClient, half: Half) -> ModelVersion | None:
     """Return the version that holds these very weights of this very run, or None."""
-    digest = hashlib.sha256(half.weights).hexdigest()
+    wanted = {"weights_sha256": half.weights_sha256, "run_id": str(half.facts.get("run_id"))}
     for version in _versions(tracked, half.name):
-        tags = version.tags
-        if tags.get("weights_sha256") == digest and tags.get("run_id") == str(facts.get("run_id")):
+        if all(version.tags.get(name) == value for name, value in wanted.items()):
             return version
     return None
 
 
-def _add(
-    tracked: MlflowClient, halves: list[Half], run_id: str, at: str, facts: Mapping[str, Any]
-) -> None:
+def _add(tracked: MlflowClient, halves: list[Half], run_id: str, at: str) -> None:
     """Log the halves, check what was logged, and make versions of them only then.
 
     Raises:
@@ -231,7 +236,7 @@ def _add(
     logged: list[tuple[Half, str, str]] = []
     try:
         for half in halves:
-            model_id, digest = _log(tracked, half, run_id, facts)
+            model_id, digest = _log(tracked, half, run_id)
             logged.append((half, model_id, digest))
             check(f"models:/{model_id}", digest, half)
     except BaseException:
@@ -241,6 +246,7 @@ def _add(
     for half, model_id, digest in logged:
         if not tracked.search_registered_models(f"name='{half.name}'"):
             tracked.create_registered_model(half.name, {"preset": half.preset}, half.usage)
+        facts = half.facts
         tags = {
             "registered_at": _now(),
             "preset": half.preset,
@@ -251,7 +257,7 @@ def _add(
             "config_hash": config_hash(half.config),
             "git_commit": facts.get("git_commit"),
             "sha256": digest,
-            "weights_sha256": hashlib.sha256(half.weights).hexdigest(),
+            "weights_sha256": half.weights_sha256,
         }
         tracked.create_model_version(
             half.name,
@@ -263,12 +269,11 @@ def _add(
         )
 
 
-def _log(
-    tracked: MlflowClient, half: Half, run_id: str, facts: Mapping[str, Any]
-) -> tuple[str, str]:
+def _log(tracked: MlflowClient, half: Half, run_id: str) -> tuple[str, str]:
     """Return (id, checksum) of a half, logged as a model of its run."""
+    run = tracked.get_run(run_id)
     logged = tracked.create_logged_model(
-        tracked.get_run(run_id).info.experiment_id,
+        run.info.experiment_id,
         name=half.kind,
         source_run_id=run_id,
         params={name: str(value) for name, value in flatten(half.config).items()},
@@ -276,11 +281,10 @@ def _log(
     try:
         with tempfile.TemporaryDirectory() as tmp:
             folder = Path(tmp) / "model"
-            evaluated = tracked.get_run(run_id).data.metrics
-            digest = _write(folder, half, logged, run_id, facts, evaluated)
+            digest = _write(folder, half, logged, run_id, run.data.metrics)
             tracked.log_model_artifacts(logged.model_id, str(folder))
         tracked.finalize_logged_model(logged.model_id, "READY")
-        output = LoggedModelOutput(logged.model_id, step=facts["images_seen"])
+        output = LoggedModelOutput(logged.model_id, step=half.facts["images_seen"])
         tracked.log_outputs(run_id, [output])
     except BaseException:
         tracked.delete_logged_model(logged.model_id)
@@ -293,7 +297,6 @@ def _write(
     half: Half,
     logged: LoggedModel,
     run_id: str,
-    facts: Mapping[str, Any],
     evaluated: Mapping[str, float],
 ) -> str:
     """Return the checksum of a model's folder, after writing all that belongs in it."""
@@ -320,7 +323,7 @@ def _write(
     # torch keeps the example beside the graph, as a pickle, and does without it if it is empty.
     empty_members(folder / "data" / "model.pt2", "sample_inputs")
     (folder / _WEIGHTS).write_bytes(half.weights)
-    stored = {**facts, "config": to_dict(half.config), "half": half.kind, "usage": half.usage}
+    stored = {**half.facts, "config": to_dict(half.config), "half": half.kind, "usage": half.usage}
     (folder / _CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     found = {k: v for k, v in evaluated.items() if k.startswith(report.PREFIX)}
     card = model_card.render(half.name, half.kind, half.usage, stored, found)
@@ -328,8 +331,8 @@ def _write(
     return write_sums(folder)
 
 
-def check(model_uri: str, digest: str, half: Half | None = None) -> None:
-    """Do nothing if a model comes back as it was sent and computes what its network does.
+def check(model_uri: str, digest: str, half: Half | None = None) -> Half:
+    """Return a model's network if the model comes back as it was sent and computes what that does.
 
     Args:
         model_uri: of the model, any form that MLflow knows.
@@ -354,6 +357,7 @@ def check(model_uri: str, digest: str, half: Half | None = None) -> None:
                     f"{half.name} as MLflow loads it is {far:.2g} away from its network on a batch "
                     f"of {size} (at most {TOLERANCE:g} is allowed): it cannot be registered."
                 )
+        return half
 
 
 def _fetch(model_uri: str, digest: str, into: Path) -> Path:
@@ -376,7 +380,7 @@ def _half_of(folder: Path) -> Half:
     network = (Encoder if facts["half"] == "encoder" else Generator)(config.model).eval()
     network.load_state_dict(load_file(folder / _WEIGHTS))
     preset = facts.get("preset") or config.dataset
-    return Half(kind=facts["half"], preset=preset, config=config, network=network)
+    return Half(kind=facts["half"], preset=preset, config=config, network=network, facts=facts)
 
 
 def promote(
@@ -402,11 +406,11 @@ def promote(
     """
     with _asking() as tracked:
         pair = _candidates(tracked, preset, to, version)
-        _check_pair(pair)
+        halves = _check_pair(pair)
         encoder, before = pair[0], _holder(tracked, preset, to)
         verdict = None
         if to == "production" and (before is None or before.version != encoder.version):
-            verdict = _examine(tracked, preset, pair, before, data, force)
+            verdict = _examine(tracked, halves, before, data, force)
         if before is not None and before.version != encoder.version:
             _tag(tracked, encoder, replaces=before.version)
         tags: dict[str, object] = {f"{to}_at": _now()}
@@ -426,8 +430,7 @@ def promote(
 
 def _examine(
     tracked: MlflowClient,
-    preset: str,
-    pair: Pair,
+    halves: list[Half],
     before: ModelVersion | None,
     data: str | None,
     force: str | None,
@@ -437,30 +440,37 @@ def _examine(
     Raises:
         UserError: it does not pass, and is not forced.
     """
-    from pipelines.evaluate import cache_dir
+    from pipelines.train import cache_dir
 
-    holder = None if before is None else _contender(_pair(tracked, preset, str(before.version)))
+    preset, holder = halves[0].preset, None
+    if before is not None:
+        holder = _contender(map(_loaded, _pair(tracked, preset, str(before.version))))
     where = None if data is None else storage.absolute(data)
-    verdict = gate.examine(_contender(pair), holder, data=where, cache_dir=cache_dir())
+    verdict = gate.examine(_contender(halves), holder, data=where, cache_dir=cache_dir())
     if verdict.faults and not force:
         raise UserError(
-            f"Version {pair[0].version} of {preset} does not go to production: "
+            f"The {preset} of run {halves[0].facts.get('run_id')} does not go to production: "
             f"{'; '.join(verdict.faults)}. (--force REASON overrules this.)"
         )
     return verdict
 
 
-def _contender(pair: Pair) -> gate.Contender:
-    """Return the networks of a pair, from their own files, verified."""
-    networks, facts = [], {}
-    for half in pair:
-        with tempfile.TemporaryDirectory() as tmp:
-            folder = _fetch(f"models:/{half.name}/{half.version}", _digest(half), Path(tmp))
-            networks.append(_half_of(folder))
-            facts = json.loads((folder / _CONFIG).read_text())
-    encoder, generator = networks
+def _loaded(version: ModelVersion) -> Half:
+    """Return one half of a pair, from its own files, verified."""
+    with tempfile.TemporaryDirectory() as tmp:
+        return _half_of(
+            _fetch(f"models:/{version.name}/{version.version}", _digest(version), Path(tmp))
+        )
+
+
+def _contender(halves: Iterable[Half]) -> gate.Contender:
+    """Return the encoder and the generator of a pair as the gate takes them."""
+    encoder, generator = halves
     return gate.Contender(
-        config=encoder.config, encoder=encoder.network, generator=generator.network, facts=facts
+        config=encoder.config,
+        encoder=encoder.network,
+        generator=generator.network,
+        facts=encoder.facts,
     )
 
 
@@ -537,14 +547,13 @@ def _pair(tracked: MlflowClient, preset: str, encoder_version: str) -> Pair:
     return encoder, generator
 
 
-def _check_pair(pair: Pair) -> None:
-    """Do nothing if both halves are as they were registered, and load.
+def _check_pair(pair: Pair) -> list[Half]:
+    """Return both halves if they are as they were registered, and load.
 
     Raises:
         UserError: one is not.
     """
-    for half in pair:
-        check(f"models:/{half.name}/{half.version}", _digest(half))
+    return [check(f"models:/{v.name}/{v.version}", _digest(v)) for v in pair]
 
 
 def settle(tracked: MlflowClient, preset: str) -> list[str]:

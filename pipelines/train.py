@@ -128,6 +128,15 @@ def runs_dir() -> Path:
     return here / "runs"
 
 
+def cache_dir() -> Path:
+    """Return this node's folder for decoded images and trained classifiers."""
+    if os.environ.get("IVEGAN_CACHE"):
+        return Path(os.environ["IVEGAN_CACHE"])
+    with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
+        return runs_dir() / "cache"
+    return Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"
+
+
 def resolve(preset: str, config: Config, run: Run) -> Plan:
     """Return the plan of a run; nothing is written or started.
 
@@ -155,10 +164,10 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
             f"The preset {preset} needs --data, a folder or s3:// URI that "
             f"`python data_prep/build.py {config.dataset}` has written."
         )
-    cache = os.environ.get("IVEGAN_CACHE")
-    if cache is None:
-        with contextlib.suppress(UserError):
-            cache = str(runs_dir() / "cache")
+    cache = cache_dir()
+    journals = cache / "journal"
+    with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
+        journals = runs_dir() / "journal"
     return Plan(
         preset=preset,
         config=config,
@@ -166,9 +175,9 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
         run_id=run_id,
         run_uri=storage.join(storage.absolute(where), run_id),
         data_uri=None if data_uri is None else storage.absolute(data_uri),
-        cache_dir=cache or str(Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"),
+        cache_dir=str(cache),
         tracking_uri=tracking_uri,
-        journal=str(Path(cache or tempfile.gettempdir()).parent / "journal" / f"{run_id}.jsonl"),
+        journal=str(journals / f"{run_id}.jsonl"),
     )
 
 
@@ -215,11 +224,9 @@ def _tracked(
     measure: Measure | None,
 ) -> dict[str, Any]:
     """Train under an MLflow run that ends as the training does."""
-    mlflow_run = _start_tracking(plan, dataset_hash, known)
     facts = {
         "preset": plan.preset,
         "run_id": plan.run_id,
-        "mlflow_run_id": mlflow_run,
         "tracking_uri": tracking.public(plan.tracking_uri),
         "data": plan.data_uri,
         "dataset_hash": dataset_hash,
@@ -229,6 +236,8 @@ def _tracked(
         "threads_per_worker": plan.run.threads,
         "versions": {"torch": torch.__version__},
     }
+    mlflow_run = _start_tracking(plan, facts, known)
+    facts["mlflow_run_id"] = mlflow_run
     marker = json.dumps({**facts, "config": to_dict(plan.config)}, indent=2)
     storage.write_bytes(storage.join(plan.run_uri, "run.json"), marker.encode())
     tracker = tracking.Tracker(plan.tracking_uri, mlflow_run, Path(plan.journal))
@@ -324,7 +333,7 @@ def _earlier_start(plan: Plan) -> dict[str, Any] | None:
     return earlier
 
 
-def _start_tracking(plan: Plan, dataset_hash: str, known: dict[str, Any] | None) -> str:
+def _start_tracking(plan: Plan, facts: dict[str, Any], known: dict[str, Any] | None) -> str:
     """Return the id of the MLflow run: the earlier one of this run id, or a new one."""
     return tracking.start_run(
         plan.tracking_uri,
@@ -332,14 +341,15 @@ def _start_tracking(plan: Plan, dataset_hash: str, known: dict[str, Any] | None)
         run_name=plan.run_id,
         params={**flatten(plan.config), "workers": plan.run.workers, "threads": plan.run.threads},
         tags={
-            "preset": plan.preset,
-            "git_commit": git_commit(),
-            "config_hash": config_hash(plan.config),
-            "dataset_hash": dataset_hash,
             "checkpoints": plan.run_uri,
+            **{k: facts[k] for k in ("preset", "git_commit", "config_hash", "dataset_hash")},
         },
         config=to_dict(plan.config),
-        dataset=(plan.config.dataset, dataset_hash, plan.data_uri or plan.config.dataset),
+        dataset=(
+            plan.config.dataset,
+            facts["dataset_hash"],
+            plan.data_uri or plan.config.dataset,
+        ),
         parent_run_id=plan.run.parent_run,
         run_id=known["mlflow_run_id"] if known else None,
     )

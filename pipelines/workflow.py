@@ -30,7 +30,7 @@ FLOW = Path(__file__).with_name("flow.py")
 # Metaflow's time, and the step where a line comes from one.
 _PREFIX = re.compile(r"\d{4}-\S+ [\d:.]+ (?:\[\w+/(\w+)/\w+(?: \(pid \d+\))?\] ?)?")
 _TASK_CHATTER = {"Task is starting.", "Task finished successfully."}
-_FLOW_CHATTER = re.compile(r"^Done!$|\btasks? (is|are)\b|\bsteps? (is|are|has not)\b")
+_FLOW_CHATTER = re.compile(r"^Done!$|\btasks? (is|are)\b|\bsteps? (is|are|has not|have not)\b")
 _TITLES = {"start": "prepare"}
 
 
@@ -110,13 +110,6 @@ def prepare(plan: train.Plan, source: str) -> str | None:
 def report_folder(flow: Any) -> str:
     """Return the local folder for a flow's figures and report."""
     return str(Path(flow.out or train.runs_dir() / "reports").absolute() / flow.run_name)
-
-
-def evaluate(trained: dict[str, Any], data: str | None, out: Path) -> dict[str, float]:
-    """Return the metrics of a trained run's last checkpoint; figures and report go to ``out``."""
-    from pipelines.evaluate import evaluate_checkpoint
-
-    return evaluate_checkpoint(trained["checkpoint"], data=data, out=out)
 
 
 def main(name: str, config: Config, options: Workflow) -> dict[str, Any]:

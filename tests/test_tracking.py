@@ -1,16 +1,14 @@
 """Tracking: an MLflow server that dies stops nothing, and nothing is lost or doubled."""
 
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
+from processes import free_ports, kill, wait_for
 
 from pipelines import tracking
 
@@ -42,40 +40,32 @@ def server(
     store = tmp_path / "mlflow.db"
     store.write_bytes(empty_store.read_bytes())
     running: list[subprocess.Popen] = []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     uri = f"http://127.0.0.1:{port}"
     words = ["--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{store}"]
     words += ["--artifacts-destination", str(tmp_path / "artifacts")]
 
+    log = tmp_path / "server.log"
+
+    def answers() -> bool:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
     def start() -> subprocess.Popen:
         program = str(Path(sys.executable).with_name("mlflow"))
-        with (tmp_path / "server.log").open("a") as out:
+        with log.open("a") as out:
             running.append(
                 subprocess.Popen([program, "server", *words], stdout=out, stderr=out, cwd=tmp_path)
             )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-            except OSError:
-                time.sleep(0.2)  # between two looks
-            else:
-                return running[-1]
-        pytest.fail((tmp_path / "server.log").read_text()[-2000:])
+        wait_for(answers, running[-1], log)
+        return running[-1]
 
     yield uri, start
     for process in running:
         kill(process)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill a server with all its workers."""
-    if process.poll() is None:
-        for child in (*psutil.Process(process.pid).children(recursive=True), process):
-            child.kill()
-        process.wait(30)
 
 
 @pytest.mark.fault

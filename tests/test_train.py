@@ -5,12 +5,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from processes import free_ports, kill, wait_for
 from safetensors.torch import load_file
 
 from data_prep.build import build
@@ -156,7 +154,8 @@ def test_an_uploaded_working_directory_holds_no_runs(home, monkeypatch):
     with pytest.raises(UserError, match="--storage"):
         train.resolve("ring", preset("ring"), train.Run())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-    train.resolve("ring", preset("ring"), train.Run(storage=str(home)))
+    plan = train.resolve("ring", preset("ring"), train.Run(storage=str(home)))
+    assert Path(plan.journal).parent.parent == Path(plan.cache_dir)  # nor in /, as it once did
 
 
 def command(*words, cwd, status=0, **env):
@@ -337,10 +336,7 @@ def head(tmp_path):
         wait_for(lambda: takes_jobs(ray, address, env), process, log)
         yield address, env
     finally:
-        # Killed with all it started: asked to end, it waits half a minute for its own children.
-        for child in (*psutil.Process(process.pid).children(recursive=True), process):
-            child.kill()
-        process.wait(60)
+        kill(process)  # asked to end, it would wait half a minute for its own children
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -348,26 +344,6 @@ def takes_jobs(ray: str, address: str, env: dict[str, str]) -> bool:
     """Return whether the head runs jobs; its dashboard answers long before its agent does."""
     words = [ray, "job", "submit", "--address", address, "--no-wait", "--", "true"]
     return subprocess.run(words, env=env, capture_output=True, check=False).returncode == 0
-
-
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
-    """Return once it is ready; fail with the log if the process ends or two minutes pass."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if ready():
-            return
-        time.sleep(0.2)  # between two looks
-    pytest.fail(f"not ready:\n{log.read_text()[-2000:]}")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.mark.ray

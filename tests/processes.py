@@ -1,0 +1,39 @@
+"""Servers that tests start: free ports for them, patience with them, and their end."""
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nobody holds."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+    """Return once it is ready; fail with the log if the process ends or two minutes pass."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if ready():
+            return
+        time.sleep(0.2)  # between two looks
+    pytest.fail(f"not ready:\n{log.read_text()[-2000:]}")
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process with all that it started."""
+    if process.poll() is None:
+        for child in (*psutil.Process(process.pid).children(recursive=True), process):
+            child.kill()
+        process.wait(60)
