@@ -39,6 +39,7 @@ ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 bench: install
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/step.py ring --rounds 5
 	$(BIN)/python benchmarks/step.py digits --rounds 5
 	$(BIN)/python benchmarks/step.py mnist --model.width 0.25 --batch-size 128 --rounds 5

@@ -1,8 +1,9 @@
-"""Turn a raw data set into shards and a manifest.
+"""Turn a raw data set into shards and a manifest, with a table and pictures for people.
 
 Each shard is one Ray task, or one turn of a plain loop with ``--workers 0``; the bytes are the
 same. The manifest is written last, so what was interrupted is no data set; run again, the command
-goes on with the shards that are missing, and does nothing where all is done.
+goes on with the shards that are missing, and does nothing where all is done. Two builds of the same
+data into one place write the same bytes and may run at once; another one is refused.
 
     python data_prep/build.py digits --out runs/data/digits --workers 0
     python data_prep/build.py mnist --source ~/mnist --out s3://bucket/mnist --workers 4
@@ -12,6 +13,7 @@ The first ends with 1797 samples in 4 shards.
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -24,6 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
 from data_prep import celeba, digits, mnist
 from data_prep.source import Source
 from ivegan import cli, storage
@@ -31,8 +36,11 @@ from ivegan.errors import UserError
 from ivegan.shards import (
     ENCODING,
     MANIFEST,
+    SAMPLES,
     Manifest,
+    Row,
     Shard,
+    decode,
     read_manifest,
     settings_hash,
     shard_key,
@@ -43,7 +51,10 @@ from ivegan.shards import (
 log = logging.getLogger(__name__)
 
 DATASETS: dict[str, ModuleType] = {"digits": digits, "mnist": mnist, "celeba": celeba}
-_UNFINISHED = ".unfinished-"  # folder with a record of each shard, until the manifest is there
+_UNFINISHED = ".unfinished"  # folder with the plan and a record of each shard, until all is done
+_ADVICE = "choose another --out, or delete what is there"
+_CONTACTS = 80  # images on a contact sheet
+_COLUMNS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +64,8 @@ class Build(cli.Options):
     dataset: Literal["digits", "mnist", "celeba"]
     """digits, mnist or celeba. mnist takes any data set of four IDX files."""
     source: str | None = None
-    """Folder or s3:// URI of the raw files; digits need none."""
+    """Folder or s3:// URI of the raw files; digits need none. For mnist also "download", or the
+    http(s):// URL of a mirror; the files are then kept in OUT-raw."""
     out: str | None = None
     """Folder or s3:// URI for the data set."""
     workers: int = 2
@@ -93,7 +105,30 @@ class Plan:
     settings: dict[str, Any]
     jobs: tuple[Job, ...]
     records: str
-    """Folder of the records, which carries the hash of this plan."""
+    """Folder of what is noted until all is done."""
+
+    @property
+    def identity(self) -> bytes:
+        """Return what another build must agree with to write into the same place."""
+        what = {
+            "dataset": self.about.dataset,
+            "sources": self.about.sources,
+            "settings": self.settings,
+        }
+        return (json.dumps(what, sort_keys=True, indent=1) + "\n").encode()
+
+    @property
+    def marker(self) -> str:
+        """Return where the identity stands while a build goes on."""
+        return storage.join(self.records, "plan.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A finished shard and where it holds its samples."""
+
+    shard: Shard
+    rows: list[Row]
 
 
 def build(
@@ -111,7 +146,7 @@ def build(
 
     Args:
         dataset: a key of ``DATASETS``.
-        source: folder or URI of the raw files.
+        source: folder or URI of the raw files; mnist also takes what ``mnist.fetched`` does.
         out: folder or URI of the data set.
         workers: shards written at a time by Ray tasks; 0 is a plain loop in this process.
         shard_size: samples per shard.
@@ -127,20 +162,25 @@ def build(
         UserError: the source is not what it should be, or ``out`` holds something else.
     """
     began = time.perf_counter()
+    if dataset == "mnist" and source is not None:
+        source = mnist.fetched(source, out)
     plan = make_plan(dataset, source, out, shard_size=shard_size, name=name, crop=crop, limit=limit)
     manifest = _standing(plan)
     skipped = len(plan.jobs)
     if manifest is None:
+        _claim(plan)
         finished = _finished(plan)
         missing = [job for job in plan.jobs if shard_key(job.split, job.number) not in finished]
         skipped = len(finished)
         if workers == 0:
-            written: Iterable[Shard] = map(write_shard, missing)
+            written: Iterable[Written] = map(write_shard, missing)
         else:
             written = _written_by_ray(missing, workers)
-        for shard in _shown(written, len(missing)):
-            finished[shard.key] = shard
-        manifest = _complete(plan, finished)
+        for one in _shown(written, missing):
+            finished[one.shard.key] = one
+        manifest = storage.patiently(_complete, plan, finished)
+    # Also what a run has left that was killed right after it wrote the manifest.
+    storage.delete_folder(plan.records)
     return {
         "manifest": storage.join(plan.out, MANIFEST),
         "shards": len(manifest.shards),
@@ -180,9 +220,7 @@ def make_plan(
     if not any(about.splits.values()):
         raise UserError(f"There are no images in {source}: nothing to build.")
     settings = {**about.settings, "shard_size": shard_size, "encoding": ENCODING}
-    identity = json.dumps([about.dataset, about.sources, settings], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()
-    records = storage.join(out, _UNFINISHED + digest[:16])
+    records = storage.join(out, _UNFINISHED)
     jobs = [
         Job(
             dataset=dataset,
@@ -201,11 +239,19 @@ def make_plan(
     return Plan(about=about, out=out, settings=settings, jobs=tuple(jobs), records=records)
 
 
-def write_shard(job: Job) -> Shard:
-    """Write one shard, note it as finished, and return its entry of the manifest."""
+def write_shard(job: Job) -> Written:
+    """Write one shard, note it as finished, and return it; an object store is waited for.
+
+    Raises:
+        UserError: the source is not what it should be, or nothing can be written.
+    """
+    return storage.patiently(_write_shard, job)
+
+
+def _write_shard(job: Job) -> Written:
     key = shard_key(job.split, job.number)
     samples = DATASETS[job.dataset].read(job.source, job.split, job.start, job.stop, **job.options)
-    data = write_tar(samples)
+    data, rows = write_tar(samples)
     storage.write_bytes(storage.join(job.out, key), data)
     shard = Shard(
         split=job.split,
@@ -214,8 +260,9 @@ def write_shard(job: Job) -> Shard:
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
-    storage.write_bytes(job.record, json.dumps(dataclasses.asdict(shard)).encode())
-    return shard
+    record = {"shard": dataclasses.asdict(shard), "rows": rows}
+    storage.write_bytes(job.record, json.dumps(record).encode())
+    return Written(shard=shard, rows=rows)
 
 
 def main(options: Build) -> dict[str, Any]:
@@ -231,7 +278,13 @@ def main(options: Build) -> dict[str, Any]:
         "limit": options.limit,
     }
     if options.dry_run:
-        plan = make_plan(options.dataset, options.source, options.out, **choice)
+        where = options.source
+        if options.dataset == "mnist" and where is not None and mnist.is_remote(where):
+            where = storage.absolute(options.out) + "-raw"
+            if not storage.exists(where):
+                print(f"{options.source} would first be downloaded to {where}")
+                return {"source": options.source, "out": storage.absolute(options.out)}
+        plan = make_plan(options.dataset, where, options.out, **choice)
         told = {
             "dataset": plan.about.dataset,
             "source": options.source,
@@ -263,79 +316,161 @@ def _standing(plan: Plan) -> Manifest | None:
     """Return the manifest at ``out`` if it is of this plan, and None if there is none.
 
     Raises:
-        UserError: something else is there.
+        UserError: something else is there, or being built.
     """
-    advice = "choose another --out, or delete what is there"
     if storage.exists(storage.join(plan.out, MANIFEST)):
         manifest = read_manifest(plan.out)
         about = plan.about
         if manifest.settings_hash != settings_hash(plan.settings):
             raise UserError(
-                f"{plan.out} holds {manifest.dataset} built with other settings: {advice}."
+                f"{plan.out} holds {manifest.dataset} built with other settings: {_ADVICE}."
             )
         if (manifest.dataset, manifest.sources) != (about.dataset, about.sources):
             raise UserError(
-                f"{plan.out} holds {manifest.dataset} built from other files: {advice}."
+                f"{plan.out} holds {manifest.dataset} built from other files: {_ADVICE}."
             )
         return manifest
-    ours = plan.records.rpartition("/")[2]
-    for found in storage.list_names(plan.out):
-        if found.startswith(_UNFINISHED) and found != ours:
-            raise UserError(
-                f"{plan.out} holds an unfinished build with other settings or files: {advice}."
-            )
+    if storage.exists(plan.marker):
+        _check_claim(plan, storage.read_bytes(plan.marker))
     return None
 
 
-def _finished(plan: Plan) -> dict[str, Shard]:
-    """Return the shards that an earlier, interrupted run has written: key -> entry."""
-    out: dict[str, Shard] = {}
-    names = storage.list_names(plan.records)
+def _claim(plan: Plan) -> None:
+    """Mark the place as this plan's, unless it is another's.
+
+    Raises:
+        UserError: a build with other settings or files came first.
+    """
+    _check_claim(plan, storage.create_bytes(plan.marker, plan.identity))
+
+
+def _check_claim(plan: Plan, claim: bytes) -> None:
+    if claim != plan.identity:
+        raise UserError(
+            f"{plan.out} holds an unfinished build with other settings or files: {_ADVICE}."
+        )
+
+
+def _finished(plan: Plan) -> dict[str, Written]:
+    """Return the shards that an earlier, interrupted run has written, by their keys."""
+    out: dict[str, Written] = {}
+    wanted = {job.record.rpartition("/")[2] for job in plan.jobs}
+    names = sorted(wanted & set(storage.list_names(plan.records)))
     sizes = storage.list_files(plan.out) if names else {}
     for name in names:
-        if not name.endswith(".json") or name.startswith("."):
-            continue  # a record that was being written when the run was killed
-        shard = Shard(**json.loads(storage.read_bytes(storage.join(plan.records, name))))
+        record = json.loads(storage.read_bytes(storage.join(plan.records, name)))
+        shard = Shard(**record["shard"])
         if sizes.get(shard.key) == shard.bytes:
-            out[shard.key] = shard
+            out[shard.key] = Written(shard=shard, rows=[Row(*row) for row in record["rows"]])
     return out
 
 
-def _complete(plan: Plan, finished: dict[str, Shard]) -> Manifest:
-    """Write the manifest and return it.
+def _complete(plan: Plan, finished: dict[str, Written]) -> Manifest:
+    """Write what is for people, then the manifest, and return it.
 
     Raises:
-        UserError: a shard that another node has written cannot be seen from here.
+        UserError: a shard that another node has written cannot be seen from here, or another build
+            has taken the place.
     """
     sizes = storage.list_files(plan.out)
-    shards = [finished[shard_key(job.split, job.number)] for job in plan.jobs]
-    for shard in shards:
-        if sizes.get(shard.key) != shard.bytes:
+    written = [finished[shard_key(job.split, job.number)] for job in plan.jobs]
+    for one in written:
+        if sizes.get(one.shard.key) != one.shard.bytes:
             raise UserError(
-                f"{plan.out} has no {shard.key}, though a worker wrote it: on several nodes --out "
-                "must be a place that all of them share, such as an s3:// URI."
+                f"{plan.out} has no {one.shard.key}, though a worker wrote it: on several nodes "
+                "--out must be a place that all of them share, such as an s3:// URI."
             )
+    extras = {SAMPLES: _table(plan, written), **_contact_sheets(plan, written)}
+    for name, content in extras.items():
+        storage.write_bytes(storage.join(plan.out, name), content)
     manifest = Manifest(
         dataset=plan.about.dataset,
         image_shape=plan.about.image_shape,
         splits=plan.about.splits,
-        shards=tuple(shards),
+        shards=tuple(one.shard for one in written),
         sources=plan.about.sources,
         settings=plan.settings,
         settings_hash=settings_hash(plan.settings),
         label_names=plan.about.label_names,
+        extras={name: hashlib.sha256(content).hexdigest() for name, content in extras.items()},
     )
-    # The records go first: a data set never has anything beside what its manifest names.
-    storage.delete_folder(plan.records)
     if storage.is_local(plan.out):
+        ours = {Path(name).name for name in (*sizes, *extras, MANIFEST)}
         for name in sizes:
-            if Path(name).name.startswith(".shard-"):  # half written when a run was killed
-                (Path(plan.out) / name).unlink()
+            # half written when a run was killed: see storage.write_bytes
+            if Path(name).name.startswith(".") and Path(name).stem[1:] in ours:
+                (Path(plan.out) / name).unlink(missing_ok=True)
+    # A store may let two builds claim one place: its conditional writes are not always atomic. But
+    # one of the claims stands, and an equal build that was faster has left the manifest instead.
+    if _standing(plan) is None:
+        _claim(plan)
     write_manifest(plan.out, manifest)
     return manifest
 
 
-def _written_by_ray(jobs: list[Job], workers: int) -> Iterator[Shard]:
+def _table(plan: Plan, written: list[Written]) -> bytes:
+    """Return a Parquet file with a row per sample."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [(one.shard, row) for one in written for row in one.rows]
+    columns: dict[str, pa.Array] = {
+        "key": pa.array([row.key for _, row in rows]),
+        "split": pa.array([shard.split for shard, _ in rows]).dictionary_encode(),
+        "shard": pa.array([shard.key for shard, _ in rows]).dictionary_encode(),
+        "offset": pa.array([row.offset for _, row in rows], pa.int64()),
+        "bytes": pa.array([row.bytes for _, row in rows], pa.int32()),
+    }
+    for name in rows[0][1].meta:
+        values = [row.meta[name] for _, row in rows]
+        if name == "attributes":
+            for place, attribute in enumerate(plan.about.label_names):
+                columns[attribute] = pa.array([bool(value[place]) for value in values])
+        else:
+            columns[name] = pa.array(values)
+    into = io.BytesIO()
+    parquet.write_table(pa.table(columns), into, compression="zstd")
+    return into.getvalue()
+
+
+def _contact_sheets(plan: Plan, written: list[Written]) -> dict[str, bytes]:
+    """Return a PNG per split of images from its first to its last, read back from the shards."""
+    sheets = {}
+    for split, total in plan.about.splits.items():
+        rows = [(one.shard, row) for one in written if one.shard.split == split for row in one.rows]
+        if not rows:
+            continue
+        count = min(total, _CONTACTS)
+        some = [rows[place * total // count] for place in range(count)]
+        images = [
+            decode(
+                storage.patiently(
+                    storage.read_range, storage.join(plan.out, shard.key), row.offset, row.bytes
+                )
+            )
+            for shard, row in some
+        ]
+        sheets[f"contact-{split}.png"] = _side_by_side(np.stack(images))
+    return sheets
+
+
+def _side_by_side(images: np.ndarray) -> bytes:
+    """Return a PNG of images (n, c, h, w), ten in a row, enlarged where they are tiny."""
+    count, channels, height, _ = images.shape
+    scale, gap = max(1, 64 // height), 4
+    tiles = images.repeat(scale, axis=2).repeat(scale, axis=3)
+    around = ((0, -count % _COLUMNS), (0, 0), (0, gap), (0, gap))
+    tiles = np.pad(tiles, around, constant_values=255)
+    _, _, height, width = tiles.shape
+    rows = tiles.reshape(-1, _COLUMNS, channels, height, width).transpose(0, 3, 1, 4, 2)
+    page = rows.reshape(-1, _COLUMNS * width, channels)
+    page = np.pad(page, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    into = io.BytesIO()
+    Image.fromarray(page[..., 0] if channels == 1 else page).save(into, "PNG", compress_level=1)
+    return into.getvalue()
+
+
+def _written_by_ray(jobs: list[Job], workers: int) -> Iterator[Written]:
     """Yield the shards as Ray tasks finish them, so many at a time.
 
     Raises:
@@ -355,11 +490,11 @@ def _written_by_ray(jobs: list[Job], workers: int) -> Iterator[Shard]:
             num_cpus=None if attach else workers,
             include_dashboard=None if attach else False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     try:
         where = {"env_vars": storage.environment()}
-        task = ray.remote(num_cpus=1, runtime_env=where)(write_shard)
+        task = ray.remote(num_cpus=1, runtime_env=where, scheduling_strategy="SPREAD")(write_shard)
         waiting, running = list(reversed(jobs)), []
         while waiting or running:
             while waiting and len(running) < workers:
@@ -388,17 +523,30 @@ def _check_ray_address() -> None:
             ) from error
 
 
-def _shown(shards: Iterable[Shard], total: int) -> Iterator[Shard]:
+def _shown(written: Iterable[Written], jobs: list[Job]) -> Iterator[Written]:
     """Yield the shards, with a bar where somebody watches and some lines where nobody does."""
+    total = sum(job.stop - job.start for job in jobs)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(shards, total=total, unit="shard")
+        with tqdm(total=total, unit=" images", unit_scale=True, desc="build") as bar:
+            for one in written:
+                bar.update(one.shard.samples)
+                yield one
         return
-    for done, shard in enumerate(shards, start=1):
-        if done * 10 // total > (done - 1) * 10 // total:
-            log.info("%d of %d shards written", done, total)
-        yield shard
+    began, images = time.perf_counter(), 0
+    for done, one in enumerate(written, start=1):
+        images += one.shard.samples
+        if done * 10 // len(jobs) > (done - 1) * 10 // len(jobs):
+            rate = images / (time.perf_counter() - began)
+            log.info(
+                "%d of %d shards, %.0f images/s, %.0f s left",
+                done,
+                len(jobs),
+                rate,
+                (total - images) / rate,
+            )
+        yield one
 
 
 if __name__ == "__main__":

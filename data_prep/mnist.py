@@ -3,16 +3,24 @@
 Images of 28 x 28 are padded with zeros to 32 x 32, not resized: the networks halve five times, and
 the margin leaves room for shifts. The official test file is ``test``; of the official training
 file the last twelfth (5,000 of 60,000) is ``valid`` and what comes before it ``train``.
+
+The files may also be fetched: see ``fetched``.
 """
 
 import functools
 import gzip
 import hashlib
+import http.client
+import io
+import logging
 import math
 import struct
+import time
+import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from urllib.error import HTTPError
 
 import numpy as np
 
@@ -21,6 +29,8 @@ from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.shards import Sample
 
+log = logging.getLogger(__name__)
+
 OPTIONS = frozenset[str]()
 SIDE = 32
 VALID_SHARE = 12
@@ -28,7 +38,22 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+DOWNLOAD = "download"  # as --source
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+MD5 = {  # as published with MNIST
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
 _UNSIGNED_BYTES = 0x08
+_LARGEST = 1 << 30  # values of a file; MNIST has 47 million, EMNIST 547 million
+_LARGEST_DOWNLOAD = 1 << 28  # bytes
+_SILENCE, _PATIENCE = 30.0, 600.0  # seconds without a byte, and for a whole file
+_CHUNK = 1 << 16
 
 
 class _Half(NamedTuple):
@@ -40,13 +65,16 @@ class _Half(NamedTuple):
 
 
 def describe(source: str | None, name: str) -> Source:
-    """Return what there is to build.
+    """Return what there is to build, after reading the files anew.
 
     Raises:
         UserError: a file is missing, truncated, or not the IDX file that its name promises.
     """
     if source is None:
-        raise UserError(f"{name} needs --source: the folder or s3:// URI of the four IDX files.")
+        raise UserError(
+            f"{name} needs --source: the folder or s3:// URI of the four IDX files, or {DOWNLOAD}."
+        )
+    _half.cache_clear()
     train, test = _half(source, "train"), _half(source, "test")
     if not len(train.images) or not len(test.images):
         raise UserError(f"{source} holds an IDX file without images: nothing to build.")
@@ -82,6 +110,126 @@ def read(source: str, split: str, start: int, stop: int) -> Iterator[Sample]:
         yield Sample(f"{split}-{place - first:06d}", padded[None], meta)
 
 
+def fetched(source: str, out: str) -> str:
+    """Return where the files are, after downloading them if the source says so.
+
+    Args:
+        source: ``download`` for MNIST from a public mirror; ``http(s)://…`` for the folder of
+            another mirror, or of another data set in MNIST's layout: its files are looked through
+            (gzip's check sums, headers, lengths), but the published check sums are not demanded.
+            Anything else is returned as it is.
+        out: folder or URI of the data set to build; the files go beside it, with ``-raw`` added.
+
+    Raises:
+        UserError: as for ``download``.
+    """
+    if not is_remote(source):
+        return source
+    to = storage.absolute(out) + "-raw"
+    if source == DOWNLOAD:
+        download(to, MIRRORS)
+    else:
+        download(to, [source], published=False)
+    return to
+
+
+def is_remote(source: str) -> bool:
+    """Return whether the files must be downloaded first."""
+    return source == DOWNLOAD or source.startswith(("http://", "https://"))
+
+
+def download(to: str, mirrors: Sequence[str] = MIRRORS, *, published: bool = True) -> None:
+    """Put the four gzipped IDX files into a folder, each only when it is whole and checked.
+
+    Args:
+        to: folder or s3:// URI.
+        mirrors: URLs of folders, tried in this order for each file.
+        published: demand MNIST's published check sums, and fetch no file again that has its own.
+            Otherwise all are fetched: what is there may have come from another URL.
+
+    Raises:
+        UserError: no mirror gives the right files, or they cannot be written.
+    """
+    for images, labels in FILES.values():
+        for name, num_axes in ((f"{images}.gz", 3), (f"{labels}.gz", 1)):
+            uri = storage.join(to, name)
+            if published and storage.exists(uri) and _md5(storage.read_bytes(uri)) == MD5[name]:
+                continue
+            raw = _from_a_mirror(mirrors, name, num_axes, MD5[name] if published else None)
+            storage.write_bytes(uri, raw)
+
+
+def _from_a_mirror(mirrors: Sequence[str], name: str, num_axes: int, md5: str | None) -> bytes:
+    """Return a file from the first mirror that gives the right one.
+
+    Raises:
+        UserError: none does.
+    """
+    reasons = []
+    for mirror in mirrors:
+        url = f"{mirror.rstrip('/')}/{name}"
+        try:
+            raw = _fetch(url)
+            if md5 and _md5(raw) != md5:
+                raise UserError(f"{url} is not as published (wrong md5)")
+            _parse_idx(raw, url, num_axes)
+        except UserError as error:
+            log.info("%s", error)
+            reasons.append(str(error).rstrip("."))
+        else:
+            log.info("fetched %s", url)
+            return raw
+    raise UserError(
+        f"{name} cannot be downloaded ({'; '.join(reasons)}): get the four files in another way, "
+        "and name their folder with --source."
+    )
+
+
+def _fetch(url: str) -> bytes:
+    """Return what a URL gives.
+
+    Raises:
+        UserError: nothing, too little, too much or too slowly.
+    """
+    # Not urlopen, which knows ftp: too, and would follow a mirror there.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    until = time.monotonic() + _PATIENCE
+    body = io.BytesIO()
+    try:
+        with opener.open(url, timeout=_SILENCE) as answer:
+            length = answer.length  # None if the server does not say
+            # Counted here, for Python before 3.11.7 would wait for the server to hang up.
+            while body.tell() != length and (chunk := answer.read1(_CHUNK)):
+                body.write(chunk)
+                if body.tell() > _LARGEST_DOWNLOAD:
+                    raise UserError(f"{url} gives more than {_LARGEST_DOWNLOAD:,} bytes")
+                if time.monotonic() > until:
+                    raise UserError(f"{url} takes more than {_PATIENCE:g} s")
+            if length not in (None, body.tell()):
+                raise UserError(f"{url} ended after {body.tell():,} of {length:,} bytes")
+    except HTTPError as error:
+        error.close()
+        raise UserError(f"{url} answers {error.code}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        said = " ".join(str(error).split())[:200]  # the server's words may be in it
+        raise UserError(f"{url} does not answer as it should ({said})") from error
+    return body.getvalue()
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
 @functools.lru_cache(maxsize=2)
 def _half(source: str, half: str) -> _Half:
     """Return the images and labels of one half, and the files they came from."""
@@ -93,8 +241,11 @@ def _half(source: str, half: str) -> _Half:
             f"{images_file} holds {len(images)} images, but {labels_file} {len(labels)} labels: "
             "download both again."
         )
-    if max(images.shape[1:]) > SIDE:
-        raise UserError(f"The images of {images_file} are larger than {SIDE} x {SIDE} pixels.")
+    if not 1 <= min(images.shape[1:]) <= max(images.shape[1:]) <= SIDE:
+        raise UserError(
+            f"The images of {images_file} in {source} have {images.shape[1]} x {images.shape[2]} "
+            f"pixels instead of 1 x 1 to {SIDE} x {SIDE}: resize them."
+        )
     return _Half(images, labels, images_source | labels_source)
 
 
@@ -107,22 +258,41 @@ def _read_idx(source: str, name: str, num_axes: int) -> tuple[np.ndarray, dict[s
     else:
         raise UserError(f"There is no {name}.gz or {name} in {source}: correct --source.")
     raw = storage.read_bytes(uri)
-    try:
-        data = gzip.decompress(raw) if candidate.endswith(".gz") else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{uri} is damaged ({error}): download it again.") from error
+    return _parse_idx(raw, uri, num_axes), {candidate: hashlib.sha256(raw).hexdigest()}
+
+
+def _parse_idx(raw: bytes, uri: str, num_axes: int) -> np.ndarray:
+    """Return the array of an IDX file, unpacking no more than its header promises.
+
+    Raises:
+        UserError: it is none, it is damaged, or it promises more than fits into memory.
+    """
+    file = gzip.GzipFile(fileobj=io.BytesIO(raw)) if uri.endswith(".gz") else io.BytesIO(raw)
     # Two zero bytes, the type of the values, the number of axes; then each axis's length.
-    header = 4 + 4 * num_axes
-    if len(data) < header or data[:4] != bytes([0, 0, _UNSIGNED_BYTES, num_axes]):
+    magic = bytes([0, 0, _UNSIGNED_BYTES, num_axes])
+    size = 4 + 4 * num_axes
+    with file:
+        try:
+            header = file.read(size)
+            if len(header) < size or header[:4] != magic:
+                raise UserError(
+                    f"{uri} is no IDX file of {num_axes} axes: it starts with 0x{header[:4].hex()} "
+                    f"instead of 0x{magic.hex()}."
+                )
+            shape = struct.unpack(f">{num_axes}I", header[4:])
+            total = math.prod(shape)
+            if total > _LARGEST:
+                raise UserError(
+                    f"{uri} says that it holds {total:,} values, but at most {_LARGEST:,} can be "
+                    "read: take a smaller one."
+                )
+            data = file.read(total + 1)  # one more, to reach the end and gzip's check sum there
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{uri} is damaged ({error}): download it again.") from error
+    if len(data) != total:
+        held = f"more than {total}" if len(data) > total else f"{len(data)}"
         raise UserError(
-            f"{uri} is no IDX file of {num_axes} axes: it starts with 0x{data[:4].hex()} instead "
-            f"of 0x{bytes([0, 0, _UNSIGNED_BYTES, num_axes]).hex()}."
+            f"{uri} is truncated or too long: it holds {held} values instead of {total}; download "
+            "it again."
         )
-    shape = struct.unpack(f">{num_axes}I", data[4:header])
-    if len(data) - header != math.prod(shape):
-        raise UserError(
-            f"{uri} is truncated or too long: it holds {len(data) - header} values instead of "
-            f"{math.prod(shape)}; download it again."
-        )
-    array = np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-    return array, {candidate: hashlib.sha256(raw).hexdigest()}
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -2,9 +2,9 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-from ivegan import storage
+_PIECE = 1 << 24  # an object store is asked for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +18,17 @@ class Source:
     splits: dict[str, int]
     """Samples per split."""
     sources: dict[str, str]
-    """Raw files: name -> sha256."""
+    """Raw files: name -> sha256; or what else was digested, as the name says."""
     settings: dict[str, Any]
     """What was chosen in the preparation, for the manifest."""
     label_names: tuple[str, ...]
     """Classes by label, or attributes by column."""
 
 
-def file_sha256(uri: str) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    with storage.open_file(uri) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(file: IO[bytes]) -> str:
+    """Return the sha256 of an open file from its start, read in pieces."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while piece := file.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -37,8 +37,13 @@ def verify(uri: str) -> list[str]:
     named = {shard.key for shard in manifest.shards}
     wrong += [
         f"{name} does not belong to the data set."
-        for name in sorted(present.keys() - named - {MANIFEST})
+        for name in sorted(present.keys() - named - {MANIFEST} - manifest.extras.keys())
     ]
+    for name, digest in manifest.extras.items():
+        if name not in present:
+            wrong.append(f"{name} is missing.")
+        elif _sha256(storage.join(uri, name)) != digest:
+            wrong.append(f"{name} has another sha256 than the manifest says.")
     keys: Counter[str] = Counter()
     for shard in manifest.shards:
         if shard.key not in present:
@@ -77,6 +82,10 @@ def command() -> None:
     cli.run(main, Verify, failed=lambda result: bool(result["wrong"]))
 
 
+def _sha256(uri: str) -> str:
+    return sha256(storage.patiently(storage.read_bytes, uri)).hexdigest()
+
+
 def _of_manifest(manifest: Manifest) -> Iterator[str]:
     """Yield where the manifest contradicts itself."""
     counted = Counter[str]()
@@ -94,7 +103,7 @@ def _of_manifest(manifest: Manifest) -> Iterator[str]:
 
 def _of_shard(uri: str, shard: Shard, manifest: Manifest, keys: Counter[str]) -> Iterator[str]:
     """Yield what is wrong with one shard, counting its keys."""
-    raw = storage.read_bytes(storage.join(uri, shard.key))
+    raw = storage.patiently(storage.read_bytes, storage.join(uri, shard.key))
     if len(raw) != shard.bytes:
         yield f"{shard.key} has {len(raw)} bytes, the manifest says {shard.bytes}."
     if sha256(raw).hexdigest() != shard.sha256:

@@ -54,7 +54,7 @@ def save(state: State, run_uri: str, facts: dict[str, Any]) -> str:
             **facts,
         }
         (folder / _CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-        storage.upload_folder(folder, uri, last=_CONFIG)
+        storage.patiently(storage.upload_folder, folder, uri, last=_CONFIG)
     return uri
 
 
@@ -71,10 +71,10 @@ def restore(state: State, uri: str) -> dict[str, Any]:
             f"The checkpoint {uri} holds {saved.model}, but this run asks for "
             f"{state.config.model}; resume with the settings it was started with."
         )
-    weights = load_safetensors(storage.read_bytes(storage.join(uri, _WEIGHTS)))
+    weights = load_safetensors(storage.patiently(storage.read_bytes, storage.join(uri, _WEIGHTS)))
     for name, network in _parts(state).items():
         network.load_state_dict(_below(weights, name))
-    raw = storage.read_bytes(storage.join(uri, _TRAINING))
+    raw = storage.patiently(storage.read_bytes, storage.join(uri, _TRAINING))
     training = torch.load(io.BytesIO(raw), map_location=state.device, weights_only=True)
     state.optimizer_g.load_state_dict(training["optimizer_g"])
     state.optimizer_d.load_state_dict(training["optimizer_d"])
@@ -92,7 +92,7 @@ def load_networks(uri: str) -> tuple[Config, Encoder, Generator, dict[str, Any]]
     """
     about = read_facts(uri)
     config = from_dict(about["config"])
-    weights = load_safetensors(storage.read_bytes(storage.join(uri, _WEIGHTS)))
+    weights = load_safetensors(storage.patiently(storage.read_bytes, storage.join(uri, _WEIGHTS)))
     prefix = "ema_" if config.optim.ema else ""
     encoder, generator = Encoder(config.model), Generator(config.model)
     encoder.load_state_dict(_below(weights, f"{prefix}encoder"))

@@ -198,6 +198,7 @@ def _finish(
 ) -> NoReturn:
     """Run, print the JSON line if asked for, turn a UserError into its sentence, and exit."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found credentials
     try:
         result, as_json = do()
     except UserError as error:

@@ -18,7 +18,6 @@ from ivegan.shapes import Float, Int, UInt8
 from ivegan.transforms import to_float, to_uint8
 
 if TYPE_CHECKING:
-    from ivegan.data import Split
     from ivegan.networks import EncoderGenerator
 
 INK, MUTED, FAINT, PAPER = "#1d2530", "#667080", "#e3e7ec", "#ffffff"
@@ -331,14 +330,14 @@ def _finished(figure: Any, title: str, note: str, right: float = 0.98) -> Image.
 
 @torch.no_grad()
 def progress_figures(
-    players: "EncoderGenerator", config: Config, split: "Split | None"
+    players: "EncoderGenerator", config: Config, originals: np.ndarray | None
 ) -> dict[str, bytes]:
     """Return PNGs of how far training is, at the same z, z' and originals all through a run.
 
     Args:
         players: E and G; left as they are, in the mode they are in.
         config: of the run.
-        split: the train split; None for points.
+        originals: images to make variations of, (n, c, h, w) uint8; None for points.
     """
     generator = torch.Generator().manual_seed(_PROGRESS_SEED)
     device = next(players.parameters()).device
@@ -350,10 +349,10 @@ def progress_figures(
     players.eval()  # batch norm must neither use nor learn the statistics of these
     try:
         samples = players.generator(noise, z).cpu()
-        if split is None:
+        if originals is None:
             pages = {"samples": _progress_points(samples.numpy(), config.dataset)}
         else:
-            x = np.array(split.images[:10])
+            x = np.array(originals)
             codes = players.encoder(to_float(torch.from_numpy(x)).to(device))
             made = [players.generator(part, codes) for part in noise[: 4 * len(x)].split(len(x))]
             x_hat = np.stack([to_uint8(variation.cpu()).numpy() for variation in made])
@@ -382,7 +381,7 @@ def _progress_points(samples: np.ndarray, dataset: str) -> Image.Image:
 def png(image: Image.Image) -> bytes:
     """Return an image as the bytes of a PNG file, the same for the same image."""
     out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True)
+    image.save(out, format="PNG")
     return out.getvalue()
 
 

@@ -4,9 +4,14 @@ A step works on one global batch, whose positions are counted through the whole 
 takes the r-th of w equal slices. Nothing here depends on the number of ranks, so 1, 2 or 4 workers
 see the same data in the same order with the same draws, and a resumed run needs no saved random
 state: it asks again for the same step.
+
+Data that fit on a node are read in any order, so an epoch is one permutation of all samples
+(``batch_indices``). Data that fit nowhere are read shard after shard: a global batch is laid out in
+lanes of equal width, each fed from shards of its own (``lane_pieces``).
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +22,7 @@ from ivegan.config import GRID_SPACING, GRID_STD, RING_RADIUS, RING_STD, Config
 from ivegan.shapes import Float
 
 # What a stream of random numbers is for: no two purposes ever share one.
-_WEIGHTS, _ORDER, _DRAWS, _POINTS = range(4)
+_WEIGHTS, _ORDER, _DRAWS, _POINTS, _SHARDS, _LANES = range(6)
 
 NUM_TRANSFORM_DRAWS = 7  # shift x, shift y, angle, flip, brightness, contrast, hue
 
@@ -59,8 +64,52 @@ def batch_indices(
     out = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        out[here] = _permutation(seed, int(epoch), num_samples)[offsets[here]]
+        out[here] = _shuffled(seed, _ORDER, int(epoch), num_samples)[offsets[here]]
     return out
+
+
+class Piece(NamedTuple):
+    """What a lane reads of one shard."""
+
+    shard: int
+    """The shard's place among those of the split."""
+    samples: np.ndarray
+    """Places in the shard, in the order in which they are used; int64."""
+
+
+def num_lanes(num_shards: int, batch_size: int) -> int:
+    """Return how many lanes a streamed global batch has: a power of two.
+
+    A node holds two shards of each of its lanes in memory, which is why there are not more; large
+    batches have more lanes, because they are cut into more ranks. Every lane takes an even number
+    of samples of a batch, because a sample's neighbour is half of its mismatched pair.
+    """
+    most = min(num_shards, max(8, batch_size // 32))
+    lanes = 1
+    while lanes * 2 <= most and batch_size % (lanes * 4) == 0:
+        lanes *= 2
+    return lanes
+
+
+def lane_pieces(
+    seed: int, shard_sizes: Sequence[int], lane: int, lanes: int, skip: int = 0
+) -> Iterator[Piece]:
+    """Yield what a lane reads, for ever, from its sample number ``skip`` on.
+
+    All shards, permuted anew for each epoch and laid end to end, are dealt to the lanes in turn:
+    each shard is read by one lane, once per epoch, and no lane ever falls behind by more than a
+    shard. Within a shard the samples are permuted anew each time.
+    """
+    num_shards, turn = len(shard_sizes), lane
+    while True:
+        epoch, place = divmod(turn, num_shards)
+        shard = int(_shuffled(seed, _SHARDS, epoch, num_shards)[place])
+        size = shard_sizes[shard]
+        if skip < size:
+            samples = np.random.default_rng((seed, _LANES, turn)).permutation(size)
+            yield Piece(shard, samples[skip:])
+        skip = max(0, skip - size)
+        turn += lanes
 
 
 def draw(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Draws:
@@ -114,6 +163,7 @@ def _entropy(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    return np.random.default_rng((seed, _ORDER, epoch)).permutation(num_samples)
+@functools.lru_cache(maxsize=8)
+def _shuffled(seed: int, purpose: int, epoch: int, count: int) -> np.ndarray:
+    """Return one epoch's permutation of samples or shards; asked for again at every step."""
+    return np.random.default_rng((seed, purpose, epoch)).permutation(count)

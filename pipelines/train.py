@@ -26,16 +26,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from data_prep.build import build
 from ivegan import checkpoint, cli, data, storage
 from ivegan.config import PRESETS, Config, config_hash, flatten, from_dict, to_dict
+from ivegan.data import CACHE_LIMIT
 from ivegan.errors import UserError
 from ivegan.figures import progress_figures
+from ivegan.shards import Manifest, read_manifest
 from ivegan.step import NonFiniteLossError, create_state, distribute, train
 from pipelines import tracking
 
@@ -57,6 +60,14 @@ class Run(cli.Options):
 
     data: str | None = None
     """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
+    stream: bool = False
+    """Read shards over and over, for data too large to keep decoded on each node."""
+    loaders: int = 1
+    """With --stream, processes per worker that read ahead; 0 is none."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """Samples that are not what the manifest says: stop, or skip (log and leave them out)."""
+    cache_gb: float = CACHE_LIMIT / 1e9
+    """Decoded images that a node keeps, in GB; the least recently used data sets go first."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
     workers: int = 2
@@ -79,7 +90,8 @@ class Run(cli.Options):
     """MLflow run to nest this one under."""
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("threads", 1), ("log_every", 0), ("save_every", 0)):
+        lowest = {"workers": 0, "threads": 1, "loaders": 0, "log_every": 0, "save_every": 0}
+        for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
 
@@ -234,6 +246,7 @@ def _tracked(
         "git_commit": git_commit(),
         "world_size": max(1, plan.run.workers),
         "threads_per_worker": plan.run.threads,
+        "stream": plan.run.stream,
         "versions": {"torch": torch.__version__},
     }
     mlflow_run = _start_tracking(plan, facts, known)
@@ -294,7 +307,6 @@ def check_data(plan: Plan) -> str:
     if plan.data_uri is None:
         return plan.config.dataset  # drawn afresh from its formula, so its name says it all
     from ivegan.networks import sample_shape
-    from ivegan.shards import read_manifest
 
     if plan.config.dataset == "digits" and plan.run.data is None:
         build("digits", source=None, out=plan.data_uri, workers=0)
@@ -307,6 +319,8 @@ def check_data(plan: Plan) -> str:
         )
     if manifest.splits.get("train", 0) < 2:
         raise UserError(f"{plan.data_uri} has no train samples: build the data set again.")
+    if plan.run.stream:
+        _stream(plan, manifest).check(plan.config, max(1, plan.run.workers))
     return manifest.hash
 
 
@@ -326,6 +340,7 @@ def _earlier_start(plan: Plan) -> dict[str, Any] | None:
         )
     earlier = json.loads(storage.read_bytes(where))
     before, now = flatten(from_dict(earlier["config"])), flatten(plan.config)
+    before["stream"], now["stream"] = earlier["stream"], plan.run.stream  # another order of data
     changed = [k for k in now if now[k] != before[k] and k != "total_images"]
     if changed:
         told = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
@@ -339,7 +354,12 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], known: dict[str, Any] | N
         plan.tracking_uri,
         experiment=f"ivegan-{plan.config.dataset}",
         run_name=plan.run_id,
-        params={**flatten(plan.config), "workers": plan.run.workers, "threads": plan.run.threads},
+        params={
+            **flatten(plan.config),
+            "workers": plan.run.workers,
+            "threads": plan.run.threads,
+            "stream": plan.run.stream,
+        },
         tags={
             "checkpoints": plan.run_uri,
             **{k: facts[k] for k in ("preset", "git_commit", "config_hash", "dataset_hash")},
@@ -471,12 +491,8 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     if start:
         checkpoint.restore(state, start)
     distribute(state)
-    split = (
-        None
-        if plan.data_uri is None
-        else data.load_split(plan.data_uri, "train", Path(plan.cache_dir))
-    )
-    batches = data.batches(config, split, state.step, rank, world_size, state.device)
+    source, originals = _training_data(plan)
+    batches = data.batches(config, source, state.step, rank, world_size, state.device)
     log_every = run.log_every or max(1, config.total_images // 100)
     save_every = run.save_every or max(1, config.total_images // 10)
     saved, before = start, state.images_seen
@@ -494,7 +510,7 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
         if progress.step == config.total_steps or seen // save_every > before // save_every:
             if rank == 0:
                 saved = checkpoint.save(state, plan.run_uri, facts)
-                event["figures"] = progress_figures(state.encoder_generator, config, split)
+                event["figures"] = progress_figures(state.encoder_generator, config, originals)
             event["checkpoint"] = saved
         emit(event)
         before = seen
@@ -506,6 +522,32 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "world_size": world_size,
         "metrics": metrics,
     }
+
+
+def _training_data(plan: Plan) -> tuple[data.Split | data.Stream | None, np.ndarray | None]:
+    """Return what a worker reads, and the images that the pictures of its progress start from."""
+    run = plan.run
+    if plan.data_uri is None:
+        return None, None
+    skip_bad = run.on_bad_sample == "skip"
+    if run.stream:
+        stream = _stream(plan, data.read_split_manifest(plan.data_uri, "train"))
+        return stream, data.first_images(stream, 10)
+    split = data.load_split(
+        plan.data_uri, "train", plan.cache_dir, skip_bad=skip_bad, limit=int(run.cache_gb * 1e9)
+    )
+    return split, split.images[:10]
+
+
+def _stream(plan: Plan, manifest: Manifest) -> data.Stream:
+    assert plan.data_uri is not None
+    return data.Stream(
+        data_uri=plan.data_uri,
+        manifest=manifest,
+        split="train",
+        loaders=plan.run.loaders,
+        skip_bad=plan.run.on_bad_sample == "skip",
+    )
 
 
 @dataclass

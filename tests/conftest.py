@@ -1,21 +1,29 @@
 """What several test files share: real data where there is some, a real S3 server, one Ray."""
 
+import gzip
 import importlib.util
+import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
+from data_prep import celeba
 from ivegan import storage
 
 ROOT = Path(__file__).resolve().parents[1]
+RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +43,59 @@ def digits_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("digits") / "shards"
     build("digits", None, str(out), workers=0)
     return str(out)
+
+
+@pytest.fixture
+def idx_folder(tmp_path: Path) -> Path:
+    """Return a folder in MNIST's layout with 24 + 10 images, half of the files gzipped."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for half, count in (("train", 24), ("t10k", 10)):
+        images = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (folder / f"{half}-images-idx3-ubyte.gz").write_bytes(gzip.compress(_idx(images)))
+        (folder / f"{half}-labels-idx1-ubyte").write_bytes(_idx(labels))
+    return folder
+
+
+def _idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def faces() -> Callable[..., Path]:
+    """Return a function that writes a folder in CelebA's layout, of images that were no faces."""
+
+    def write(
+        folder: Path, counts: tuple[int, int, int] = (5, 3, 2), size: tuple[int, int] = (178, 218)
+    ) -> Path:
+        folder.mkdir(parents=True)
+        names = [f"{i + 1:06d}.jpg" for i in range(sum(counts))]
+        with zipfile.ZipFile(folder / celeba.ZIP, "w") as archive:
+            archive.writestr("img_align_celeba/", b"")
+            for name in names:
+                jpeg = io.BytesIO()
+                pixels = RNG.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(jpeg, "jpeg")
+                archive.writestr(f"img_align_celeba/{name}", jpeg.getvalue())
+        attributes = [" ".join(f"Attribute_{i}" for i in range(40)) + " "]
+        for number, name in enumerate(names):
+            values = [1 if (number >> bit) & 1 else -1 for bit in range(40)]
+            attributes.append(f"{name} " + " ".join(f"{value:2d}" for value in values))
+        (folder / celeba.ATTRIBUTES).write_text("\n".join([str(len(names)), *attributes]) + "\n")
+        parts = [part for part, count in enumerate(counts) for _ in range(count)]
+        rows = [f"{name} {part}\n" for name, part in zip(names, parts, strict=True)]
+        (folder / celeba.PARTITION).write_text("".join(rows))
+        (folder / celeba.IDENTITY).write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def face_folder(faces: Callable[..., Path], tmp_path: Path) -> Path:
+    """Return a folder in CelebA's layout with 5 + 3 + 2 images in a zip."""
+    return faces(tmp_path / "faces")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from PIL import Image
 
 from ivegan import figures, order
 from ivegan.config import Config, override, preset
-from ivegan.data import Split
 from ivegan.networks import EncoderGenerator
 
 
@@ -108,7 +107,7 @@ def test_a_closeup_says_how_much_of_the_points_it_shows() -> None:
     assert not np.array_equal(one[-40:], other[-40:])  # "100% shown" and "0% shown"
 
 
-def small(name: str) -> tuple[EncoderGenerator, Config, Split | None]:
+def small(name: str) -> tuple[EncoderGenerator, Config, np.ndarray | None]:
     config = override(preset(name), {"model.width": 0.25, "model.norm": "none"})
     if name == "mnist":
         config = override(config, {"model.norm": "batch"})
@@ -117,18 +116,15 @@ def small(name: str) -> tuple[EncoderGenerator, Config, Split | None]:
     if config.is_points:
         return players, config, None
     side = 16 if name == "digits" else 32
-    split = Split(
-        images=images(12, side=side), labels=np.zeros(12, np.int64), keys=[], dataset_hash=""
-    )
-    return players, config, split
+    return players, config, images(12, side=side)
 
 
 @pytest.mark.parametrize("name", ["ring", "digits"])
 def test_progress_figures_are_the_same_for_the_same_weights(name: str) -> None:
-    players, config, split = small(name)
-    first = figures.progress_figures(players, config, split)
+    players, config, originals = small(name)
+    first = figures.progress_figures(players, config, originals)
     torch.manual_seed(99)
-    assert figures.progress_figures(players, config, split) == first
+    assert figures.progress_figures(players, config, originals) == first
     assert set(first) == ({"samples"} if name == "ring" else {"samples", "reconstructions"})
     for content in first.values():
         with Image.open(io.BytesIO(content)) as page:
@@ -136,11 +132,11 @@ def test_progress_figures_are_the_same_for_the_same_weights(name: str) -> None:
 
 
 def test_progress_figures_leave_training_as_it_was() -> None:
-    players, config, split = small("mnist")
+    players, config, originals = small("mnist")
     players.train()
     players.generator.eval()
     before = deepcopy(players.state_dict())
-    figures.progress_figures(players, config, split)
+    figures.progress_figures(players, config, originals)
     assert players.encoder.training
     assert not players.generator.training
     for name, value in players.state_dict().items():

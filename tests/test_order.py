@@ -1,5 +1,9 @@
 """Data order and draws depend on seed, step and position, never on the number of ranks."""
 
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +85,64 @@ def test_points_lie_around_their_means_and_split_over_ranks():
     assert abs((residual**2).mean() / (2 * std**2) - 1) < 0.08
     parts = torch.cat([order.points(config, 9, r, 2) for r in range(2)])
     assert torch.equal(parts, x)
+
+
+SHARD_SIZES = ([5], [4, 4, 4], [7, 7, 7, 2], [3] * 8, [10, 9, 8, 1, 5, 5, 5, 5, 5, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lanes"),
+    [(sizes, lanes) for sizes in SHARD_SIZES for lanes in (1, 2, 4) if lanes <= len(sizes)],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", [0, 7])
+def test_lanes_together_read_every_sample_once_per_epoch(sizes, lanes, seed):
+    epochs = 4  # so many turns that the lanes come out even
+    turns = len(sizes) * epochs
+    seen = Counter()
+    order_of_shards = [0] * turns
+    for lane in range(lanes):
+        pieces = order.lane_pieces(seed, sizes, lane, lanes)
+        for turn in range(lane, turns, lanes):
+            piece = next(pieces)
+            order_of_shards[turn] = piece.shard
+            seen.update((piece.shard, int(place)) for place in piece.samples)
+    assert seen == {(s, p): epochs for s, size in enumerate(sizes) for p in range(size)}
+    for epoch in range(epochs):
+        part = order_of_shards[epoch * len(sizes) : (epoch + 1) * len(sizes)]
+        assert sorted(part) == list(range(len(sizes)))
+
+
+def first_samples(pieces: Iterator[order.Piece], count: int) -> list[tuple[int, int]]:
+    flat = ((piece.shard, int(place)) for piece in pieces for place in piece.samples)
+    return list(itertools.islice(flat, count))
+
+
+@pytest.mark.parametrize("sizes", SHARD_SIZES, ids=str)
+@pytest.mark.parametrize("lane", [0, 1])
+def test_a_lane_goes_on_anywhere_as_if_it_had_read_what_came_before(sizes, lane):
+    whole = first_samples(order.lane_pieces(3, sizes, lane, 2), 80)
+    for skip in (0, 1, 4, 5, 23, 60):
+        rest = first_samples(order.lane_pieces(3, sizes, lane, 2, skip), 80 - skip)
+        assert rest == whole[skip:]
+
+
+def test_lanes_differ_from_each_other_and_from_epoch_to_epoch():
+    one, other = (first_samples(order.lane_pieces(0, [50] * 4, lane, 2), 200) for lane in (0, 1))
+    assert one[:100] != other[:100]
+    assert not set(one[:100]) & set(other[:100])
+    assert one[:100] != one[100:]
+    assert one[:50] != sorted(one[:50])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8, 9, 1000])
+@pytest.mark.parametrize("batch_size", [2, 6, 64, 100, 1024])
+def test_every_lane_has_a_shard_and_whole_pairs(num_shards, batch_size):
+    lanes = order.num_lanes(num_shards, batch_size)
+    assert 1 <= lanes <= num_shards
+    assert batch_size % (2 * lanes) == 0
+    assert lanes & (lanes - 1) == 0
+
+
+def test_large_batches_have_more_lanes():
+    assert [order.num_lanes(1000, n) for n in (64, 100, 512, 1024)] == [8, 2, 16, 32]

@@ -1,7 +1,16 @@
 """One set of names for files here and in an object store; nothing is ever half there."""
 
+import errno
 import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +74,54 @@ def test_a_file_can_be_read_in_place(place):
         assert file.read() == content[-7:]
 
 
+def test_a_part_of_a_file_can_be_read(place):
+    uri, content = storage.join(place, "x"), bytes(range(256)) * 10
+    storage.write_bytes(uri, content)
+    assert storage.read_range(uri, 0, 2560) == content
+    assert storage.read_range(uri, 1000, 7) == content[1000:1007]
+    assert storage.read_range(uri, 1000, 0) == b""
+    for start, length in ((0, 2561), (2559, 2), (2560, 1), (9000, 1)):
+        with pytest.raises(UserError, match=f"{uri} ends before byte {start + length}, so it is"):
+            storage.read_range(uri, start, length)
+    with pytest.raises(UserError, match=f"There is no file {uri}x"):
+        storage.read_range(f"{uri}x", 0, 5)
+
+
+def test_what_is_created_first_stands(place):
+    uri = storage.join(place, "a/b")
+    assert storage.create_bytes(uri, b"first") == b"first"
+    assert storage.create_bytes(uri, b"second") == b"first"
+    storage.write_bytes(uri, b"third")
+    assert storage.create_bytes(uri, b"second") == b"third"
+    assert storage.list_names(storage.join(place, "a")) == ["b"]
+
+
+def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
+    gate = threading.Barrier(8)
+    contents = [bytes([n]) * 100_000 for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(30):
+
+            def create(content: bytes, uri: Path = tmp_path / str(number)) -> bytes:
+                gate.wait(60)
+                return storage.create_bytes(uri, content)
+
+            (standing,) = set(pool.map(create, contents))
+            assert standing in contents
+            assert (tmp_path / str(number)).read_bytes() == standing
+    assert len(storage.list_names(tmp_path)) == 30  # no temporary names stay behind
+
+
+def test_without_hard_links_a_file_is_created_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert storage.create_bytes(tmp_path / "x", b"first") == b"first"
+    assert storage.create_bytes(tmp_path / "x", b"second") == b"first"
+    assert storage.list_names(tmp_path) == ["x"]
+
+
 def test_folders_travel_whole(place, tmp_path):
     source = folder(tmp_path / "source", FILES)
     uri = storage.join(place, "checkpoint")
@@ -95,9 +152,9 @@ def test_the_marker_goes_up_last_and_comes_down_first(s3, tmp_path, monkeypatch)
         def __getattr__(self, name: str) -> Any:
             return getattr(client, name)
 
-        def upload_file(self, local, bucket, key):
+        def upload_fileobj(self, body, bucket, key, **more):
             calls.append(f"up {key}")
-            client.upload_file(local, bucket, key)
+            client.upload_fileobj(body, bucket, key, **more)
 
         def delete_objects(self, *, Bucket, Delete):
             calls.append("down " + " ".join(one["Key"] for one in Delete["Objects"]))
@@ -123,6 +180,193 @@ def test_a_local_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatc
         storage.write_bytes(uri, b"new")
     assert uri.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "No space is left for {}: free some, or choose another place."),
+        (errno.EDQUOT, "No space is left for {}: free some, or choose another place."),
+        (errno.EROFS, "{} lies on a disk that is read-only: choose another place."),
+        (errno.EACCES, "{} may not be read or written: change its permissions."),
+    ],
+    ids=errno.errorcode.get,
+)
+def test_a_disk_that_refuses_is_told_in_a_sentence(number, sentence, tmp_path, monkeypatch):
+    source, target = folder(tmp_path / "source", FILES), tmp_path / "target"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    for act, named in (
+        (lambda: storage.write_bytes(target / "x", b"new"), target / "x"),
+        (lambda: storage.upload_folder(source, target), target),
+        (lambda: storage.download_folder(source, target), target / "config.json"),
+    ):
+        with pytest.raises(UserError) as told:
+            act()
+        assert str(told.value) == sentence.format(named)
+        assert storage.list_files(tmp_path) == {f"source/{n}": len(c) for n, c in FILES.items()}
+
+
+FULL = """
+import resource, sys
+from ivegan import storage
+from ivegan.errors import UserError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+source, target = sys.argv[1:]
+for act in (
+    lambda: storage.write_bytes(f"{target}/x", b"n" * 9000),
+    lambda: storage.create_bytes(f"{target}/y", b"n" * 9000),
+    lambda: storage.upload_folder(source, f"{target}/up"),
+    lambda: storage.download_folder(source, f"{target}/down"),
+):
+    try:
+        act()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_the_disk_does_not_take_leaves_nothing(tmp_path):
+    source = folder(tmp_path / "source", {"big": b"b" * 9000})
+    target = folder(tmp_path / "target", {"x": b"old"})
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, source, target], capture_output=True, text=True, check=True
+    )
+    told = "grows larger than files may be here: choose another place."
+    names = ("x", "y", "up", "down/big")
+    assert done.stdout.splitlines() == [f"{target / name} {told}" for name in names]
+    assert storage.list_files(target) == {"x": 3}
+
+
+def test_a_name_that_is_too_long_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="is too long: choose a shorter one"):
+        storage.write_bytes(tmp_path / ("n" * 300), b"")
+
+
+def test_a_list_leaves_out_what_goes_while_it_is_made(tmp_path, monkeypatch):
+    (tmp_path / "stays").write_bytes(b"1")
+    monkeypatch.setattr(storage, "_files", lambda place: [place / "stays", place / "gone"])
+    assert storage.list_files(tmp_path) == {"stays": 1}
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now, self.pauses = 1000.0, []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(storage, "time", clock)
+    return clock
+
+
+def test_long_work_waits_for_a_store(clock, caplog):
+    failures = [storage.Unavailable(f"Away, {n}.") for n in range(3)]
+
+    def call(a: int, *, b: int) -> int:
+        if failures:
+            raise failures.pop(0)
+        return a + b
+
+    assert storage.patiently(call, 1, b=2) == 3
+    assert len(clock.pauses) == 3
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "Away, 0. Trying again: failure 1.",
+        "Away, 1. Trying again: failure 2.",
+        "Away, 2. Trying again: failure 3.",
+    ]
+
+
+def test_patience_ends(clock):
+    calls = []
+
+    def call() -> None:
+        calls.append(clock.now)
+        clock.now += 10  # its own attempts; the first of them is no waiting yet
+        raise storage.Unavailable("Away.")
+
+    with pytest.raises(storage.Unavailable, match="Away"):
+        storage.patiently(call)
+    assert storage._PATIENCE <= clock.now - 1010 < storage._PATIENCE + 15
+    assert len(calls) == len(clock.pauses) + 1
+    assert max(clock.pauses) <= storage._LONGEST_PAUSE
+    assert clock.pauses[0] < 0.5 < storage._LONGEST_PAUSE / 2 <= clock.pauses[-1]
+
+
+def test_nobody_waits_for_what_waiting_does_not_mend(clock):
+    def call() -> None:
+        raise UserError("There is no bucket.")
+
+    with pytest.raises(UserError, match="no bucket"):
+        storage.patiently(call)
+    assert clock.pauses == []
+
+
+def test_waiting_leaves_the_random_numbers_of_a_training_alone(clock):
+    before = random.getstate()
+    storage._pause(3)
+    assert random.getstate() == before
+    assert len(clock.pauses) == 1
+
+
+def test_unavailable_comes_back_from_another_process():
+    told = pickle.loads(pickle.dumps(storage.Unavailable("Away.")))
+    assert isinstance(told, storage.Unavailable)
+    assert str(told) == "Away."
+
+
+def refusal(code: str, status: int) -> Any:
+    return SimpleNamespace(
+        response={"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("SlowDown", 503, storage.Unavailable),
+        ("InternalError", 500, storage.Unavailable),
+        ("RequestTimeout", 400, storage.Unavailable),
+        ("ConditionalRequestConflict", 409, storage.Unavailable),
+        ("429", 429, storage.Unavailable),
+        ("BadDigest", 400, storage.Unavailable),
+        ("AccessDenied", 403, UserError),
+        ("NotImplemented", 501, type(None)),
+        ("MalformedXML", 400, type(None)),
+    ],
+)
+def test_refusals_are_told_apart(code, status, kind):
+    told = storage._refusal(refusal(code, status), "s3://bucket/x", "http://store")
+    assert type(told) is kind
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ({"ETag": "a", "ContentRange": "bytes 5-9/10"}, True),
+        ({"ETag": "b", "ContentRange": "bytes 5-9/10"}, False),
+        ({"ETag": "a", "ContentRange": "bytes 50-99/100"}, False),
+        ({"ETag": "a"}, False),  # the whole object, from a store that ignores Range
+    ],
+)
+def test_an_answer_that_does_not_go_on_is_not_added(answer, same):
+    assert storage._goes_on(answer, "a", 5) is same
+    assert storage._goes_on(answer, None, None)
 
 
 def test_a_missing_file_is_told_in_a_sentence(place):
@@ -244,6 +488,6 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     storage._client.cache_clear()
-    with pytest.raises(UserError, match=r"store at http://127\.0\.0\.1:9 does not answer"):
+    with pytest.raises(storage.Unavailable, match=r"at http://127\.0\.0\.1:9 does not answer"):
         storage.exists("s3://bucket/x")
     storage._client.cache_clear()

@@ -278,6 +278,66 @@ def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
 
 
+@pytest.fixture
+def digits(home, store, tmp_path):
+    """Return a function that trains small digits from ten shards and keeps its losses."""
+    uri = str(tmp_path / "ten-shards")
+    build("digits", source=None, out=uri, workers=0, shard_size=135)
+
+    def start(run_id, images=16 * 12, batch_size=16, **options):
+        sizes = {"batch_size": batch_size, "model.width": 0.25, "total_images": images}
+        run = train.Run(data=uri, run_id=run_id, log_every=16, save_every=16 * 6, **options)
+        events = []
+        plan = train.resolve("digits", override(preset("digits"), sizes), run)
+        result = train.fit(plan, show=events.append)
+        return result, [e["metrics"]["loss/D"] for e in events if "metrics" in e]
+
+    return start
+
+
+def test_a_streamed_run_goes_on_bit_for_bit(digits):
+    whole, unbroken = digits("whole", workers=0, stream=True, loaders=0)
+    digits("half", workers=0, stream=True, loaders=0, images=16 * 6)
+    resumed, rest = digits("half", workers=0, stream=True, loaders=1, resume=True)
+    assert rest == unbroken[6:]
+    a, b = (load_file(Path(r["checkpoint"]) / "weights.safetensors") for r in (whole, resumed))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.ray
+def test_two_ray_workers_stream_what_one_process_streams(digits, ray_cluster):
+    _, plain = digits("plain", workers=0, stream=True, loaders=0)
+    result, two = digits("two", workers=2, stream=True, loaders=1)
+    assert result["world_size"] == 2
+    assert two == pytest.approx(plain, rel=1e-3, abs=1e-3)
+    _, cached = digits("cached", workers=0)
+    assert cached != pytest.approx(plain, rel=1e-3, abs=1e-3)  # another order of the samples
+
+
+def test_streaming_is_not_switched_on_or_off_in_a_run(digits):
+    digits("a", workers=0)
+    with pytest.raises(UserError, match=r"other settings: stream was False and is True"):
+        digits("a", workers=0, stream=True, resume=True)
+
+
+def test_more_workers_than_lanes_are_a_sentence_before_anything_starts(digits, home):
+    with pytest.raises(UserError, match=r"has 10 shards of train.*streamed by 1 to 8 workers"):
+        digits("many", workers=16, stream=True, batch_size=64)
+    assert not (home / "runs" / "checkpoints").exists()
+
+
+def test_bad_samples_are_left_out_of_training_if_asked(digits, tmp_path, caplog):
+    (shard := tmp_path / "ten-shards" / "train" / "shard-00003.tar").write_bytes(
+        shard.read_bytes()[:50_000]
+    )
+    with pytest.raises(UserError, match=r"train/shard-00003.tar is not the one of the manifest"):
+        digits("stopped", workers=0)
+    result, _ = digits("left-out", workers=0, on_bad_sample="skip")
+    assert result["images_seen"] == 16 * 12
+    assert "shard-00003.tar: " in caplog.text
+    assert "of 135 samples left out" in caplog.text
+
+
 @pytest.mark.ray
 def test_asking_for_more_than_the_cluster_has_is_a_sentence(home, ray_cluster, ring):
     with pytest.raises(UserError, match=r"64 workers of 1 CPU each.*room for 2"):

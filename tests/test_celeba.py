@@ -1,0 +1,410 @@
+"""Faces from a zip or a folder become the same samples, or one sentence says why not."""
+
+import contextlib
+import io
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import celeba
+from data_prep.build import build
+from data_prep.verify import verify
+from ivegan import data, shards, storage
+from ivegan.errors import UserError
+
+ATTRIBUTES, PARTITION, IDENTITY = celeba.ATTRIBUTES, celeba.PARTITION, celeba.IDENTITY
+FIRST = "img_align_celeba/000001.jpg"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def unzip(folder: Path, to: str = "") -> Path:
+    """Put the images into a folder, in place of the zip."""
+    with zipfile.ZipFile(folder / celeba.ZIP) as archive:
+        for name in archive.namelist()[1:]:
+            path = folder / to / Path(name).name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(archive.read(name))
+    (folder / celeba.ZIP).unlink()
+    return folder
+
+
+def rezip(folder: Path, changes: dict[str, bytes | None], method: int = zipfile.ZIP_STORED) -> None:
+    """Write the zip again with other members; None leaves one out."""
+    with zipfile.ZipFile(folder / celeba.ZIP) as archive:
+        members: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / celeba.ZIP, "w", method) as archive:
+        for name, content in (members | changes).items():
+            if content is not None:
+                archive.writestr(name, content)
+
+
+def patch(folder: Path, offset: int, value: bytes) -> None:
+    """Change what the zip's directory says of the first image."""
+    path = folder / celeba.ZIP
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(FIRST.encode()))
+    content[entry + offset : entry + offset + len(value)] = value
+    path.write_bytes(content)
+
+
+def jpeg(size: tuple[int, int] = (178, 218), kind: str = "jpeg") -> bytes:
+    into = io.BytesIO()
+    Image.new("RGB", size).save(into, kind)
+    return into.getvalue()
+
+
+def claiming(width: int, height: int) -> bytes:
+    """Return a JPEG of the right size whose header says another."""
+    content = bytearray(jpeg())
+    frame = content.index(b"\xff\xc0") + 5
+    content[frame : frame + 4] = height.to_bytes(2) + width.to_bytes(2)
+    return bytes(content)
+
+
+def tar(folder: Path | str, split: str = "train", stop: int = 5, **options: Any) -> bytes:
+    """Return a shard."""
+    return shards.write_tar(celeba.read(str(folder), split, 0, stop, **options))[0]
+
+
+# What comes out
+
+
+def test_faces_keep_the_official_split_and_their_attributes(face_folder, tmp_path):
+    out = str(tmp_path / "out")
+    build("celeba", str(face_folder), out)
+    manifest = shards.read_manifest(out)
+    assert manifest.splits == {"train": 5, "valid": 3, "test": 2}
+    assert manifest.image_shape == (3, 128, 128)
+    assert manifest.label_names == tuple(f"Attribute_{i}" for i in range(40))
+    assert set(manifest.sources) == {path.name for path in face_folder.iterdir()}
+    sample = list(celeba.read(str(face_folder), "valid", 0, 3))[1]
+    assert sample.key == "000007"
+    assert sample.meta == {
+        "attributes": [0, 1, 1] + [0] * 37,
+        "identity": 6,
+        "source": "000007.jpg",
+    }
+    with zipfile.ZipFile(face_folder / celeba.ZIP) as archive:
+        image = Image.open(io.BytesIO(archive.read("img_align_celeba/000007.jpg")))
+    np.testing.assert_array_equal(
+        sample.image, np.asarray(image)[45:173, 25:153].transpose(2, 0, 1)
+    )
+    assert data.load_split(out, "train", tmp_path / "cache").labels.shape == (5, 40)
+
+
+def test_faces_can_be_cropped_wider_and_fewer(face_folder):
+    about = celeba.describe(str(face_folder), "celeba", crop="c178r128", limit=2)
+    assert about.splits == {"train": 2, "valid": 2, "test": 2}
+    assert about.settings["crop"] == "c178r128"
+    assert about.image_shape == (3, 128, 128)
+    wide = list(celeba.read(str(face_folder), "train", 0, 9, crop="c178r128", limit=2))
+    assert [sample.image.shape for sample in wide] == [(3, 128, 128)] * 2
+    (face_folder / IDENTITY).unlink()
+    celeba.describe(str(face_folder), "celeba")
+    assert "identity" not in next(celeba.read(str(face_folder), "test", 0, 1)).meta
+
+
+def test_resizing_is_antialiased():
+    into = io.BytesIO()
+    stripes = np.zeros((218, 178), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(into, "jpeg", quality=100)
+    # Stripes finer than the new pixels: a filter that looks at two neighbours leaves 74.
+    assert celeba.cut(into.getvalue(), "c128").std() > 120
+    assert celeba.cut(into.getvalue(), "c178r128").std() < 40
+
+
+@pytest.mark.parametrize("to", ["img_align_celeba", ""])
+def test_a_folder_gives_the_samples_of_the_zip(faces, tmp_path, to):
+    zipped = faces(tmp_path / "zip")
+    wanted = celeba.describe(str(zipped), "celeba"), tar(zipped), tar(zipped, "test", 2)
+    folder = unzip(zipped.rename(tmp_path / "folder"), to)
+    (folder / to / "below").mkdir()
+    (folder / to / "below" / "other.jpg").touch()
+    about = celeba.describe(str(folder), "celeba")
+    assert (tar(folder), tar(folder, "test", 2)) == wanted[1:]
+    assert about.splits == wanted[0].splits
+    (images,) = set(about.sources) - {ATTRIBUTES, PARTITION, IDENTITY}
+    assert images == "img_align_celeba, names and sizes of 10 files"
+    with (folder / to / "000003.jpg").open("ab") as file:
+        file.write(b"\0")
+    assert celeba.describe(str(folder), "celeba").sources[images] != about.sources[images]
+
+
+def test_of_zip_and_folder_the_zip_is_used(face_folder):
+    (face_folder / "img_align_celeba").mkdir()
+    (face_folder / "img_align_celeba" / "stray.jpg").write_bytes(b"no image")
+    assert celeba.ZIP in celeba.describe(str(face_folder), "celeba").sources
+    assert len(list(celeba.read(str(face_folder), "train", 0, 5))) == 5
+
+
+def test_line_ends_of_windows_are_accepted(face_folder):
+    about, wanted = celeba.describe(str(face_folder), "celeba"), tar(face_folder)
+    for name in (ATTRIBUTES, PARTITION, IDENTITY):
+        path = face_folder / name
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    again = celeba.describe(str(face_folder), "celeba")
+    assert (again.splits, again.label_names) == (about.splits, about.label_names)
+    assert tar(face_folder) == wanted
+
+
+# What is wrong
+
+
+LISTS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: (f / ATTRIBUTES).unlink(), "There is no list_attr_celeba.txt in .*faces: it"),
+    (lambda f: (f / PARTITION).unlink(), "There is no list_eval_partition.txt in .*faces: it"),
+    (lambda f: (f / ATTRIBUTES).write_bytes(b"\xff"), f"{ATTRIBUTES} is no text file"),
+    (lambda f: (f / IDENTITY).write_bytes(b"\xc3\xa9"), f"{IDENTITY} is no text file"),
+    (lambda f: (f / ATTRIBUTES).write_text(""), f"{ATTRIBUTES} does not start with the number"),
+    (lambda f: (f / ATTRIBUTES).write_text("0\na b\n"), f"{ATTRIBUTES} lists no images"),
+    (lambda f: (f / PARTITION).write_text("\n"), "row 1 is of 'nothing' here and of '000001.jpg'"),
+    (lambda f: edit(f / ATTRIBUTES, "10\n", "12\n"), f"{ATTRIBUTES} says 12 rows, but has 10"),
+    (lambda f: edit(f / ATTRIBUTES, "10\n", "1" * 5000 + "\n"), "says 1+ rows, but has 10"),
+    (lambda f: edit(f / ATTRIBUTES, "10\n", "x\n"), "does not start with the number of its rows"),
+    (lambda f: edit(f / ATTRIBUTES, "Attribute_3 ", ""), "names 39 attributes instead of 40"),
+    (lambda f: edit(f / ATTRIBUTES, "_3 ", "_4 "), "names 39 attributes instead of 40"),
+    (lambda f: edit(f / ATTRIBUTES, " -1\n", " 0\n"), "row of 000001.jpg in .* has not 40 values"),
+    (lambda f: edit(f / ATTRIBUTES, " -1\n", "\n"), "row of 000001.jpg in .* has not 40 values"),
+    (lambda f: edit(f / ATTRIBUTES, "000003.jpg", "\n000003.jpg"), "says 10 rows, but has 11"),
+    (
+        lambda f: (
+            edit(f / ATTRIBUTES, "10\n", "11\n"),
+            edit(f / ATTRIBUTES, "000003.jpg", "\n000003.jpg"),
+        ),
+        "has '' in row 3, where the name of a JPEG is expected",
+    ),
+    (lambda f: edit(f / ATTRIBUTES, "000003", "000002"), "has two rows of 000002.jpg"),
+    (lambda f: edit(f / ATTRIBUTES, "000002", "../2"), r"has '../2.jpg' in row 2, where the name"),
+    (
+        lambda f: edit(f / ATTRIBUTES, "000002.jpg", "9.jpg"),
+        f"{PARTITION} does not fit {ATTRIBUTES}: row 2 is of '000002.jpg' here and of '9.jpg' ther",
+    ),
+    (
+        lambda f: edit(f / PARTITION, "000010.jpg 2\n", ""),
+        f"{PARTITION} does not fit {ATTRIBUTES}: row 10 is of 'nothing' here and of '000010.jpg'",
+    ),
+    (
+        lambda f: edit(
+            f / PARTITION, "000004.jpg 0\n000005.jpg 0\n", "000005.jpg 0\n000004.jpg 0\n"
+        ),
+        "row 4 is of '000005.jpg' here and of '000004.jpg' there",
+    ),
+    (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg 7"), "says '000002.jpg 7', where a"),
+    (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg"), "says '000002.jpg', where a fil"),
+    (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"), f"{IDENTITY} says '000009.jpg "),
+    (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg"), f"{IDENTITY} says '000009.jpg'"),
+    (lambda f: edit(f / IDENTITY, "000009.jpg", "9.jpg"), f"{IDENTITY} does not fit .*row 9 is"),
+    (lambda f: (f / celeba.ZIP).unlink(), "There is no img_align_celeba.zip and there are no JPEG"),
+    (lambda f: (f / celeba.ZIP).write_bytes(b"PK" * 99), "img_align_celeba.zip is damaged"),
+]
+ZIPS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: rezip(f, {FIRST: None}), "zip has no image 000001.jpg, which list_eval_partition"),
+    (lambda f: rezip(f, {"x/0.JPG": b""}), "zip has an image '0.JPG', which list_eval_partition"),
+    (lambda f: rezip(f, {"../x": b""}), r"zip holds '../x', which leads out of its folder"),
+    (lambda f: rezip(f, {"a\\..\\x": b""}), r"zip holds .*, which leads out of its folder"),
+    (lambda f: rezip(f, {"/tmp/x": b""}), "zip holds '/tmp/x', which leads out of its folder"),
+    (lambda f: rezip(f, {"c:/x": b""}), "zip holds 'c:/x', which leads out of its folder"),
+    (lambda f: rezip(f, {"x/000001.jpg": b""}), "zip holds two images named '000001.jpg'"),
+    (lambda f: patch(f, 8, b"\1"), "image '000001.jpg' in .*zip is encrypted"),
+    (
+        lambda f: rezip(f, {}, zipfile.ZIP_LZMA),
+        "'000001.jpg' in .*zip is compressed by a rare method",
+    ),
+    (lambda f: patch(f, 24, (5 << 20).to_bytes(4, "little")), "'000001.jpg' in .*has 5242880 byte"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), LISTS + ZIPS)
+def test_a_wrong_list_or_zip_is_told_before_anything_is_built(face_folder, spoil, sentence):
+    spoil(face_folder)
+    with pytest.raises(UserError, match=sentence) as told:
+        celeba.describe(str(face_folder), "celeba", limit=1)  # whole lists are looked through
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            lambda f: (f / "000001.jpg").unlink(),
+            "folder has no image 000001.jpg, which list_eval_p",
+        ),
+        (lambda f: (f / "0.jpeg").touch(), "folder has an image '0.jpeg', which list_eval_partiti"),
+        (
+            lambda f: (f / "000001.jpg").write_bytes(bytes(5 << 20)),
+            "'000001.jpg' in .*folder says that it has 5242880 bytes",
+        ),
+    ],
+)
+def test_a_wrong_folder_is_told_before_anything_is_built(faces, tmp_path, spoil, sentence):
+    folder = unzip(faces(tmp_path / "folder"))
+    spoil(folder)
+    with pytest.raises(UserError, match=sentence):
+        celeba.describe(str(folder), "celeba")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (jpeg()[:600], "Truncated File Read"),
+        (jpeg()[:-200], "truncated"),
+        (b"<html>not found</html>", "it is no JPEG"),
+        (b"", "it is no JPEG"),
+        (jpeg(kind="png"), "it is no JPEG"),
+        (jpeg((200, 300)), r"it has \(200, 300\) pixels instead of \(178, 218\)"),
+        (claiming(4000, 3000), r"it has \(4000, 3000\) pixels instead of \(178, 218\)"),
+        (claiming(10_000, 10_000), "it has far too many pixels"),  # where Pillow warns
+        (claiming(60_000, 60_000), "it has far too many pixels"),  # where Pillow raises
+    ],
+)
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_a_wrong_image_is_told_with_its_name(face_folder, kind, content, sentence):
+    rezip(face_folder, {FIRST: content})
+    if kind == "folder":
+        unzip(face_folder)
+    sentence = rf"The image 000001.jpg in .*faces.* cannot be used \(.*({sentence})"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(UserError, match=sentence) as told:
+            tar(face_folder)
+    assert seen == []
+    assert "\n" not in str(told.value)
+
+
+def test_pixels_are_not_decoded_before_their_number_is_right(monkeypatch):
+    def load(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", load)
+    with pytest.raises(ValueError, match="it has"):
+        celeba.cut(claiming(4000, 3000), "c128")
+    with pytest.raises(AssertionError, match="decoded"):
+        celeba.cut(jpeg(), "c128")
+
+
+def test_an_image_damaged_or_missing_in_the_zip_is_told(face_folder):
+    celeba.describe(str(face_folder), "celeba")
+    path = face_folder / celeba.ZIP
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"JFIF", b"JFIX", 1))
+    celeba._images.cache_clear()
+    with pytest.raises(UserError, match=r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"):
+        tar(face_folder)
+    path.write_bytes(content)
+    rezip(face_folder, {FIRST: None})  # as where another worker's disk has another zip
+    with pytest.raises(UserError, match=r"zip has no image 000001.jpg, which list_eval_part"):
+        tar(face_folder)
+    path.write_bytes(content)
+    patch(face_folder, 24, (1 << 20).to_bytes(4, "little"))
+    with pytest.raises(UserError, match=r"000001.jpg in .*zip has \d+ bytes instead of 1048576"):
+        tar(face_folder)
+
+
+def test_no_more_is_inflated_than_an_image_may_have(face_folder):
+    rezip(face_folder, {FIRST: bytes(100 << 20)}, zipfile.ZIP_DEFLATED)
+    patch(face_folder, 24, (1000).to_bytes(4, "little"))  # what its directory promises
+    celeba._images.cache_clear()
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"000001.jpg in .*zip is damaged"):
+            tar(face_folder)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+# Once per process
+
+
+class _Flaky(io.FileIO):
+    """A file whose store goes away for one read."""
+
+    away = False
+
+    def readinto(self, buffer) -> int:
+        if _Flaky.away:
+            _Flaky.away = False
+            raise storage.Unavailable("The object store is away.")
+        return super().readinto(buffer)
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[IO[bytes]]:
+    """Return a list to which each opened file is added."""
+    files = []
+
+    @contextlib.contextmanager
+    def open_file(uri: str) -> Iterator[IO[bytes]]:
+        with io.BufferedReader(_Flaky(uri)) as file:
+            files.append(file)
+            yield file
+
+    monkeypatch.setattr(storage, "open_file", open_file)
+    return files
+
+
+def test_lists_and_zip_are_read_once_for_many_shards(face_folder, opened, monkeypatch):
+    celeba._lists.cache_clear()
+    celeba._images.cache_clear()
+    read, times = storage.read_bytes, []
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: times.append(uri) or read(uri))
+    for split in ("train", "valid", "train"):
+        assert len(list(celeba.read(str(face_folder), split, 0, 2))) == 2
+    assert len(opened) == 1
+    assert len(times) == 3
+
+
+def test_a_changed_source_is_described_anew(face_folder):
+    before = celeba.describe(str(face_folder), "celeba")
+    rezip(face_folder, {FIRST: jpeg()})
+    edit(face_folder / PARTITION, "000006.jpg 1", "000006.jpg 0")
+    after = celeba.describe(str(face_folder), "celeba")
+    assert after.splits["train"] == 6
+    assert after.sources[celeba.ZIP] != before.sources[celeba.ZIP]
+
+
+def test_after_a_failure_the_zip_is_opened_again(face_folder, opened):
+    celeba.describe(str(face_folder), "celeba")
+    wanted = tar(face_folder)
+    _Flaky.away = True
+    with pytest.raises(storage.Unavailable):
+        tar(face_folder)
+    assert tar(face_folder) == wanted
+    assert [file.closed for file in opened] == [True, False]
+
+
+# Real data, and an object store
+
+
+def test_real_faces_are_read(test_data, tmp_path):
+    out = str(tmp_path / "out")
+    build("celeba", str(test_data / "celeba"), out, limit=20)
+    manifest = shards.read_manifest(out)
+    assert manifest.splits == {"train": 20, "valid": 20, "test": 20}
+    assert manifest.label_names[20] == "Male"
+    assert verify(out) == []
+
+
+@pytest.mark.s3
+def test_zip_and_folder_in_a_bucket_give_the_same(s3, face_folder):
+    about, wanted = celeba.describe(str(face_folder), "celeba"), tar(face_folder)
+    storage.upload_folder(face_folder, f"{s3}/zip")
+    assert celeba.describe(f"{s3}/zip", "celeba") == about
+    assert (tar(f"{s3}/zip"), tar(f"{s3}/zip")) == (wanted, wanted)
+    unzip(face_folder, "img_align_celeba")
+    storage.upload_folder(face_folder, f"{s3}/folder")
+    assert celeba.describe(f"{s3}/folder", "celeba") == celeba.describe(str(face_folder), "celeba")
+    assert tar(f"{s3}/folder") == wanted

@@ -1,0 +1,215 @@
+"""Build, cache and stream come right, whatever happens to the store, the disk or the process."""
+
+import itertools
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fault_proxy import Fault, FaultProxy, KillableStore, Request
+from processes import wait_for
+
+from data_prep import build as build_module
+from data_prep.build import build
+from data_prep.verify import verify
+from ivegan import data, shards, storage
+from ivegan.config import override, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = str(ROOT / "data_prep" / "build.py")
+CONFIG = override(preset("digits"), {"batch_size": 16})
+
+
+def local_files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def remote_files(uri: str) -> dict[str, bytes]:
+    return {name: storage.read_bytes(f"{uri}/{name}") for name in storage.list_files(uri)}
+
+
+def streamed(uri: str, steps: int) -> torch.Tensor:
+    manifest = shards.read_manifest(uri)
+    stream = data.Stream(data_uri=uri, manifest=manifest, split="train", loaders=0)
+    return torch.cat(list(itertools.islice(stream.batches(CONFIG, 0, 0, 1), steps)))
+
+
+def now_and_then() -> Callable[[Request], Fault | None]:
+    """Return a plan that does to some requests what can be done to them, in turn."""
+    anything = [Fault(refuse="SlowDown"), Fault(drop=True), Fault(delay=0.1)]
+    reads = [Fault(cut_answer=10_000), Fault(corrupt_answer=20_000), *anything]
+    writes = [Fault(corrupt_request=20_000), *anything, Fault(cut_request=10_000)]
+    turns = {
+        kind: itertools.cycle([fault for some in faults for fault in (*[None] * pause, some)])
+        for kind, faults, pause in (("GET", reads, 15), ("PUT", writes, 2), ("", anything, 9))
+    }
+    lock = threading.Lock()
+
+    def plan(request: Request) -> Fault | None:
+        large = request.method == "PUT" and len(request.body) > 20_000
+        kind = request.method if large or ".tar" in request.path else ""
+        with lock:
+            return next(turns.get(kind, turns[""]))
+
+    return plan
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_a_bad_network_changes_nothing(s3, s3_variables, tmp_path, monkeypatch):
+    """Errors, cuts, wrong bytes and delays, all through a build and two ways of reading."""
+    build("digits", None, str(tmp_path / "good"), shard_size=100)
+    expected = local_files(tmp_path / "good")
+    uri = f"{s3}/set"
+    with FaultProxy(s3_variables["AWS_ENDPOINT_URL"], now_and_then()) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        build("digits", None, uri, shard_size=100)
+        written = set(proxy.injected)
+        assert build("digits", None, uri, shard_size=100)["skipped"] == 19
+        assert verify(uri) == []
+        cached = data.load_split(uri, "train", tmp_path / "cache")
+        np.testing.assert_array_equal(
+            cached.images, data.load_split(str(tmp_path / "good"), "train", tmp_path / "c2").images
+        )
+        assert torch.equal(streamed(uri, 100), streamed(str(tmp_path / "good"), 100))
+        monkeypatch.undo()
+        assert remote_files(uri) == expected
+    assert {"refuse", "drop", "cut_request", "delay", "corrupt_request"} <= written
+    assert {"cut_answer", "corrupt_answer"} <= set(proxy.injected)
+
+
+@pytest.fixture
+def killable(tmp_path, monkeypatch) -> Iterator[KillableStore]:
+    """Return a store of the test's own, with the environment set to reach a bucket in it."""
+    with KillableStore(tmp_path / "store") as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        storage._client.cache_clear()
+        storage.s3_client().create_bucket(Bucket="bucket")
+        yield store
+        storage._client.cache_clear()
+
+
+class OnceTold(logging.Handler):
+    """Does something when the first warning arrives that a store is waited for."""
+
+    def __init__(self, what: Callable[[], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.what, self.told = what, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told += 1
+        if self.told == 1:
+            self.what()
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path, monkeypatch):
+    good = str(tmp_path / "good")
+    build("digits", None, good, shard_size=100)
+    whole = build_module._write_shard
+    done = itertools.count(1)
+
+    def counted(job):
+        if next(done) == 5:
+            killable.kill()
+        return whole(job)
+
+    waiting = OnceTold(killable.start)
+    logging.getLogger("ivegan.storage").addHandler(waiting)
+    try:
+        monkeypatch.setattr(build_module, "_write_shard", counted)
+        build("digits", None, "s3://bucket/set", shard_size=100)
+        assert waiting.told >= 1
+        assert remote_files("s3://bucket/set") == local_files(tmp_path / "good")
+
+        waiting.told = 0
+        expected = streamed(good, 150)
+        manifest = shards.read_manifest("s3://bucket/set")
+        stream = data.Stream(
+            data_uri="s3://bucket/set", manifest=manifest, split="train", loaders=0
+        )
+        batches = stream.batches(CONFIG, 0, 0, 1)
+        first = list(itertools.islice(batches, 10))
+        killable.kill()
+        rest = list(itertools.islice(batches, 140))
+        assert waiting.told >= 1
+        assert torch.equal(torch.cat(first + rest), expected)
+    finally:
+        logging.getLogger("ivegan.storage").removeHandler(waiting)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.fault
+@pytest.mark.slow
+def test_ray_tasks_wait_for_a_store_that_is_killed(killable, tmp_path):
+    """The command, two workers; the store gets SIGKILL after the first shards."""
+    command = [sys.executable, BUILD, "digits", "--out", "s3://bucket/set", "--workers", "2"]
+    with (log := tmp_path / "log").open("w") as into:
+        process = subprocess.Popen(
+            [*command, "--shard-size", "20"], stdout=into, stderr=subprocess.STDOUT, cwd=tmp_path
+        )
+    wait_for(lambda: len(storage.list_names("s3://bucket/set/train")) > 2, process, log)
+    killable.kill()
+    killable.start()
+    assert process.wait(240) == 0, log.read_text()
+    build("digits", None, str(tmp_path / "good"), shard_size=20)
+    assert remote_files("s3://bucket/set") == local_files(tmp_path / "good")
+
+
+@pytest.mark.fault
+def test_a_killed_build_redoes_only_what_is_missing(tmp_path):
+    """SIGKILL to the command, in the middle."""
+    out, log = tmp_path / "set", tmp_path / "log"
+    command = [sys.executable, BUILD, "digits", "--out", str(out), "--workers", "0"]
+    with log.open("w") as into:
+        process = subprocess.Popen(
+            [*command, "--shard-size", "1"], stdout=into, stderr=subprocess.STDOUT, cwd=tmp_path
+        )
+    wait_for(lambda: len(storage.list_names(out / ".unfinished")) > 50, process, log)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    result = build("digits", None, str(out), shard_size=1)
+    assert 49 <= result["skipped"] < 1797
+    assert result["shards"] == 1797
+    assert verify(str(out)) == []
+
+
+def limited() -> None:
+    """Let no file grow beyond 100,000 bytes, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_disk_without_room_ends_a_build_in_a_sentence(tmp_path):
+    command = [sys.executable, BUILD, "digits", "--out", str(tmp_path / "set"), "--workers", "0"]
+    done = subprocess.run(
+        command, preexec_fn=limited, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        "train/shard-00000.tar grows larger than files may be here: choose another place."
+    )
+    assert "Traceback" not in done.stderr
+    assert set(local_files(tmp_path / "set")) == {".unfinished/plan.json"}
+    assert build("digits", None, str(tmp_path / "set"))["skipped"] == 0
+
+
+def test_a_place_that_may_not_be_written_ends_a_build_in_a_sentence(tmp_path):
+    command = [sys.executable, BUILD, "digits", "--out", "/sys/ivegan", "--workers", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "/sys/ivegan" in done.stderr.splitlines()[-1]
+    assert "change its permissions" in done.stderr
+    assert not os.path.lexists("/sys/ivegan")

@@ -1,0 +1,367 @@
+"""IDX files are read or refused, and fetched from mirrors that may lie."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import struct
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from data_prep import mnist
+from data_prep.build import build
+from ivegan import shards, storage
+from ivegan.errors import UserError
+
+LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte.gz"
+
+
+def idx(array: np.ndarray, shape: tuple[int, ...] | None = None) -> bytes:
+    """Return an IDX file, whose header may be made to lie."""
+    shape = shape or array.shape
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + array.tobytes()
+
+
+# Reading
+
+
+def test_mnist_is_padded_with_zeros_and_the_split_is_as_stated(idx_folder, tmp_path):
+    out = str(tmp_path / "out")
+    result = build("mnist", str(idx_folder), out, name="fashion")
+    manifest = shards.read_manifest(out)
+    assert manifest.dataset == "fashion"
+    assert manifest.splits == {"train": 22, "valid": 2, "test": 10}
+    assert manifest.image_shape == (1, 32, 32)
+    assert (result["samples"], result["shards"], result["skipped"]) == (34, 3, 0)
+    assert set(manifest.sources) == {path.name for path in idx_folder.iterdir()}
+    raw = np.frombuffer(
+        gzip.decompress((idx_folder / IMAGES).read_bytes()), np.uint8, offset=16
+    ).reshape(24, 28, 28)
+    whole = [
+        sample
+        for split, count in (("train", 22), ("valid", 2))
+        for sample in mnist.read(str(idx_folder), split, 0, count)
+    ]
+    for place, sample in enumerate(whole):
+        np.testing.assert_array_equal(sample.image[0, 2:30, 2:30], raw[place])
+        assert sample.image.sum() == raw[place].sum(dtype=np.int64)
+        assert sample.meta == {"label": place % 10, "source": f"{IMAGES}#{place}"}
+    assert len({sample.key for sample in whole}) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (LABELS, None, r"There is no train-labels-idx1-ubyte.gz or train-labels-idx1-ubyte in "),
+        (LABELS, idx(np.zeros(21, np.uint8), (24,)), "too long: it holds 21 values instead of 24"),
+        (LABELS, idx(np.zeros(25, np.uint8), (24,)), "holds more than 24 values instead of 24"),
+        (LABELS, idx(np.zeros(23, np.uint8)), "24 images, but train-labels-idx1-ubyte 23 labels"),
+        (LABELS, idx(np.zeros((24, 1), np.uint8)), "no IDX file of 1 axes: it starts with 0x00000"),
+        (LABELS, b"<html>not found", "starts with 0x3c68746d instead of 0x00000801"),
+        (LABELS, b"", "is no IDX file"),
+        (LABELS, bytes([0, 0, 8, 1, 0]), "is no IDX file"),
+        (LABELS, idx(np.zeros(0, np.uint8), (2**32 - 1,)), "says that it holds 4,294,967,295 val"),
+        (IMAGES, b"no gzip", "is damaged"),
+        (IMAGES, gzip.compress(b"")[:10] + b"\xff" * 50, r"is damaged \(Error -3"),
+        (IMAGES, gzip.compress(idx(np.zeros((24, 28, 28), np.uint8)))[:-30], "is damaged"),
+        (IMAGES, gzip.compress(idx(np.zeros((24, 28, 28), np.uint8)))[:-8], "is damaged"),
+        (
+            IMAGES,
+            gzip.compress(idx(np.zeros((24, 28, 28), np.uint8)))[:-8] + bytes(8),
+            r"is damaged \(CRC check failed",
+        ),
+        (IMAGES, gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))), "holds 0 images, but"),
+        (IMAGES, gzip.compress(idx(np.zeros((24, 40, 28), np.uint8))), "have 40 x 28 pixels inste"),
+        (IMAGES, gzip.compress(idx(np.zeros((24, 28, 0), np.uint8))), "have 28 x 0 pixels instead"),
+    ],
+)
+def test_a_wrong_idx_file_is_told_in_a_sentence(idx_folder, name, content, sentence):
+    mnist.describe(str(idx_folder), "mnist")
+    (idx_folder / name).unlink()
+    if content is not None:
+        (idx_folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as told:
+        mnist.describe(str(idx_folder), "mnist")
+    assert "\n" not in str(told.value)
+
+
+def test_an_empty_idx_data_set_is_told_in_a_sentence(idx_folder):
+    (idx_folder / IMAGES).write_bytes(gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))))
+    (idx_folder / LABELS).write_bytes(idx(np.zeros(0, np.uint8)))
+    with pytest.raises(UserError, match="holds an IDX file without images: nothing to build"):
+        mnist.describe(str(idx_folder), "mnist")
+
+
+def test_no_more_is_unpacked_than_the_header_promises(idx_folder):
+    bomb = idx(np.zeros((24, 28, 28), np.uint8)) + bytes(100 << 20)
+    (idx_folder / IMAGES).write_bytes(gzip.compress(bomb, 1))
+    del bomb
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="holds more than 18816 values instead of 18816"):
+            mnist.describe(str(idx_folder), "mnist")
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_real_mnist_is_read(test_data):
+    folder = test_data / "mnist"
+    about = mnist.describe(str(folder), "mnist")
+    assert about.splits == {"train": 55_000, "valid": 5_000, "test": 10_000}
+    assert about.label_names == tuple("0123456789")
+    first = next(mnist.read(str(folder), "train", 0, 1))
+    assert first.meta["label"] == 5  # as everybody's first MNIST image
+    for name, md5 in mnist.MD5.items():
+        assert hashlib.md5((folder / name).read_bytes()).hexdigest() == md5
+
+
+# Downloading
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """A server of files, which can answer in bad ways."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.files: dict[str, bytes] = {}
+        self.bad: dict[str, Callable[[_Answers, bytes], None]] = {}
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/mnist"
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        mirror, name = cast(Mirror, self.server), self.path.removeprefix("/mnist/")
+        mirror.asked.append(name)
+        content = mirror.files.get(name)
+        if content is None:
+            self.send_error(404)
+        elif name in mirror.bad:
+            mirror.bad[name](self, content)
+        else:
+            self.start(content)
+            self.wfile.write(content)
+
+    def start(self, content: bytes | None) -> None:
+        self.send_response(200)
+        if content is not None:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirrors(idx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Mirror]]:
+    """Return two servers of the same four files, which count as the published ones."""
+    for path in idx_folder.iterdir():
+        if path.suffix != ".gz":
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    files = {path.name: path.read_bytes() for path in idx_folder.iterdir()}
+    monkeypatch.setattr(
+        mnist, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    )
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = [Mirror(), Mirror()]
+    monkeypatch.setattr(mnist, "MIRRORS", [server.url for server in servers])
+    for server in servers:
+        server.files = dict(files)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield servers
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def urls(servers: list[Mirror]) -> list[str]:
+    return [server.url for server in servers]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def cut_off(answer: _Answers, content: bytes) -> None:
+    answer.start(content)
+    answer.wfile.write(content[:-50])
+
+
+def cut_off_unseen(answer: _Answers, content: bytes) -> None:
+    answer.start(None)
+    answer.wfile.write(content[:-50])
+
+
+def endless(answer: _Answers, content: bytes) -> None:
+    answer.start(None)
+    with contextlib.suppress(OSError):  # the client has had enough
+        while True:
+            answer.wfile.write(bytes(1 << 16))
+
+
+def silent(answer: _Answers, content: bytes) -> None:
+    answer.start(content)
+    wait_for_the_client_to_go(answer)
+
+
+def wait_for_the_client_to_go(answer: _Answers) -> None:
+    answer.connection.settimeout(3)
+    with contextlib.suppress(OSError):
+        answer.connection.recv(1)
+
+
+def lingering(answer: _Answers, content: bytes) -> None:
+    """Answer well, and leave the connection open."""
+    answer.start(content)
+    answer.wfile.write(content)
+    wait_for_the_client_to_go(answer)
+
+
+def trickling(answer: _Answers, content: bytes) -> None:
+    answer.start(content)
+    with contextlib.suppress(OSError):  # the client has had enough
+        for byte in content:
+            answer.wfile.write(bytes([byte]))
+            answer.wfile.flush()
+            threading.Event().wait(0.05)
+
+
+def other(answer: _Answers, content: bytes) -> None:
+    """Answer with a good file, which is not the published one."""
+    wrong = gzip.compress(idx(np.zeros(24, np.uint8)))
+    answer.start(wrong)
+    answer.wfile.write(wrong)
+
+
+def elsewhere(answer: _Answers, content: bytes) -> None:
+    answer.send_response(302)
+    answer.send_header("Location", "ftp://127.0.0.1/" + answer.path)
+    answer.send_header("Content-Length", "0")
+    answer.end_headers()
+
+
+def no_http(answer: _Answers, content: bytes) -> None:
+    answer.wfile.write(b"no HTTP\r\n")
+
+
+BAD = [
+    (cut_off, "ended after"),
+    (cut_off_unseen, "wrong md5"),
+    (endless, "gives more than 1,000,000 bytes"),
+    (silent, "does not answer as it should .*timed out"),
+    (trickling, "takes more than 0.6 s"),
+    (other, "wrong md5"),
+    (elsewhere, "unknown url type: ftp"),
+    (no_http, "does not answer as it should"),
+]
+LABELS_GZ = LABELS + ".gz"
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr(mnist, "_LARGEST_DOWNLOAD", 1_000_000)
+    monkeypatch.setattr(mnist, "_SILENCE", 0.4)
+    monkeypatch.setattr(mnist, "_PATIENCE", 0.6)
+
+
+def test_the_files_are_fetched_once_beside_the_data_set(mirrors, tmp_path):
+    assert mnist.fetched("folder", "x") == "folder"
+    to = mnist.fetched("download", str(tmp_path / "out"))
+    assert to == str(tmp_path / "out-raw")
+    assert contents(Path(to)) == mirrors[0].files
+    assert mnist.describe(to, "mnist").splits == {"train": 22, "valid": 2, "test": 10}
+    (Path(to) / LABELS_GZ).write_bytes(b"damaged since")
+    mnist.fetched("download", f"{tmp_path}/out/")
+    assert contents(Path(to)) == mirrors[0].files
+    assert sorted(mirrors[0].asked) == sorted([*mnist.MD5, LABELS_GZ])
+    assert mirrors[1].asked == []
+
+
+@pytest.mark.parametrize(("bad", "sentence"), [*BAD, (None, "answers 404")])
+def test_what_one_mirror_does_not_give_comes_from_the_next(
+    mirrors, impatient, tmp_path, bad, sentence
+):
+    def spoil(server: Mirror) -> None:
+        if bad is None:
+            del server.files[LABELS_GZ]
+        else:
+            server.bad[LABELS_GZ] = bad
+
+    spoil(mirrors[0])
+    mnist.download(str(tmp_path / "good"), urls(mirrors))
+    assert contents(tmp_path / "good") == mirrors[1].files
+    assert mirrors[1].asked == [LABELS_GZ]
+    spoil(mirrors[1])
+    with pytest.raises(UserError, match=sentence) as told:
+        mnist.download(str(tmp_path / "bad"), urls(mirrors))
+    assert str(told.value).startswith(f"{LABELS_GZ} cannot be downloaded ({mirrors[0].url}/")
+    assert f"; {mirrors[1].url}/" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert set(contents(tmp_path / "bad")) == {IMAGES}  # nothing of the file that was wrong
+
+
+def test_an_answer_ends_with_its_length_where_the_connection_does_not(mirrors, impatient, tmp_path):
+    mirrors[0].bad[IMAGES] = lingering
+    mnist.download(str(tmp_path / "to"), urls(mirrors))
+    assert contents(tmp_path / "to") == mirrors[0].files
+    assert mirrors[1].asked == []
+
+
+def test_an_endless_answer_is_not_kept(mirrors, tmp_path, monkeypatch):
+    monkeypatch.setattr(mnist, "_LARGEST_DOWNLOAD", 1 << 20)
+    for server in mirrors:
+        server.bad[IMAGES] = endless
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="gives more than 1,048,576 bytes"):
+            mnist.download(str(tmp_path), urls(mirrors))
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_mirror_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9/x/.* does not answer as it should"):
+        mnist.fetched("http://127.0.0.1:9/x/", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"http://\[::/.* does not answer as it should"):
+        mnist.fetched("http://[::", str(tmp_path / "out"))
+
+
+def test_another_data_set_needs_no_published_check_sums_but_good_files(mirrors, tmp_path):
+    server, out = mirrors[0], str(tmp_path / "out")
+    mnist.fetched("download", out)
+    server.files[LABELS_GZ] = gzip.compress(idx(np.arange(24, dtype=np.uint8)))
+    to = mnist.fetched(f"{server.url}/", out)
+    assert contents(Path(to)) == server.files
+    server.files[LABELS_GZ] = gzip.compress(idx(np.arange(24, dtype=np.uint8)[::-1]))
+    mnist.fetched(server.url, out)  # what is there may be another data set's
+    assert contents(Path(to)) == server.files
+    for content, sentence in (
+        (server.files[LABELS_GZ][:-1], "is damaged"),
+        (server.files[IMAGES], "is no IDX file of 1 axes"),
+        (idx(np.zeros(24, np.uint8)), "is damaged"),
+    ):
+        server.files[LABELS_GZ] = content
+        with pytest.raises(UserError, match=rf"{LABELS_GZ} cannot be downloaded \(.*{sentence}"):
+            mnist.fetched(server.url, out)
+
+
+@pytest.mark.s3
+def test_the_files_are_fetched_into_a_bucket(mirrors, s3):
+    to = mnist.fetched("download", f"{s3}/data/out/")
+    assert to == f"{s3}/data/out-raw"
+    assert set(storage.list_names(to)) == set(mnist.MD5)
+    mnist.fetched("download", f"{s3}/data/out/")
+    assert len(mirrors[0].asked) == 4

@@ -1,0 +1,174 @@
+"""What a build leaves for people, and who may write where."""
+
+import functools
+import gzip
+import io
+import json
+import multiprocessing
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_prep import build as build_module
+from data_prep.build import build, make_plan
+from data_prep.verify import verify
+from ivegan import data, shards, storage
+from ivegan.errors import UserError
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_table_leads_to_every_image(digits_dataset, tmp_path):
+    table = pq.read_table(f"{digits_dataset}/samples.parquet").to_pylist()
+    manifest = shards.read_manifest(digits_dataset)
+    assert len(table) == 1797
+    assert set(table[0]) == {"key", "split", "shard", "offset", "bytes", "label", "source"}
+    for split in shards.SPLITS:
+        rows = [row for row in table if row["split"] == split]
+        whole = data.load_split(digits_dataset, split, tmp_path)
+        assert [row["key"] for row in rows] == list(whole.keys)
+        assert [row["label"] for row in rows] == whole.labels.tolist()
+        assert {row["shard"] for row in rows} == {s.key for s in manifest.of_split(split)}
+        for place in (0, len(rows) // 2, len(rows) - 1):
+            row = rows[place]
+            uri = storage.join(digits_dataset, row["shard"])
+            image = shards.decode(storage.read_range(uri, row["offset"], row["bytes"]))
+            np.testing.assert_array_equal(image, whole.images[place])
+
+
+def test_every_split_has_a_contact_sheet(digits_dataset):
+    for split in shards.SPLITS:
+        with Image.open(f"{digits_dataset}/contact-{split}.png") as sheet:
+            assert sheet.width > 600
+            assert np.asarray(sheet).std() > 20
+
+
+@pytest.mark.parametrize("name", ["samples.parquet", "contact-test.png"])
+def test_what_is_for_people_is_verified_too(tmp_path, name):
+    out = tmp_path / "set"
+    build("digits", None, str(out))
+    assert verify(str(out)) == []
+    content = bytearray((out / name).read_bytes())
+    content[100] ^= 1
+    (out / name).write_bytes(content)
+    assert verify(str(out)) == [f"{name} has another sha256 than the manifest says."]
+    (out / name).unlink()
+    assert verify(str(out)) == [f"{name} is missing."]
+
+
+def test_equal_builds_at_once_end_as_one(tmp_path):
+    build("digits", None, str(tmp_path / "alone"), shard_size=50)
+    together = [("digits", None, str(tmp_path / "shared"), 0)] * 3
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        results = pool.starmap(build_50, together)
+    assert {result["samples"] for result in results} == {1797}
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+
+def build_50(*arguments):
+    return build(*arguments, shard_size=50)
+
+
+def test_another_build_is_refused_from_the_first_moment(tmp_path):
+    out = str(tmp_path / "set")
+    build_module._claim(make_plan("digits", None, out))
+    with pytest.raises(UserError, match="holds an unfinished build with other settings"):
+        build("digits", None, out, shard_size=50)
+    assert set(files(tmp_path / "set")) == {".unfinished/plan.json"}
+    assert build("digits", None, out)["skipped"] == 0
+
+
+def test_a_claim_that_a_careless_store_let_another_take_ends_the_build(tmp_path, monkeypatch):
+    """Conditional writes are not atomic everywhere: both may think that they were first."""
+    out = str(tmp_path / "set")
+    other = make_plan("digits", None, out, shard_size=50)
+    whole = build_module._table
+
+    def taken_over(*arguments):
+        storage.write_bytes(other.marker, other.identity)
+        return whole(*arguments)
+
+    monkeypatch.setattr(build_module, "_table", taken_over)
+    with pytest.raises(UserError, match="holds an unfinished build with other settings"):
+        build("digits", None, out)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_what_a_killed_run_left_beside_a_manifest_is_cleared_away(tmp_path):
+    out = tmp_path / "set"
+    build("digits", None, str(out))
+    storage.write_bytes(str(out / ".unfinished" / "train-00000.json"), b"{}")
+    assert verify(str(out)) == [".unfinished/train-00000.json does not belong to the data set."]
+    assert build("digits", None, str(out))["skipped"] == 4
+    assert verify(str(out)) == []
+
+
+@pytest.mark.s3
+def test_a_folder_and_a_bucket_hold_the_same_bytes(s3, tmp_path):
+    build("digits", None, str(tmp_path / "set"), shard_size=200)
+    build("digits", None, f"{s3}/set", shard_size=200)
+    local = files(tmp_path / "set")
+    assert {name: storage.read_bytes(f"{s3}/set/{name}") for name in local} == local
+    assert storage.list_files(f"{s3}/set").keys() == local.keys()
+    assert verify(f"{s3}/set") == []
+
+
+def test_attributes_become_columns(tmp_path):
+    """Of a table over what two finished shards hold."""
+    plan = make_plan("digits", None, str(tmp_path))
+    about = build_module.Source(
+        dataset="faces",
+        image_shape=(3, 4, 4),
+        splits={"train": 2},
+        sources={},
+        settings={},
+        label_names=("Bald", "Smiling"),
+    )
+    plan = build_module.Plan(about=about, out="", settings={}, jobs=plan.jobs, records="")
+    written = [
+        build_module.Written(
+            shard=shards.Shard(split="train", key=f"k{i}", samples=1, bytes=1, sha256=""),
+            rows=[
+                shards.Row(str(i), {"attributes": [i, 1], "identity": 7 + i, "source": "x"}, 512, 9)
+            ],
+        )
+        for i in range(2)
+    ]
+    table = pq.read_table(io.BytesIO(build_module._table(plan, written))).to_pylist()
+    assert [row["Bald"] for row in table] == [False, True]
+    assert [row["Smiling"] for row in table] == [True, True]
+    assert [row["identity"] for row in table] == [7, 8]
+    assert json.dumps(table[0]["shard"]) == '"k0"'
+
+
+def test_mnist_is_downloaded_built_and_not_fetched_again(idx_folder, tmp_path, capsys):
+    """From a server as a user has it behind a firewall; the files stay beside the data set."""
+    for path in idx_folder.iterdir():
+        if path.suffix != ".gz":
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(idx_folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        out = str(tmp_path / "set")
+        options = build_module.Build(dataset="mnist", source=url, out=out, workers=0, dry_run=True)
+        assert build_module.main(options) == {"source": url, "out": out}
+        assert f"{url} would first be downloaded to {out}-raw" in capsys.readouterr().out
+        assert not (tmp_path / "set-raw").exists()
+        assert build("mnist", url, out)["samples"] == 34
+        before = files(tmp_path / "set")
+        assert build("mnist", url, out)["skipped"] == 3
+        server.shutdown()
+    assert len(files(tmp_path / "set-raw")) == 4
+    assert build("mnist", f"{out}-raw", out)["skipped"] == 3
+    assert files(tmp_path / "set") == before
+    with pytest.raises(UserError, match=r"cannot be downloaded .*name their folder with --source"):
+        build("mnist", url, str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()

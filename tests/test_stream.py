@@ -1,0 +1,244 @@
+"""A stream gives every rank its share of one global batch, exactly, for ever, from anywhere."""
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ivegan import data, shards
+from ivegan.config import override, preset
+from ivegan.errors import UserError
+from ivegan.shards import Manifest, Sample, Shard
+
+SHAPE = (1, 2, 2)
+
+
+def write(folder: Path, sizes: list[int]) -> str:
+    """Write a data set whose every image says which one it is."""
+    entries, number = [], 0
+    (folder / "train").mkdir(parents=True)
+    for place, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            image = np.frombuffer(number.to_bytes(4, "big"), np.uint8).reshape(SHAPE)
+            samples.append(Sample(f"{number:06d}", image, {"label": 0, "source": "made"}))
+            number += 1
+        raw, _ = shards.write_tar(samples)
+        key = shards.shard_key("train", place)
+        (folder / key).write_bytes(raw)
+        digest = hashlib.sha256(raw).hexdigest()
+        entries.append(Shard(split="train", key=key, samples=size, bytes=len(raw), sha256=digest))
+    manifest = Manifest(
+        dataset="numbers",
+        image_shape=SHAPE,
+        splits={"train": sum(sizes)},
+        shards=tuple(entries),
+        sources={},
+        settings={},
+        settings_hash=shards.settings_hash({}),
+    )
+    shards.write_manifest(str(folder), manifest)
+    return str(folder)
+
+
+def stream(uri: str, **changes: Any) -> data.Stream:
+    manifest = shards.read_manifest(uri)
+    base = data.Stream(data_uri=uri, manifest=manifest, split="train", loaders=0)
+    return dataclasses.replace(base, **changes)
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    """Return which images these are."""
+    return [int.from_bytes(image.tobytes(), "big") for image in images.numpy()]
+
+
+def read(
+    source: data.Stream, batch_size: int, steps: int, *, start: int = 0, world_size: int = 1, **over
+) -> list[list[int]]:
+    """Return the global batches of some steps, put together from all ranks."""
+    config = override(preset("mnist"), {"batch_size": batch_size, **over})
+    ranks = [
+        itertools.islice(source.batches(config, start, rank, world_size), steps)
+        for rank in range(world_size)
+    ]
+    return [numbers(torch.cat(parts)) for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [[12] * 4, [9, 9, 9, 9, 9, 9, 9, 4], [30] * 9], ids=str)
+@pytest.mark.parametrize("batch_size", [8, 32])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_1_2_or_4_ranks_read_the_same_global_batches(tmp_path, sizes, batch_size, seed):
+    source = stream(write(tmp_path / "set", sizes))
+    alone = read(source, batch_size, 12, seed=seed)
+    assert all(len(batch) == batch_size for batch in alone)
+    for world_size in (2, 4):
+        if batch_size % (4 * world_size) == 0:
+            assert read(source, batch_size, 12, world_size=world_size, seed=seed) == alone
+    assert read(source, batch_size, 12, seed=seed + 1) != alone
+
+
+@pytest.mark.parametrize(("sizes", "batch_size"), [([16] * 8, 16), ([10] * 4, 8), ([64], 32)])
+def test_an_epoch_is_every_sample_once(tmp_path, sizes, batch_size):
+    source = stream(write(tmp_path / "set", sizes))
+    steps = sum(sizes) // batch_size
+    seen = read(source, batch_size, 3 * steps)
+    for epoch in range(3):
+        here = itertools.chain.from_iterable(seen[epoch * steps : (epoch + 1) * steps])
+        assert sorted(here) == list(range(sum(sizes)))
+    assert seen[:steps] != seen[steps : 2 * steps]
+
+
+def test_uneven_shards_are_all_read_and_equally_often_in_the_long_run(tmp_path):
+    sizes = [7, 7, 7, 7, 7, 2]
+    source = stream(write(tmp_path / "set", sizes))
+    counts = Counter(itertools.chain.from_iterable(read(source, 16, 200)))
+    assert set(counts) == set(range(sum(sizes)))
+    expected = 200 * 16 / sum(sizes)
+    assert max(abs(count - expected) for count in counts.values()) <= 3
+
+
+@pytest.mark.parametrize("start", [1, 2, 7, 30])
+def test_a_stream_goes_on_anywhere_as_if_it_had_never_stopped(tmp_path, start):
+    source = stream(write(tmp_path / "set", [9, 9, 9, 9, 4]))
+    whole = read(source, 16, start + 5)
+    assert read(source, 16, 5, start=start) == whole[start:]
+
+
+@pytest.mark.parametrize("loaders", [1, 2, 3])
+def test_processes_that_read_ahead_change_nothing(tmp_path, loaders):
+    source = stream(write(tmp_path / "set", [12] * 8))
+    ahead = dataclasses.replace(source, loaders=loaders)
+    assert read(ahead, 16, 20, start=2) == read(source, 16, 20, start=2)
+
+
+def test_fewer_shards_than_ranks_are_a_sentence(tmp_path):
+    source = stream(write(tmp_path / "set", [64, 64]))
+    with pytest.raises(UserError, match=r"has 2 shards .* 1 to 2 workers, .*not by 4: build it wi"):
+        read(source, 64, 1, world_size=4)
+
+
+def test_batches_carry_the_same_draws_as_from_the_cache(tmp_path):
+    config = override(preset("mnist"), {"batch_size": 16})
+    uri = write(tmp_path / "set", [40] * 4)
+    device = torch.device("cpu")
+    split = data.load_split(uri, "train", tmp_path / "cache")
+    streamed = itertools.islice(data.batches(config, stream(uri), 3, 1, 2, device), 3)
+    cached = itertools.islice(data.batches(config, split, 3, 1, 2, device), 3)
+    for (x, draws), (y, others) in zip(streamed, cached, strict=True):
+        assert x.shape == y.shape == (8, *SHAPE)
+        assert x.dtype == torch.float32
+        for one, other in zip(draws, others, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def spoil(uri: str, shard: int, sample: int) -> str:
+    """Change a pixel of one sample and return its key."""
+    manifest = shards.read_manifest(uri)
+    path = Path(uri) / manifest.shards[shard].key
+    raw = bytearray(path.read_bytes())
+    key = list(shards.read_tar(bytes(raw)))[sample].key
+    image = raw.index(f"{key}.npy".encode()) + 512
+    raw[image + 128] ^= 1  # the first byte after the header of the .npy file
+    path.write_bytes(raw)
+    return key
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_wrong_byte_stops_the_stream_with_shard_and_key(tmp_path, loaders):
+    uri = write(tmp_path / "set", [12] * 4)
+    key = spoil(uri, 2, 5)
+    with pytest.raises(UserError) as told:
+        read(stream(uri, loaders=loaders), 16, 4)
+    assert f"shard-00002.tar is not the one of the manifest (wrong sha256; wrong in it: {key})" in (
+        str(told.value)
+    )
+    assert "\n" not in str(told.value)
+
+
+def test_a_bad_sample_is_left_out_and_counted_if_asked(tmp_path, caplog):
+    uri = write(tmp_path / "set", [12] * 4)
+    keys = {int(spoil(uri, shard, sample)) for shard, sample in ((2, 5), (2, 11), (0, 0))}
+    with caplog.at_level(logging.WARNING):
+        seen = read(stream(uri, skip_bad=True), 16, 30)
+    assert {len(batch) for batch in seen} == {16}
+    assert set(itertools.chain.from_iterable(seen)) == set(range(48)) - keys
+    assert "shard-00002.tar: 2 of 12 samples left out" in caplog.text
+    assert "shard-00000.tar: 1 of 12 samples left out" in caplog.text
+    assert read(stream(uri, skip_bad=True), 16, 30, world_size=4) == seen
+
+
+def test_a_missing_shard_is_left_out_but_not_all_of_them(tmp_path, caplog):
+    uri = write(tmp_path / "set", [12] * 4)
+    (Path(uri) / "train" / "shard-00001.tar").unlink()
+    seen = read(stream(uri, skip_bad=True), 16, 30)
+    assert set(itertools.chain.from_iterable(seen)) == set(range(48)) - set(range(12, 24))
+    assert "shard-00001.tar: 12 of 12 samples left out" in caplog.text
+    for path in Path(uri).glob("train/*.tar"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"No sample of .* can be read"):
+        read(stream(uri, skip_bad=True), 16, 1)
+
+
+def test_the_cache_leaves_out_bad_samples_if_asked_and_never_by_itself(tmp_path, caplog):
+    uri, cache = write(tmp_path / "set", [12] * 4), tmp_path / "cache"
+    keys = [spoil(uri, 0, 3), spoil(uri, 2, 5)]
+    with pytest.raises(UserError, match=f"wrong in it: {keys[0]}"):
+        data.load_split(uri, "train", cache)
+    found = data.load_split(uri, "train", cache, skip_bad=True)
+    kept = sorted(set(range(48)) - {int(key) for key in keys})
+    assert numbers(torch.from_numpy(np.array(found.images))) == kept
+    assert [int(key) for key in found.keys] == kept
+    assert found.labels.shape == (46,)
+    assert "shard-00000.tar: 1 of 12 samples left out" in caplog.text
+    with pytest.raises(UserError, match="is not the one of the manifest"):
+        data.load_split(uri, "train", cache)
+
+
+def test_a_cache_makes_room_by_deleting_what_was_not_used_for_longest(tmp_path):
+    cache = tmp_path / "cache"
+    uris = [write(tmp_path / f"set{i}", [25 + i]) for i in range(3)]
+    hashes = [shards.read_manifest(uri).hash for uri in uris]
+    size = [
+        sum(f.stat().st_size for f in (cache / hashes[i]).rglob("*.npy"))
+        for i in range(2)
+        if data.load_split(uris[i], "train", cache)
+    ]
+    for path, when in ((cache / hashes[0], 100), (cache / hashes[1], 50)):
+        os.utime(path, (when, when))
+    held = data.load_split(uris[1], "train", cache)  # used now, though it was the oldest
+    data.load_split(uris[2], "train", cache, limit=size[1] + 27 * 4)
+    assert [(cache / name).exists() for name in hashes] == [False, True, True]
+    data.load_split(uris[0], "train", cache, limit=25 * 4)
+    assert [(cache / name).exists() for name in hashes] == [True, False, False]
+    assert numbers(torch.from_numpy(np.array(held.images))) == list(range(26))
+
+
+def test_data_larger_than_the_cache_may_be_are_told(tmp_path, monkeypatch):
+    uri = write(tmp_path / "set", [25])
+    with pytest.raises(UserError, match=r"may hold 9.9e-08 GB .*train with --stream, give --cac"):
+        data.load_split(uri, "train", tmp_path / "cache", limit=99)
+    usage = type("usage", (), {"free": 99})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"its disk has 9.9e-08 GB free"):
+        data.load_split(uri, "train", tmp_path / "cache")
+
+
+def test_a_full_disk_is_found_before_anything_is_decoded(tmp_path, monkeypatch):
+    uri = write(tmp_path / "set", [25])
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UserError, match=r"There is no room .*No space left on device.*--stream"):
+        data.load_split(uri, "train", tmp_path / "cache")
+    monkeypatch.undo()
+    assert len(data.load_split(uri, "train", tmp_path / "cache").images) == 25
