@@ -41,9 +41,11 @@ def samples_of(config: Config, count: int = 4096) -> np.ndarray:
     return random.integers(0, 256, (count, *sample_shape(config.model)), dtype=np.uint8)
 
 
-def our_steps(config: Config, samples: np.ndarray, device: str) -> Iterator[int]:
+def our_steps(
+    config: Config, samples: np.ndarray, device: str, precision: str = "float32"
+) -> Iterator[int]:
     """Train with the project's step, yielding after every step."""
-    state = create_state(config, device)
+    state = create_state(config, device, getattr(torch, precision))
     split = None
     if not config.is_points:
         labels = np.zeros(len(samples), np.int64)
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--model.width", dest="width", type=float)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--reference", action="store_true", help="time the textbook loop instead")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, help="alternate both loops, and report the ratio")
     parser.add_argument("--loader-workers", type=int, default=2, help="of the textbook's loader")
     options = parser.parse_args()
@@ -115,7 +118,7 @@ def main() -> None:
 
     loops: dict[str, Iterator[int]] = {}
     if not options.reference:
-        loops["ours"] = our_steps(config, samples, options.device)
+        loops["ours"] = our_steps(config, samples, options.device, options.precision)
     if options.reference or options.rounds:
         workers = options.loader_workers
         loops["textbook"] = textbook_steps(config, samples, options.device, workers)
@@ -140,6 +143,7 @@ def main() -> None:
         "peak_flop_per_second": peak,
         "batch_size": config.batch_size,
         "width": config.model.width,
+        "precision": options.precision,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "torch": torch.__version__,

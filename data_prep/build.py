@@ -44,8 +44,8 @@ from ivegan.shards import (
     read_manifest,
     settings_hash,
     shard_key,
+    tar_parts,
     write_manifest,
-    write_tar,
 )
 
 log = logging.getLogger(__name__)
@@ -251,14 +251,19 @@ def write_shard(job: Job) -> Written:
 def _write_shard(job: Job) -> Written:
     key = shard_key(job.split, job.number)
     samples = DATASETS[job.dataset].read(job.source, job.split, job.start, job.stop, **job.options)
-    data, rows = write_tar(samples)
-    storage.write_bytes(storage.join(job.out, key), data)
+    rows: list[Row] = []
+    digest, size = hashlib.sha256(), 0
+    with storage.new_file(storage.join(job.out, key)) as file:
+        for part in tar_parts(samples, rows):
+            file.write(part)
+            digest.update(part)
+            size += len(part)
     shard = Shard(
         split=job.split,
         key=key,
-        samples=job.stop - job.start,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        samples=len(rows),
+        bytes=size,
+        sha256=digest.hexdigest(),
     )
     record = {"shard": dataclasses.asdict(shard), "rows": rows}
     storage.write_bytes(job.record, json.dumps(record).encode())

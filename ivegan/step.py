@@ -48,6 +48,8 @@ class State:
     optimizer_d: torch.optim.Adam
     average: EncoderGenerator | None
     """Exponential moving average of E and G, where ``optim.ema`` asks for one."""
+    precision: torch.dtype = torch.float32
+    """What the networks compute in; weights, losses and optimizers are float32 in any case."""
     step: int = 0
     """Steps taken so far; with the seed, the whole random state of a run."""
 
@@ -72,8 +74,18 @@ class State:
         return cast(Discriminators, getattr(self.judges, "module", self.judges))
 
 
-def create_state(config: Config, device: torch.device | str = "cpu") -> State:
-    """Return the state before the first step: seeded networks and fresh optimizers."""
+def create_state(
+    config: Config,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> State:
+    """Return the state before the first step: seeded networks and fresh optimizers.
+
+    Args:
+        config: all that the numbers depend on, but for the precision.
+        device: where the networks go.
+        precision: what they compute in, ``torch.bfloat16`` where the device has units for it.
+    """
     players, judges = EncoderGenerator(config.model), Discriminators(config.model)
     initialise(players.encoder, order.weights_seed(config.seed, 0))
     initialise(players.generator, order.weights_seed(config.seed, 1))
@@ -97,6 +109,7 @@ def create_state(config: Config, device: torch.device | str = "cpu") -> State:
         optimizer_g=adam(players, o.lr_g),
         optimizer_d=adam(judges, o.lr_d),
         average=deepcopy(players).requires_grad_(False) if o.ema else None,
+        precision=precision,
     )
 
 
@@ -127,7 +140,8 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
     tx = transform(x, draws.transform, config.transform)
 
     # G runs once; the graph of this pass serves the second phase too, because only D changes.
-    x_hat, x_prior = state.players(x, draws.noise, draws.z_prior, draws.noise_prior)
+    with _autocast(state):
+        x_hat, x_prior = state.players(x, draws.noise, draws.z_prior, draws.noise_prior)
 
     # D and D': tell T(x) from G's variation of x, and real samples from prior samples.
     loss_D, loss_D_prime, penalty, logits = _judge(state, x, tx, x_hat.detach(), x_prior.detach())
@@ -137,7 +151,7 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
 
     # E and G: fool both. D is frozen, and called without DDP: it has nothing to synchronise.
     D = state.discriminators.requires_grad_(False)
-    fooled: Logits = D(x, tx, x_hat, x_prior)
+    fooled = _logits(state, D, x, tx, x_hat, x_prior)
     loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
     loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
     state.optimizer_g.zero_grad(set_to_none=True)
@@ -168,7 +182,7 @@ def _judge(
     if penalised:
         x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
     mismatched = bool(objective.mismatched)
-    logits: Logits = state.judges(x, tx, x_hat, x_prior, mismatched=mismatched)
+    logits = _logits(state, state.judges, x, tx, x_hat, x_prior, mismatched=mismatched)
     loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
     if logits.pair_mismatched is not None:
         loss_D = loss_D + objective.mismatched * discriminator_loss(
@@ -183,6 +197,20 @@ def _judge(
         fake = logits.pair_fake + logits.sample_fake
         penalty = penalty + objective.r2 * gradient_penalty(fake, (x_hat, x_prior))
     return loss_D, loss_D_prime, penalty, logits
+
+
+def _logits(state: State, judges: nn.Module, *images: Tensor, mismatched: bool = False) -> Logits:
+    """Return what D and D' say, in the precision in which losses are computed."""
+    with _autocast(state):
+        logits: Logits = judges(*images, mismatched=mismatched)
+    if state.precision == torch.float32:
+        return logits
+    return Logits(*(cast(Tensor, None if part is None else part.float()) for part in logits))
+
+
+def _autocast(state: State) -> torch.autocast:
+    on = state.precision != torch.float32
+    return torch.autocast(state.device.type, state.precision if on else None, enabled=on)
 
 
 @torch.no_grad()

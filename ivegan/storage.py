@@ -204,13 +204,22 @@ def read_range(uri: str | Path, start: int, length: int) -> bytes:
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Write a file, which holds the old content or the new one at every moment."""
+    with new_file(uri) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_file(uri: str | Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write to, which takes the old one's place when the block ends well."""
     place = _parse(uri)
     with _told(uri):
         if isinstance(place, tuple):
-            _send(place, io.BytesIO(data))
+            body = io.BytesIO()
+            yield body
+            _send(place, body)
             return
         with _beside(place) as file:
-            file.write(data)
+            yield file
             _finish(file).replace(place)
 
 

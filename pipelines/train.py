@@ -76,6 +76,8 @@ class Run(cli.Options):
     """CPU threads of each worker."""
     gpu: bool = False
     """Give each worker a GPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; bfloat16 is faster where the machine has units for it."""
     run_id: str | None = None
     """Name of the run, its folder in storage; made from preset and time by default."""
     resume: bool = False
@@ -247,6 +249,7 @@ def _tracked(
         "world_size": max(1, plan.run.workers),
         "threads_per_worker": plan.run.threads,
         "stream": plan.run.stream,
+        "precision": plan.run.precision,
         "versions": {"torch": torch.__version__},
     }
     mlflow_run = _start_tracking(plan, facts, known)
@@ -340,7 +343,8 @@ def _earlier_start(plan: Plan) -> dict[str, Any] | None:
         )
     earlier = json.loads(storage.read_bytes(where))
     before, now = flatten(from_dict(earlier["config"])), flatten(plan.config)
-    before["stream"], now["stream"] = earlier["stream"], plan.run.stream  # another order of data
+    for name in ("stream", "precision"):  # no settings of the method, but numbers depend on them
+        before[name], now[name] = earlier[name], getattr(plan.run, name)
     changed = [k for k in now if now[k] != before[k] and k != "total_images"]
     if changed:
         told = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
@@ -486,7 +490,7 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     run, config = plan.run, plan.config
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.set_num_threads(run.threads)
-    state = create_state(config, _device(run))
+    state = create_state(config, _device(run), getattr(torch, run.precision))
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
         checkpoint.restore(state, start)

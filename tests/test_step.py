@@ -140,6 +140,20 @@ def test_every_switch_trains_and_matters(changes):
     assert not torch.equal(weights(state)[:100], weights(plain)[:100])
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist", "celeba"])
+def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(name):
+    config = tiny(name)
+    plain, half = (create_state(config, precision=p) for p in (torch.float32, torch.bfloat16))
+    x, draws = next(batches(config))
+    one, other = (train_step(state, x, draws) for state in (plain, half))
+    for key, value in one.items():
+        assert other[key].dtype == torch.float32
+        assert other[key] == pytest.approx(float(value), rel=0.05, abs=0.05), key
+    assert any(not torch.equal(one[key], other[key]) for key in one)  # it did compute in bfloat16
+    assert weights(half).dtype == torch.float32
+    assert weights(half).isfinite().all()
+
+
 def test_the_average_follows_slowly():
     config = tiny("ring", optim__ema=0.5)
     state = create_state(config)

@@ -320,6 +320,15 @@ def test_streaming_is_not_switched_on_or_off_in_a_run(digits):
         digits("a", workers=0, stream=True, resume=True)
 
 
+def test_bfloat16_trains_and_is_not_switched_off_in_a_run(digits):
+    _, whole = digits("whole", workers=0)
+    _, half = digits("half", workers=0, precision="bfloat16")
+    assert half != whole
+    assert half == pytest.approx(whole, rel=0.1, abs=0.1)
+    with pytest.raises(UserError, match="precision was bfloat16 and is float32"):
+        digits("half", workers=0, resume=True)
+
+
 def test_more_workers_than_lanes_are_a_sentence_before_anything_starts(digits, home):
     with pytest.raises(UserError, match=r"has 10 shards of train.*streamed by 1 to 8 workers"):
         digits("many", workers=16, stream=True, batch_size=64)
