@@ -285,7 +285,7 @@ def main(options: Build) -> dict[str, Any]:
     if options.dry_run:
         where = options.source
         if options.dataset == "mnist" and where is not None and mnist.is_remote(where):
-            where = storage.absolute(options.out) + "-raw"
+            where = mnist.raw_uri(options.out)
             if not storage.exists(where):
                 print(f"{options.source} would first be downloaded to {where}")
                 return {"source": options.source, "out": storage.absolute(options.out)}
@@ -402,7 +402,7 @@ def _complete(plan: Plan, finished: dict[str, Written]) -> Manifest:
     if storage.is_local(plan.out):
         ours = {Path(name).name for name in (*sizes, *extras, MANIFEST)}
         for name in sizes:
-            # half written when a run was killed: see storage.write_bytes
+            # half written when a run was killed: see storage.new_file
             if Path(name).name.startswith(".") and Path(name).stem[1:] in ours:
                 (Path(plan.out) / name).unlink(missing_ok=True)
     # A store may let two builds claim one place: its conditional writes are not always atomic. But
@@ -448,11 +448,7 @@ def _contact_sheets(plan: Plan, written: list[Written]) -> dict[str, bytes]:
         count = min(total, _CONTACTS)
         some = [rows[place * total // count] for place in range(count)]
         images = [
-            decode(
-                storage.patiently(
-                    storage.read_range, storage.join(plan.out, shard.key), row.offset, row.bytes
-                )
-            )
+            decode(storage.read_range(storage.join(plan.out, shard.key), row.offset, row.bytes))
             for shard, row in some
         ]
         sheets[f"contact-{split}.png"] = _side_by_side(np.stack(images))

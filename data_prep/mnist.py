@@ -118,19 +118,24 @@ def fetched(source: str, out: str) -> str:
             another mirror, or of another data set in MNIST's layout: its files are looked through
             (gzip's check sums, headers, lengths), but the published check sums are not demanded.
             Anything else is returned as it is.
-        out: folder or URI of the data set to build; the files go beside it, with ``-raw`` added.
+        out: folder or URI of the data set to build; the files go to ``raw_uri``.
 
     Raises:
         UserError: as for ``download``.
     """
     if not is_remote(source):
         return source
-    to = storage.absolute(out) + "-raw"
+    to = raw_uri(out)
     if source == DOWNLOAD:
         download(to, MIRRORS)
     else:
         download(to, [source], published=False)
     return to
+
+
+def raw_uri(out: str) -> str:
+    """Return where downloaded files are kept, beside the data set."""
+    return storage.absolute(out) + "-raw"
 
 
 def is_remote(source: str) -> bool:

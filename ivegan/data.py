@@ -452,11 +452,13 @@ def _checked(
     return samples
 
 
-def first_images(stream: Stream, count: int) -> UInt8[np.ndarray, "n c h w"]:
-    """Return the first images of a stream's first shard, for pictures that show the same ones."""
-    manifest = stream.manifest
-    first = manifest.of_split(stream.split)[0]
-    samples = read_shard(stream.data_uri, first, manifest.image_shape, skip_bad=stream.skip_bad)
+def first_images(source: Split | Stream, count: int) -> UInt8[np.ndarray, "n c h w"]:
+    """Return the first images of the first shard, for pictures that show the same ones."""
+    if isinstance(source, Split):
+        return source.images[:count]
+    manifest = source.manifest
+    first = manifest.of_split(source.split)[0]
+    samples = read_shard(source.data_uri, first, manifest.image_shape, skip_bad=source.skip_bad)
     return np.stack([sample.image for sample in samples[:count]])
 
 

@@ -182,12 +182,6 @@ def tar_parts(samples: Iterable[Sample], rows: list[Row]) -> Iterator[bytes]:
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def write_tar(samples: Iterable[Sample]) -> tuple[bytes, list[Row]]:
-    """Return a whole tar, and where it holds which of the samples."""
-    rows: list[Row] = []
-    return b"".join(tar_parts(samples, rows)), rows
-
-
 def read_tar(data: bytes) -> Iterator[Sample]:
     """Yield the samples of a tar in their order; their images are views of the tar's bytes.
 
@@ -317,7 +311,7 @@ def _entries(data: bytes) -> Iterator[tuple[str, memoryview]]:
     """Yield each entry's name and content, in a quarter of the time that tarfile takes.
 
     Raises:
-        UserError: a header is not the one that ``write_tar`` writes, or the end is missing.
+        UserError: a header is not the one that ``tar_parts`` writes, or the end is missing.
     """
     whole, place = memoryview(data), 0
     while (header := data[place : place + tarfile.BLOCKSIZE]).strip(b"\0"):
@@ -343,7 +337,7 @@ def _read_meta(key: str, content: memoryview) -> dict[str, Any]:
     """Return what is known of a sample.
 
     Raises:
-        UserError: this is not what ``write_tar`` writes.
+        UserError: this is not what ``tar_parts`` writes.
     """
     try:
         meta = json.loads(bytes(content))

@@ -28,7 +28,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -96,6 +95,11 @@ class Run(cli.Options):
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether samples that are not what the manifest says are left out."""
+        return self.on_bad_sample == "skip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -495,7 +499,8 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     if start:
         checkpoint.restore(state, start)
     distribute(state)
-    source, originals = _training_data(plan)
+    source = _training_data(plan)
+    pictured = data.first_images(source, 10) if source is not None and rank == 0 else None
     batches = data.batches(config, source, state.step, rank, world_size, state.device)
     log_every = run.log_every or max(1, config.total_images // 100)
     save_every = run.save_every or max(1, config.total_images // 10)
@@ -514,7 +519,7 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
         if progress.step == config.total_steps or seen // save_every > before // save_every:
             if rank == 0:
                 saved = checkpoint.save(state, plan.run_uri, facts)
-                event["figures"] = progress_figures(state.encoder_generator, config, originals)
+                event["figures"] = progress_figures(state.encoder_generator, config, pictured)
             event["checkpoint"] = saved
         emit(event)
         before = seen
@@ -528,19 +533,20 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     }
 
 
-def _training_data(plan: Plan) -> tuple[data.Split | data.Stream | None, np.ndarray | None]:
-    """Return what a worker reads, and the images that the pictures of its progress start from."""
+def _training_data(plan: Plan) -> data.Split | data.Stream | None:
+    """Return what a worker reads; None for points."""
     run = plan.run
     if plan.data_uri is None:
-        return None, None
-    skip_bad = run.on_bad_sample == "skip"
+        return None
     if run.stream:
-        stream = _stream(plan, data.read_split_manifest(plan.data_uri, "train"))
-        return stream, data.first_images(stream, 10)
-    split = data.load_split(
-        plan.data_uri, "train", plan.cache_dir, skip_bad=skip_bad, limit=int(run.cache_gb * 1e9)
+        return _stream(plan, data.read_split_manifest(plan.data_uri, "train"))
+    return data.load_split(
+        plan.data_uri,
+        "train",
+        plan.cache_dir,
+        skip_bad=run.skip_bad,
+        limit=int(run.cache_gb * 1e9),
     )
-    return split, split.images[:10]
 
 
 def _stream(plan: Plan, manifest: Manifest) -> data.Stream:
@@ -550,7 +556,7 @@ def _stream(plan: Plan, manifest: Manifest) -> data.Stream:
         manifest=manifest,
         split="train",
         loaders=plan.run.loaders,
-        skip_bad=plan.run.on_bad_sample == "skip",
+        skip_bad=plan.run.skip_bad,
     )
 
 

@@ -6,8 +6,6 @@ import io
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_proxy import KillableStore
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
@@ -127,17 +126,8 @@ def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
             "AWS_DEFAULT_REGION": os.environ.get("S3_TEST_REGION", "us-east-1"),
         }
         return
-    if importlib.util.find_spec("swift") is None:
-        pytest.skip("pip install swift, or set S3_TEST_ENDPOINT")
-    # A process of its own: Swift's libraries patch sockets and threads where they are imported.
-    program = [sys.executable, ROOT / "infra" / "s3_server.py", tmp_path_factory.mktemp("s3")]
-    with subprocess.Popen([*program, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            lines = [server.stdout.readline() for _ in range(4)]
-            yield dict(line.removeprefix("export ").strip().split("=", 1) for line in lines)
-        finally:
-            server.terminate()
+    with KillableStore(tmp_path_factory.mktemp("s3")) as store:
+        yield store.environment
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -119,12 +118,7 @@ class FaultProxy:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -254,7 +248,7 @@ class KillableStore:
     def __init__(self, folder: Path) -> None:
         """Take the folder where the objects are kept."""
         if importlib.util.find_spec("swift") is None:
-            pytest.skip("pip install swift")
+            pytest.skip("pip install swift, or set S3_TEST_ENDPOINT where no store is killed")
         self._folder = folder
         self._port = free_ports(1)[0]
         self._process: subprocess.Popen[str] | None = None
@@ -287,10 +281,5 @@ class KillableStore:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()

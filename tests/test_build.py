@@ -1,6 +1,5 @@
 """Raw files become the same shards however many write them, or a sentence says why not."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import files_of
 
 from data_prep import build as build_module
 from data_prep.build import build, make_plan, write_shard
@@ -24,15 +24,6 @@ def samples_of(out: Path | str, split: str) -> list[shards.Sample]:
     manifest = shards.read_manifest(str(out))
     parts = [storage.read_bytes(storage.join(out, s.key)) for s in manifest.of_split(split)]
     return [sample for part in parts for sample in shards.read_tar(part)]
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """Return every file's digest."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def program(*arguments: Any) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
+from datasets import write_tar
 from PIL import Image
 
 from data_prep import celeba
@@ -75,7 +76,7 @@ def claiming(width: int, height: int) -> bytes:
 
 def tar(folder: Path | str, split: str = "train", stop: int = 5, **options: Any) -> bytes:
     """Return a shard."""
-    return shards.write_tar(celeba.read(str(folder), split, 0, stop, **options))[0]
+    return write_tar(celeba.read(str(folder), split, 0, stop, **options))[0]
 
 
 # What comes out

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import write_tar
 
 from ivegan import data, order, shards
 from ivegan.config import override, preset
@@ -127,7 +128,7 @@ def test_an_unknown_split_is_told_with_those_there_are(digits_dataset, tmp_path)
 def test_attributes_are_one_row_per_image(tmp_path):
     images = np.zeros((2, 3, 4, 4), np.uint8)
     rows = [[0, 1, 1], [1, 0, 0]]
-    raw, _ = shards.write_tar(
+    raw, _ = write_tar(
         shards.Sample(str(i), images[i], {"attributes": rows[i], "source": "x"}) for i in range(2)
     )
     key = shards.shard_key("train", 0)

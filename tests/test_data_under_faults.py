@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import files_of
 from fault_proxy import Fault, FaultProxy, KillableStore, Request
 from processes import wait_for
 
@@ -26,10 +27,6 @@ from ivegan.config import override, preset
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = str(ROOT / "data_prep" / "build.py")
 CONFIG = override(preset("digits"), {"batch_size": 16})
-
-
-def local_files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def remote_files(uri: str) -> dict[str, bytes]:
@@ -67,7 +64,7 @@ def now_and_then() -> Callable[[Request], Fault | None]:
 def test_a_bad_network_changes_nothing(s3, s3_variables, tmp_path, monkeypatch):
     """Errors, cuts, wrong bytes and delays, all through a build and two ways of reading."""
     build("digits", None, str(tmp_path / "good"), shard_size=100)
-    expected = local_files(tmp_path / "good")
+    expected = files_of(tmp_path / "good")
     uri = f"{s3}/set"
     with FaultProxy(s3_variables["AWS_ENDPOINT_URL"], now_and_then()) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -130,7 +127,7 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
         monkeypatch.setattr(build_module, "_write_shard", counted)
         build("digits", None, "s3://bucket/set", shard_size=100)
         assert waiting.told >= 1
-        assert remote_files("s3://bucket/set") == local_files(tmp_path / "good")
+        assert remote_files("s3://bucket/set") == files_of(tmp_path / "good")
 
         waiting.told = 0
         expected = streamed(good, 150)
@@ -164,7 +161,7 @@ def test_ray_tasks_wait_for_a_store_that_is_killed(killable, tmp_path):
     killable.start()
     assert process.wait(240) == 0, log.read_text()
     build("digits", None, str(tmp_path / "good"), shard_size=20)
-    assert remote_files("s3://bucket/set") == local_files(tmp_path / "good")
+    assert remote_files("s3://bucket/set") == files_of(tmp_path / "good")
 
 
 @pytest.mark.fault
@@ -202,7 +199,7 @@ def test_a_disk_without_room_ends_a_build_in_a_sentence(tmp_path):
         "train/shard-00000.tar grows larger than files may be here: choose another place."
     )
     assert "Traceback" not in done.stderr
-    assert set(local_files(tmp_path / "set")) == {".unfinished/plan.json"}
+    assert set(files_of(tmp_path / "set")) == {".unfinished/plan.json"}
     assert build("digits", None, str(tmp_path / "set"))["skipped"] == 0
 
 

@@ -7,11 +7,11 @@ import json
 import multiprocessing
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import files_of
 from PIL import Image
 
 from data_prep import build as build_module
@@ -19,10 +19,6 @@ from data_prep.build import build, make_plan
 from data_prep.verify import verify
 from ivegan import data, shards, storage
 from ivegan.errors import UserError
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_table_leads_to_every_image(digits_dataset, tmp_path):
@@ -69,7 +65,7 @@ def test_equal_builds_at_once_end_as_one(tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         results = pool.starmap(build_50, together)
     assert {result["samples"] for result in results} == {1797}
-    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+    assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
 
 
 def build_50(*arguments):
@@ -81,7 +77,7 @@ def test_another_build_is_refused_from_the_first_moment(tmp_path):
     build_module._claim(make_plan("digits", None, out))
     with pytest.raises(UserError, match="holds an unfinished build with other settings"):
         build("digits", None, out, shard_size=50)
-    assert set(files(tmp_path / "set")) == {".unfinished/plan.json"}
+    assert set(files_of(tmp_path / "set")) == {".unfinished/plan.json"}
     assert build("digits", None, out)["skipped"] == 0
 
 
@@ -114,7 +110,7 @@ def test_what_a_killed_run_left_beside_a_manifest_is_cleared_away(tmp_path):
 def test_a_folder_and_a_bucket_hold_the_same_bytes(s3, tmp_path):
     build("digits", None, str(tmp_path / "set"), shard_size=200)
     build("digits", None, f"{s3}/set", shard_size=200)
-    local = files(tmp_path / "set")
+    local = files_of(tmp_path / "set")
     assert {name: storage.read_bytes(f"{s3}/set/{name}") for name in local} == local
     assert storage.list_files(f"{s3}/set").keys() == local.keys()
     assert verify(f"{s3}/set") == []
@@ -163,12 +159,12 @@ def test_mnist_is_downloaded_built_and_not_fetched_again(idx_folder, tmp_path, c
         assert f"{url} would first be downloaded to {out}-raw" in capsys.readouterr().out
         assert not (tmp_path / "set-raw").exists()
         assert build("mnist", url, out)["samples"] == 34
-        before = files(tmp_path / "set")
+        before = files_of(tmp_path / "set")
         assert build("mnist", url, out)["skipped"] == 3
         server.shutdown()
-    assert len(files(tmp_path / "set-raw")) == 4
+    assert len(files_of(tmp_path / "set-raw")) == 4
     assert build("mnist", f"{out}-raw", out)["skipped"] == 3
-    assert files(tmp_path / "set") == before
+    assert files_of(tmp_path / "set") == before
     with pytest.raises(UserError, match=r"cannot be downloaded .*name their folder with --source"):
         build("mnist", url, str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()

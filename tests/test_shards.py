@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import write_tar
 from webdataset.compat import WebDataset
 
 from ivegan import shards, storage
@@ -41,7 +42,7 @@ def manifest(**changes) -> Manifest:
 
 
 def tar(wrote: list[Sample]) -> bytes:
-    return shards.write_tar(wrote)[0]
+    return write_tar(wrote)[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 4)])
@@ -82,7 +83,7 @@ def entries(data: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
 
 def test_rows_say_where_each_image_is():
     wrote = samples()
-    data, rows = shards.write_tar(wrote)
+    data, rows = write_tar(wrote)
     for sample, row in zip(wrote, rows, strict=True):
         assert (row.key, row.meta) == (sample.key, sample.meta)
         image = shards.decode(data[row.offset : row.offset + row.bytes])
@@ -118,7 +119,7 @@ def test_what_is_no_array_is_refused():
 
 def test_a_damaged_tar_gives_back_what_is_whole():
     wrote = samples(5)
-    data, rows = shards.write_tar(wrote)
+    data, rows = write_tar(wrote)
     assert shards.salvage_tar(data)[1] == []
 
     def flipped(place: int) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import write_tar
 
 from ivegan import data, shards
 from ivegan.config import override, preset
@@ -31,7 +32,7 @@ def write(folder: Path, sizes: list[int]) -> str:
             image = np.frombuffer(number.to_bytes(4, "big"), np.uint8).reshape(SHAPE)
             samples.append(Sample(f"{number:06d}", image, {"label": 0, "source": "made"}))
             number += 1
-        raw, _ = shards.write_tar(samples)
+        raw, _ = write_tar(samples)
         key = shards.shard_key("train", place)
         (folder / key).write_bytes(raw)
         digest = hashlib.sha256(raw).hexdigest()
