@@ -366,7 +366,7 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], known: dict[str, Any] | N
             **flatten(plan.config),
             "workers": plan.run.workers,
             "threads": plan.run.threads,
-            "stream": plan.run.stream,
+            **{k: facts[k] for k in ("stream", "precision")},
         },
         tags={
             "checkpoints": plan.run_uri,

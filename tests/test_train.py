@@ -75,6 +75,7 @@ def test_a_run_leaves_checkpoints_metrics_parameters_and_figures(home, ring):
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.lr_g"] == "0.0002"
     assert run.data.params["model.z_dim"] == "2"
+    assert (run.data.params["stream"], run.data.params["precision"]) == ("False", "float32")
     assert run.data.tags["preset"] == "ring"
     assert len(run.data.tags["git_commit"]) >= 7
     history = client.get_metric_history(result["mlflow_run_id"], "loss/D")
