@@ -223,13 +223,18 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores Ctrl-C, and all that it starts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert started.stdout is not None
-    for line in started.stdout:
-        if "saved checkpoint-" in line:
-            break
-    started.send_signal(by)
-    _, err = started.communicate(timeout=180)
+    try:
+        assert started.stdout is not None
+        for line in started.stdout:
+            if "saved checkpoint-" in line:
+                break
+        started.send_signal(by)
+        _, err = started.communicate(timeout=180)
+    finally:
+        kill(started)  # where it did not end by itself, it would train on for days
     assert started.returncode == 128 + by
     assert "--run-id x --resume" in err
     (run,) = mlflow_runs(store)
