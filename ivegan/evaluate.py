@@ -158,14 +158,14 @@ def quality(
     cache_dir: str | Path,
     *,
     seed: int = 0,
-) -> float:
-    """Return one number in [0, 1] to choose between runs by, larger is better.
+) -> dict[str, float]:
+    """Return ``quality``, one number in [0, 1] to choose between runs by, and its parts.
 
-    Images, of the validation split: the mean of same class after reconstruction, 1-nearest-
-    neighbour accuracy of codes (or their attribute counterparts), and the Fréchet distance's floor
-    over itself: one number each for variations, codes and samples. Points: the share of
-    high-quality samples, at most a perfect sampler's, times exp(-reverse KL), which is the share of
-    modes that are covered.
+    All of them are better the larger they are. Images, of the validation split: the mean of
+    ``same_class`` after reconstruction, ``one_nn`` accuracy of codes (``same_attributes`` and
+    ``probe_auroc`` for faces), and ``near``, the Fréchet distance's floor over itself: one number
+    each for variations, codes and samples. Points: ``high_quality``, the share of samples near a
+    mode over a perfect sampler's, times ``coverage``, exp(-reverse KL), the share of modes reached.
 
     Args:
         config: of the run.
@@ -178,19 +178,25 @@ def quality(
     model = _Model(config, encoder, generator, device)
     if config.is_points:
         found = metrics.mixture(_prior_points(model, NUM_POINTS, seed), config.dataset)
-        return min(found["high_quality"] / PERFECT_SHARE, 1.0) * float(np.exp(-found["reverse_kl"]))
+        share = min(found["high_quality"] / PERFECT_SHARE, 1.0)
+        coverage = float(np.exp(-found["reverse_kl"]))
+        return {"quality": share * coverage, "high_quality": share, "coverage": coverage}
     assert data_uri is not None, "images come with their data"
     sets = _load(config, data_uri, "valid", Path(cache_dir), None)
     train, codes = model.encode(sets.train), model.encode(sets.x)
     found = _generation(model, sets, codes, Path(cache_dir), seed)
+    parts = {"near": min(1.0, found["frechet_floor"] / max(found["frechet"], 1e-12))}
     if sets.labels.ndim == 1:
-        read = metrics.nearest_neighbour_accuracy(train, sets.train_labels, codes, sets.labels)
-        same = found["same_class"]
+        parts["same_class"] = found["same_class"]
+        parts["one_nn"] = metrics.nearest_neighbour_accuracy(
+            train, sets.train_labels, codes, sets.labels
+        )
     else:
-        read = metrics.attribute_probe_auroc(train, sets.train_labels, codes, sets.labels)
-        same = found["same_attributes"]
-    near = min(1.0, found["frechet_floor"] / max(found["frechet"], 1e-12))
-    return (same + read + near) / 3
+        parts["same_attributes"] = found["same_attributes"]
+        parts["probe_auroc"] = metrics.attribute_probe_auroc(
+            train, sets.train_labels, codes, sets.labels
+        )
+    return {"quality": sum(parts.values()) / len(parts), **parts}
 
 
 def _write(

@@ -72,7 +72,7 @@ def examine(
         faults.append(f"{where} is not the data set that it was trained on")
 
     def score_of(one: Contender) -> float:
-        return quality(one.config, one.encoder, one.generator, where, cache_dir)
+        return quality(one.config, one.encoder, one.generator, where, cache_dir)["quality"]
 
     score = score_of(candidate)
     holder_score = None if holder is None else score_of(holder)

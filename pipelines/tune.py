@@ -21,7 +21,7 @@ from ivegan.config import PRESETS, Config, flatten, override, to_dict
 from ivegan.errors import UserError
 from pipelines import tracking, train
 
-SCORE = "eval/quality"
+SCORE = "valid/quality"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ def trial(changes: dict[str, Any], plan: train.Plan) -> None:
 
     def measure(at: str) -> dict[str, float]:
         config, encoder, generator, _ = checkpoint.load_networks(at)
-        return {SCORE: quality(config, encoder, generator, plan.data_uri, Path(plan.cache_dir))}
+        found = quality(config, encoder, generator, plan.data_uri, Path(plan.cache_dir))
+        return {f"valid/{name}": value for name, value in found.items()}
 
     def report(event: train.Event) -> None:
         if "checkpoint" in event:  # after tracking, since a trial that is stopped ends in here

@@ -171,9 +171,10 @@ def test_an_encoding_that_ignores_the_transformation_is_retrieved(
 def test_quality_is_one_for_a_perfect_ring_and_low_for_an_untrained_one(tmp_path: Path) -> None:
     config = preset("ring")
     perfect = evaluate.quality(config, nn.Identity(), PerfectRing(), None, tmp_path)
-    assert perfect == pytest.approx(1, abs=0.01)
+    assert perfect["quality"] == pytest.approx(1, abs=0.01)
+    assert perfect["quality"] == perfect["high_quality"] * perfect["coverage"]
     config, encoder, generator, _ = checkpoint.load_networks(saved(tmp_path, "ring"))
-    assert evaluate.quality(config, encoder, generator, None, tmp_path) < 0.1
+    assert evaluate.quality(config, encoder, generator, None, tmp_path)["quality"] < 0.1
 
 
 def test_quality_of_images_lies_between_nothing_and_one(
@@ -181,10 +182,13 @@ def test_quality_of_images_lies_between_nothing_and_one(
 ) -> None:
     config, encoder, generator, _ = checkpoint.load_networks(digits_checkpoint)
     found = evaluate.quality(config, encoder, generator, digits_dataset, cache)
-    assert 0 < found < 0.7
+    assert 0 < found["quality"] < 0.7
+    assert found["quality"] == pytest.approx(
+        (found["same_class"] + found["one_nn"] + found["near"]) / 3
+    )
     copier = override(preset("digits"), {"model.z_dim": 256})
     better = evaluate.quality(copier, nn.Flatten(), Copy(), digits_dataset, cache)
-    assert better > found
+    assert better["quality"] > found["quality"]
 
 
 def test_the_density_shows_the_checkpoints_of_the_run_up_to_this_one(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, s
     scores = []
     for uri in uris:
         config, encoder, generator, _ = checkpoint.load_networks(uri)
-        scores.append(quality(config, encoder, generator, None, home))
+        scores.append(quality(config, encoder, generator, None, home)["quality"])
     worse, better = sorted(range(2), key=lambda i: scores[i])
     assert scores[worse] < scores[better]
     registry.register(uris[worse])
