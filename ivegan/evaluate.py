@@ -158,14 +158,16 @@ def quality(
     cache_dir: str | Path,
     *,
     seed: int = 0,
+    limit: int | None = None,
 ) -> dict[str, float]:
     """Return ``quality``, one number in [0, 1] to choose between runs by, and its parts.
 
-    All of them are better the larger they are. Images, of the validation split: the mean of
-    ``same_class`` after reconstruction, ``one_nn`` accuracy of codes (``same_attributes`` and
-    ``probe_auroc`` for faces), and ``near``, the Fréchet distance's floor over itself: one number
-    each for variations, codes and samples. Points: ``high_quality``, the share of samples near a
-    mode over a perfect sampler's, times ``coverage``, exp(-reverse KL), the share of modes reached.
+    All are better the larger they are, and quality is the mean of three: one each for variations,
+    for codes or modes, and for samples. Images, of the validation split: ``same_class`` after
+    reconstruction, ``one_nn`` accuracy of codes (``same_attributes`` and ``probe_auroc`` for
+    faces), and ``near``, the Fréchet distance's floor over itself. Points: ``right_mode`` of
+    variations, ``coverage``, exp(-reverse KL) over all samples, which is the share of modes
+    reached, and ``high_quality``, the share of samples near a mode over a perfect sampler's.
 
     Args:
         config: of the run.
@@ -173,29 +175,42 @@ def quality(
         data_uri: shards; None for points.
         cache_dir: for decoded images and the trained classifier.
         seed: of every draw.
+        limit: validation images, and five times as many of the train split, that are looked at;
+            all by default. For searches, which score often.
     """
     device = next(generator.parameters()).device
     model = _Model(config, encoder, generator, device)
     if config.is_points:
-        found = metrics.mixture(_prior_points(model, NUM_POINTS, seed), config.dataset)
-        share = min(found["high_quality"] / PERFECT_SHARE, 1.0)
-        coverage = float(np.exp(-found["reverse_kl"]))
-        return {"quality": share * coverage, "high_quality": share, "coverage": coverage}
+        x, _, prior, x_hat = _drawn_points(model, NUM_POINTS, seed)
+        found = metrics.mixture(prior, config.dataset)
+        return _with_mean(
+            {
+                "right_mode": metrics.reconstructed_points(x, x_hat, config.dataset)["right_mode"],
+                "coverage": float(np.exp(-found["reverse_kl_all"])),
+                "high_quality": min(found["high_quality"] / PERFECT_SHARE, 1.0),
+            }
+        )
     assert data_uri is not None, "images come with their data"
-    sets = _load(config, data_uri, "valid", Path(cache_dir), None)
-    train, codes = model.encode(sets.train), model.encode(sets.x)
-    found = _generation(model, sets, codes, Path(cache_dir), seed)
+    sets = _load(config, data_uri, "valid", Path(cache_dir), limit)
+    known = _some(len(sets.train), None if limit is None else 5 * limit)
+    train, train_labels = model.encode(sets.train[known]), sets.train_labels[known]
+    codes = model.encode(sets.x)
+    found = _generation(model, sets, codes, Path(cache_dir), seed, known)
     parts = {"near": min(1.0, found["frechet_floor"] / max(found["frechet"], 1e-12))}
     if sets.labels.ndim == 1:
         parts["same_class"] = found["same_class"]
         parts["one_nn"] = metrics.nearest_neighbour_accuracy(
-            train, sets.train_labels, codes, sets.labels
+            train, train_labels, codes, sets.labels
         )
     else:
         parts["same_attributes"] = found["same_attributes"]
         parts["probe_auroc"] = metrics.attribute_probe_auroc(
-            train, sets.train_labels, codes, sets.labels
+            train, train_labels, codes, sets.labels
         )
+    return _with_mean(parts)
+
+
+def _with_mean(parts: dict[str, float]) -> dict[str, float]:
     return {"quality": sum(parts.values()) / len(parts), **parts}
 
 
@@ -228,11 +243,7 @@ def _points(
     """Return numbers, figures and count for ``ring`` and ``grid``."""
     dataset = model.config.dataset
     means, std = modes(dataset)
-    x = _mixture(dataset, count, seed)
-    z = torch.from_numpy(model.encode(x))
-    prior = _prior_points(model, count, seed)
-    draws = _generator(seed, _VARIATIONS)
-    x_hat = np.stack([model.generate(model.noise(count, draws), z) for _ in range(NUM_DRAWS)])
+    x, z, prior, x_hat = _drawn_points(model, count, seed)
     of_variations = metrics.mixture(x_hat[0], dataset)
     found = {
         **metrics.mixture(prior, dataset),
@@ -289,6 +300,17 @@ def _points(
             )
         )
     return found, pages, count
+
+
+def _drawn_points(
+    model: _Model, count: int, seed: int
+) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
+    """Return x (n, 2), its codes (n, z_dim), prior samples (n, 2) and variations (k, n, 2)."""
+    x = _mixture(model.config.dataset, count, seed)
+    z = torch.from_numpy(model.encode(x))
+    draws = _generator(seed, _VARIATIONS)
+    x_hat = np.stack([model.generate(model.noise(count, draws), z) for _ in range(NUM_DRAWS)])
+    return x, z, _prior_points(model, count, seed), x_hat
 
 
 def _mixture(dataset: str, count: int, seed: int) -> np.ndarray:
@@ -374,19 +396,28 @@ def _load(config: Config, data_uri: str, split: str, cache_dir: Path, limit: int
         )
     train = data.load_split(data_uri, "train", cache_dir)
     test = data.load_split(data_uri, split, cache_dir)
-    total = len(test.images)
-    # A slice leaves the images where they are, in the memory-mapped file.
-    here = slice(None) if limit is None or limit >= total else _spread(total, limit)
+    here = _some(len(test.images), limit)
     x, labels = test.images[here], test.labels[here]
     return _Data(train.images, train.labels, x, labels, train.dataset_hash)
 
 
+def _some(total: int, limit: int | None) -> slice | np.ndarray:
+    """Return which of so many images are looked at."""
+    # A slice leaves the images where they are, in the memory-mapped file.
+    return slice(None) if limit is None or limit >= total else _spread(total, limit)
+
+
 def _generation(
-    model: _Model, sets: _Data, codes: np.ndarray, cache_dir: Path, seed: int
+    model: _Model,
+    sets: _Data,
+    codes: np.ndarray,
+    cache_dir: Path,
+    seed: int,
+    known: slice | np.ndarray = slice(None),
 ) -> dict[str, float]:
-    """Return what the classifier says of samples and variations."""
+    """Return what the classifier says of samples and variations, beside the known train images."""
     judge = classifier_of(sets.train, sets.train_labels, sets.hash, cache_dir).to(model.device)
-    _, real = _judged(judge, _cut(sets.train))
+    _, real = _judged(judge, _cut(sets.train[known]))
     seen, held_out = _judged(judge, _cut(sets.x))
     count = len(sets.x)
     log.info("judging %s samples and %s variations", f"{count:,}", f"{NUM_DRAWS * count:,}")

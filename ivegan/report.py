@@ -223,34 +223,38 @@ def render(
 ) -> str:
     """Return the page: numbers, pictures inside it, and the facts of the run."""
     table = "".join(
-        f'<tr><td><b>{_text(title)}</b><p>{_text(tells)}</p></td><td class="value">{value}</td>'
-        f"<td>{'<br>'.join(_text(part) for part in against.split('; '))}</td></tr>"
+        f'<tr><td><b>{text(title)}</b><p>{text(tells)}</p></td><td class="value">{value}</td>'
+        f"<td>{'<br>'.join(text(part) for part in against.split('; '))}</td></tr>"
         for title, value, against, tells in rows(metrics)
     )
     metrics = _short_names(metrics)
     cards = "".join(
-        f'<div class="card"><div class="name">{_text(about.title)}</div>'
+        f'<div class="card"><div class="name">{text(about.title)}</div>'
         f'<div class="value">{shown(name, metrics[name])}</div>'
-        f'<div class="against">{_text(_first_reference(name, metrics))}</div></div>'
+        f'<div class="against">{text(_first_reference(name, metrics))}</div></div>'
         for name, about in MEANINGS.items()
         if name in metrics and about.headline
     )
-    pictures = "".join(_picture(figure) for figure in figures)
+    pictures = "".join(picture(figure) for figure in figures)
     about = {k: v for k, v in facts.items() if k != "config" and v is not None}
     settings = flatten(from_dict(facts["config"]))
-    return _PAGE.format(
-        style=_STYLE,
-        title=_text(f"IVE-GAN on {facts['dataset']}"),
-        lead=_text(
-            f"{facts['images_seen']:,} samples seen in training · {facts['evaluated']:,} held-out "
-            f"samples evaluated · run {facts.get('run_id') or 'without a name'}"
-        ),
+    body = _BODY.format(
         cards=cards,
         table=table,
         pictures=pictures,
         facts=_pairs(about),
         settings=_pairs(settings),
     )
+    lead = (
+        f"{facts['images_seen']:,} samples seen in training · {facts['evaluated']:,} held-out "
+        f"samples evaluated · run {facts.get('run_id') or 'without a name'}"
+    )
+    return page(f"IVE-GAN on {facts['dataset']}", lead, body)
+
+
+def page(title: str, lead: str, body: str) -> str:
+    """Return a whole HTML page around a body, which is HTML already; title and lead are text."""
+    return _PAGE.format(style=_STYLE, title=text(title), lead=text(lead), body=body)
 
 
 def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -261,9 +265,10 @@ def _first_reference(name: str, metrics: Mapping[str, float]) -> str:
     return references(name, metrics).partition("; ")[0]
 
 
-def _picture(figure: Figure) -> str:
+def picture(figure: Figure) -> str:
+    """Return a figure as HTML, with its image inside."""
     source = base64.b64encode(png(figure.image)).decode()
-    caption = _text(figure.caption)
+    caption = text(figure.caption)
     return (
         f'<figure id="{figure.name}"><img alt="{caption}" width="{_shown_width(figure)}" '
         f'src="data:image/png;base64,{source}"><figcaption>{caption}</figcaption></figure>'
@@ -273,17 +278,18 @@ def _picture(figure: Figure) -> str:
 def _shown_width(figure: Figure) -> int:
     """Return the width a picture has on the page: matplotlib's are drawn at twice the density."""
     width = figure.image.width
-    return min(1000, width * 3 // 5 if figure.name in ("latent", "closeup") else width)
+    return min(1000, width * 3 // 5 if figure.name in ("latent", "closeup", "sweep") else width)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
     return "".join(
-        f"<tr><td>{_text(name)}</td><td><code>{_text(value)}</code></td></tr>"
+        f"<tr><td>{text(name)}</td><td><code>{text(value)}</code></td></tr>"
         for name, value in values.items()
     )
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """Return a value as text for an HTML page."""
     return html.escape(str(value))
 
 
@@ -323,6 +329,19 @@ code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
 @media print { main { padding: 0; } figure { break-inside: avoid; } }
 """
 
+_BODY = """<div class="cards">{cards}</div>
+<h2>Every number, and what to hold it against</h2>
+<table>
+<thead><tr><th>What</th><th>Here</th><th>For comparison</th></tr></thead>
+<tbody>{table}</tbody>
+</table>
+<h2>Pictures</h2>
+{pictures}
+<h2>Where this comes from</h2>
+<details open><summary>Run</summary><table>{facts}</table></details>
+<details><summary>Settings</summary><table>{settings}</table></details>
+"""
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -335,17 +354,7 @@ _PAGE = """<!doctype html>
 <main>
 <h1>{title}</h1>
 <p class="lead">{lead}</p>
-<div class="cards">{cards}</div>
-<h2>Every number, and what to hold it against</h2>
-<table>
-<thead><tr><th>What</th><th>Here</th><th>For comparison</th></tr></thead>
-<tbody>{table}</tbody>
-</table>
-<h2>Pictures</h2>
-{pictures}
-<h2>Where this comes from</h2>
-<details open><summary>Run</summary><table>{facts}</table></details>
-<details><summary>Settings</summary><table>{settings}</table></details>
+{body}
 </main>
 </body>
 </html>

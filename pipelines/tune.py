@@ -1,211 +1,529 @@
 """Search learning rates and latent sizes with Ray Tune, by quality measured on held-out data.
 
-    python pipelines/tune.py ring --samples 4
-    python pipelines/tune.py digits --samples 12 --total-images 200000
+    python pipelines/tune.py ring --samples 12
+    python pipelines/tune.py mnist --data runs/data/mnist --search grid --samples 3 \\
+        --space "model.z_dim=2,3,8,16,32 model.noise_dim=" --total-images 100000
+    python pipelines/tune.py --restore sweep-ring-20261123-101500
 
-A trial is ``train.fit`` with one worker inside a Tune function: the same loop, checkpoints and
-tracking as a run of its own, under the name of sweep and trial. What decides is a score on the
-validation split (``ivegan.evaluate.quality``), never a loss of the game. ASHA ends weak trials
-early; MLflow shows one parent run per sweep and one child per trial.
+A trial is ``train.fit`` inside a Tune function: the same loop, checkpoints and tracking as a run of
+its own, under the name of sweep and trial. What decides is a score on the validation split
+(``ivegan.evaluate.quality``), never a loss of the game. ASHA ends weak trials early; MLflow shows
+one parent run per sweep and one child per trial.
+
+All that a sweep is lies in ``STORAGE/SWEEP_ID/sweep.json`` before the first trial starts: its
+settings and, for random and grid search, those of every trial. So whatever a crash leaves of Tune's
+own records, the same trial always has the same settings, name, checkpoints and MLflow run.
 """
 
+import contextlib
+import dataclasses
 import json
+import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from ivegan import checkpoint, cli, storage
-from ivegan.config import PRESETS, Config, flatten, override, to_dict
+from ivegan.config import PRESETS, Config, flatten, from_dict, override, to_dict
+from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
-from pipelines import tracking, train
+from ivegan.step import NonFiniteLossError
+from pipelines import space, tracking, train
 
 SCORE = "valid/quality"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(cli.Options):
-    """Search the preset's space of learning rates and latent sizes."""
+    """Search the preset's space of learning rates and latent sizes.
+
+    Settings that are not searched are those of the preset, and can be changed by their flags.
+    """
 
     samples: int = 8
-    """Trials."""
+    """Trials; of a grid, times that it is gone through."""
+    space: str = ""
+    """What to search beside or instead of the preset's space: "optim.lr_g=1e-4..1e-2 seed=0,1
+    model.z_dim=", a range, a choice, and a setting left out."""
+    search: Literal["random", "grid", "optuna"] = "random"
+    """How trials are chosen; a grid takes every combination of the choices, ranges are drawn."""
+    search_seed: int = 0
+    """Seed of the search; each trial's own seed is the setting ``seed``."""
+    grace: int = 0
+    """Images before a trial may be stopped early; 0 is a quarter of its length."""
+    scores: int = 10
+    """Times that a trial is scored, evenly over its length, the end included."""
+    score_images: int = 2000
+    """Validation images that a score looks at, and five times as many train images; 0 is all."""
+    reduction: int = 2
+    """Of so many trials that come equally far, one goes on."""
+    time_budget: float = 0.0
+    """Seconds after which no trial goes on; 0 is no limit."""
     max_concurrent: int = 0
-    """Trials at once; 0 is as many as the cluster has CPUs, or GPUs with --gpu."""
+    """Trials at once; 0 is as many as the cluster has CPUs for, or GPUs with --gpu."""
+    workers: int = 1
+    """DDP workers of each trial; a single one runs in the trial's own process."""
+    threads: int = 1
+    """CPU threads of each worker."""
+    gpu: bool = False
+    """Give each worker a GPU."""
     data: str | None = None
     """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
-    gpu: bool = False
-    """Give each trial a GPU."""
-    search_seed: int = 0
-    """Seed of the search; each trial's own seed is the setting ``seed``."""
     sweep_id: str | None = None
     """Name of the sweep; made from preset and time by default."""
+    resume: bool = False
+    """Finish the sweep of that --sweep-id if there is one, start it otherwise."""
     restore: str | None = None
-    """Name of a sweep that was stopped, to finish it."""
-    time_budget: float = 0.0
-    """Seconds after which no trial goes on; 0 is no limit."""
+    """Name of a sweep that was stopped, to finish it as it was begun, whatever else is given. Only
+    from storage that you trust: Ray's records of a sweep are pickles."""
+    retrain: bool = False
+    """Train the best configuration at full length, evaluate it and register it as a candidate."""
+    retrain_images: int = 0
+    """Length of that training; 0 is the preset's own."""
 
-
-def space(config: Config) -> dict[str, Any]:
-    """Return what a sweep of this configuration's data set searches, by dotted name."""
-    from ray import tune
-
-    rates = {"optim.lr_g": tune.loguniform(1e-4, 2e-3), "optim.lr_d": tune.loguniform(1e-4, 2e-3)}
-    if config.is_points:
-        return {
-            **rates,
-            "model.z_dim": tune.choice([2, 3, 4]),
-            "model.noise_dim": tune.choice([2, 4]),
+    def __post_init__(self) -> None:
+        lowest = {
+            "samples": 1,
+            "scores": 1,
+            "score_images": 0,
+            "workers": 1,
+            "threads": 1,
+            "reduction": 2,
+            "grace": 0,
         }
-    sizes = [2, 3, 8, 16, 32] if config.dataset != "celeba" else [128, 256, 512, 1024]
-    return {**rates, "model.z_dim": tune.choice(sizes), "model.noise_dim": tune.choice([2, 4, 8])}
-
-
-def trial(changes: dict[str, Any], plan: train.Plan) -> None:
-    """Train one point of the space, reporting its quality at every checkpoint."""
-    from ray import tune
-
-    from ivegan.evaluate import quality
-
-    run_id = f"{plan.run_id}-{tune.get_context().get_trial_id()}"
-    own = train.at(plan, override(plan.config, changes), run_id)
-
-    def measure(at: str) -> dict[str, float]:
-        config, encoder, generator, _ = checkpoint.load_networks(at)
-        found = quality(config, encoder, generator, plan.data_uri, Path(plan.cache_dir))
-        return {f"valid/{name}": value for name, value in found.items()}
-
-    def report(event: train.Event) -> None:
-        if "checkpoint" in event:  # after tracking, since a trial that is stopped ends in here
-            seen, score = event["images_seen"], event["metrics"][SCORE]
-            tune.report({SCORE: score, "images_seen": seen, "checkpoint": event["checkpoint"]})
-
-    train.fit(own, show=report, measure=measure)
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
 
 
 def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
-    """Run or restore a sweep; return its best configuration, score, trials and parent run."""
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
+    """Run, resume or restore a sweep; return what ``--json`` prints.
 
-    name = (
-        options.restore or options.sweep_id or f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    )
-    run = train.Run(
-        data=options.data, storage=options.storage, workers=0, gpu=options.gpu, run_id=name,
-        resume=True,
-    )  # fmt: skip
-    plan = train.resolve(preset, config, run)
-    if options.dry_run:
-        print(json.dumps(plan.describe() | {"space": [*space(config)]}, indent=2))
-        return plan.describe()
-    dataset_hash = train.check_data(plan)
+    Args:
+        preset: name of the preset.
+        config: of every trial, but for what is searched.
+        options: of the sweep.
+
+    Raises:
+        UserError: settings that cannot be, a sweep that exists or does not, or not one score.
+    """
+    plan = _resolved(preset, config, options)
     marker = storage.join(plan.run_uri, "sweep.json")
     known = json.loads(storage.read_bytes(marker)) if storage.exists(marker) else None
-    if known and not options.restore:
-        raise UserError(f"The sweep {name} exists: give --restore {name}, or another --sweep-id.")
-    if options.restore and not known:
-        raise UserError(f"There is no sweep {name} below {plan.run_uri}; leave --restore out.")
-    parent = tracking.start_run(
-        plan.tracking_uri,
-        experiment=f"ivegan-{config.dataset}",
-        run_name=name,
-        params=flatten(config) | {"samples": options.samples},
-        tags={"preset": preset, "kind": "sweep", "dataset_hash": dataset_hash},
-        config=to_dict(config),
-        dataset=(config.dataset, dataset_hash, plan.data_uri or config.dataset),
-        run_id=known["parent_run_id"] if known else None,
-    )
-    storage.write_bytes(marker, json.dumps({"parent_run_id": parent}).encode())
+    if options.restore:
+        if known is None:
+            raise UserError(f"There is no sweep {plan.run_id} in {plan.run_uri}: check --storage.")
+        preset, config = known["preset"], from_dict(known["config"])
+        options = dataclasses.replace(
+            options, **{**known["options"], "storage": options.storage, "dry_run": options.dry_run}
+        )
+        plan = _resolved(preset, config, options)
+    begun = _begun(preset, config, options)
+    if known is not None:
+        _check_same(known, begun, plan.run_id, options)
+    if options.dry_run:
+        told = plan.describe() | {"space": begun["space"], "trials": begun["trials"]}
+        print(json.dumps(told, indent=2))
+        return told
+    if known is not None and "result" in known:
+        return known["result"]
+    begun["dataset_hash"] = train.check_data(plan)
+    parent = _start_tracking(plan, begun, options, known)
+    begun["parent_run_id"] = parent
+    storage.write_bytes(marker, json.dumps(begun, indent=2).encode())
     status = "FAILED"
     try:
         # With its dashboard: without it, a stopped trial's resources are never given back.
         with train.ray_cluster(dashboard=True):
-            filesystem, path = storage.filesystem(plan.run_uri)
-            trainable = tune.with_resources(
-                tune.with_parameters(trial, plan=train.at(plan, config, name, parent)),
-                {"cpu": 1, "gpu": 1} if options.gpu else {"cpu": 1},
-            )
-            if options.restore:
-                tuner = tune.Tuner.restore(
-                    f"{path}/tune", trainable, storage_filesystem=filesystem, restart_errored=True
-                )
-            else:
-                tuner = tune.Tuner(
-                    trainable,
-                    param_space=space(config),
-                    tune_config=tune.TuneConfig(
-                        metric=SCORE,
-                        mode="max",
-                        num_samples=options.samples,
-                        max_concurrent_trials=options.max_concurrent or _slots(options.gpu),
-                        time_budget_s=options.time_budget or None,
-                        search_alg=BasicVariantGenerator(random_state=options.search_seed),
-                        scheduler=ASHAScheduler(
-                            time_attr="images_seen",
-                            max_t=2 * config.total_images,  # or it would kill the finished ones too
-                            grace_period=max(1, config.total_images // 4),
-                            reduction_factor=2,
-                        ),
-                    ),
-                    run_config=tune.RunConfig(
-                        name="tune", storage_path=path, storage_filesystem=filesystem, verbose=1
-                    ),
-                )
-            results = tuner.fit()
+            train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
+            found = _search(train.at(plan, config, plan.run_id, parent), begun, options)
         tracking.deliver(Path(plan.journal).parent)
-        tracking.end_children(plan.tracking_uri, parent, "stopped by the sweep")
-        trials = [
-            {"config": r.config, SCORE: r.metrics[SCORE], "images_seen": r.metrics["images_seen"]}
-            for r in results
-            if r.metrics and SCORE in r.metrics
-        ]
-        if not trials:
-            raise UserError(f"No trial of {name} came as far as a score; see {plan.run_uri}.")
-        trials.sort(key=lambda t: -t[SCORE])
-        best = {
-            f"best.{k}": str(v) for k, v in {**trials[0]["config"], SCORE: trials[0][SCORE]}.items()
-        }
-        tracking.set_tags(plan.tracking_uri, parent, best)
+        tracking.end_children(plan.tracking_uri, parent, "stopped early by the sweep")
+        result = _result(plan, begun, found)
+        _publish(plan, parent, result)
+        storage.write_bytes(marker, json.dumps({**begun, "result": result}, indent=2).encode())
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         tracking.end_run(plan.tracking_uri, parent, status)
+    return result
+
+
+def _resolved(preset: str, config: Config, options: Sweep) -> train.Plan:
+    """Return the plan that all trials share."""
+    name = (
+        options.restore
+        or options.sweep_id
+        or f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    )
+    known_by_name = options.restore is not None and options.data is None
+    run = train.Run(
+        data="unknown" if known_by_name and not config.is_points else options.data,
+        storage=options.storage,
+        workers=options.workers if options.workers > 1 else 0,
+        threads=options.threads,
+        gpu=options.gpu,
+        save_every=-(-config.total_images // options.scores),
+        run_id=name,
+        resume=True,
+    )
+    return train.resolve(preset, config, run)
+
+
+def _begun(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
+    """Return what ``sweep.json`` holds when a sweep begins."""
+    searched = space.space_of(config, options.space)
+    trials = None
+    if options.search != "optuna":
+        grid = options.search == "grid"
+        trials = space.draw(searched, options.samples, options.search_seed, grid=grid)
+        for changes in trials:
+            override(config, changes)  # so that an impossible trial is told at once
+    mine = dataclasses.asdict(options)
+    for name in ("dry_run", "json", "restore", "resume", "sweep_id", "storage"):
+        del mine[name]
     return {
-        "best_config": trials[0]["config"],
-        "best_metric": trials[0][SCORE],
+        "preset": preset,
+        "config": to_dict(config),
+        "options": mine,
+        "space": space.spelled(searched),
         "trials": trials,
-        "parent_run_id": parent,
-        "sweep_id": name,
     }
 
 
-def _slots(gpu: bool) -> int:
+def _check_same(known: dict[str, Any], begun: dict[str, Any], name: str, options: Sweep) -> None:
+    """See that an earlier sweep of this name may be gone on with."""
+    if not (options.restore or options.resume):
+        raise UserError(f"The sweep {name} exists: give --restore {name}, or another --sweep-id.")
+    changed = [k for k in ("preset", "config", "space", "trials") if known[k] != begun[k]]
+    if changed:
+        raise UserError(
+            f"The sweep {name} was begun with another {' and '.join(changed)}: --restore {name} "
+            "goes on as it was begun; or choose another --sweep-id."
+        )
+
+
+def _start_tracking(
+    plan: train.Plan, begun: dict[str, Any], options: Sweep, known: dict[str, Any] | None
+) -> str:
+    dataset, digest = plan.config.dataset, begun["dataset_hash"]
+    searched = {f"space.{name}": told for name, told in begun["space"].items()}
+    return tracking.start_run(
+        plan.tracking_uri,
+        experiment=f"ivegan-{dataset}",
+        run_name=plan.run_id,
+        params={
+            **{k: v for k, v in flatten(plan.config).items() if k not in begun["space"]},
+            **searched,
+            "search": options.search,
+            "samples": options.samples,
+            "workers": options.workers,
+        },
+        tags={
+            "preset": plan.preset,
+            "kind": "sweep",
+            "dataset_hash": digest,
+            "git_commit": train.git_commit(),
+            "checkpoints": plan.run_uri,
+        },
+        config=to_dict(plan.config),
+        dataset=(dataset, digest, plan.data_uri or dataset),
+        run_id=known["parent_run_id"] if known else None,
+    )
+
+
+def trial(
+    chosen: dict[str, Any],
+    plan: train.Plan,
+    trials: list[dict[str, Any]] | None,
+    score_images: int,
+) -> None:
+    """Train one point of the space, reporting its quality at every checkpoint.
+
+    A trial that was cut off goes on from its last checkpoint, whose score it reports again.
+
+    Args:
+        chosen: what Tune hands over: the place in ``trials``, or the settings themselves.
+        plan: that all trials share.
+        trials: the settings of each, where they are known beforehand.
+        score_images: validation images that a score looks at; 0 is all.
+    """
+    from ray import tune
+
+    from ivegan.evaluate import quality
+
+    torch.set_num_threads(plan.run.threads)
+    changes = trials[chosen["trial"]] if trials else chosen
+    trial_id = tune.get_context().get_trial_id()
+    assert trial_id is not None, "this is a trial"
+    name = trial_name(chosen, trial_id)
+    own = train.at(plan, override(plan.config, changes), f"{plan.run_id}-{name}")
+
+    def measure(at: str) -> dict[str, float]:
+        config, encoder, generator, _ = checkpoint.load_networks(at)
+        found = quality(
+            config,
+            encoder,
+            generator,
+            plan.data_uri,
+            Path(plan.cache_dir),
+            limit=score_images or None,
+        )
+        return {f"valid/{part}": value for part, value in found.items()}
+
+    def tell(scores: dict[str, float], images_seen: int, at: str) -> None:
+        scores = {k: v for k, v in scores.items() if k.startswith("valid/")}
+        tune.report({**scores, "images_seen": images_seen, "checkpoint": at})
+
+    def report(event: train.Event) -> None:
+        if "checkpoint" in event:  # after tracking, since a trial that is stopped ends in here
+            tell(event["metrics"], event["images_seen"], event["checkpoint"])
+
+    if before := checkpoint.latest(own.run_uri):
+        tell(measure(before), checkpoint.read_facts(before)["images_seen"], before)
+    # A trial that diverges has told its last score; it counts no more, and is not tried again.
+    with contextlib.suppress(NonFiniteLossError):
+        train.fit(own, show=report, measure=measure)
+        return
+    tune.report({SCORE: 0.0, "images_seen": 0, "diverged": True})
+
+
+def trial_name(chosen: dict[str, Any], trial_id: str) -> str:
+    """Return a trial's place in the sweep, as text, or Tune's name for it."""
+    return f"{chosen['trial']:03d}" if "trial" in chosen else trial_id
+
+
+def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
+    """Run Tune to its end and return its results."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    from pipelines.sweep_report import Progress
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress tells what failed
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Tune's own records, for --restore
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Progress says all there is
+    length = plan.config.total_steps * plan.config.batch_size
+    trials = begun["trials"]
+    filesystem, path = storage.filesystem(plan.run_uri)
+    trainable = tune.with_resources(
+        tune.with_parameters(trial, plan=plan, trials=trials, score_images=options.score_images),
+        _resources(options),
+    )
+    if tune.Tuner.can_restore(f"{path}/tune", storage_filesystem=filesystem):
+        tuner = tune.Tuner.restore(
+            f"{path}/tune", trainable, storage_filesystem=filesystem, resume_errored=True
+        )
+        return tuner.fit()
+    if trials is None:
+        searched = space.space_of(plan.config, options.space)
+        param_space, algorithm = {}, _optuna(searched, options.search_seed)
+    else:
+        param_space = {"trial": tune.grid_search(list(range(len(trials))))}
+        algorithm = BasicVariantGenerator()
+    count = options.samples if trials is None else len(trials)
+    tuner = tune.Tuner(
+        trainable,
+        param_space=param_space,
+        tune_config=tune.TuneConfig(
+            metric=SCORE,
+            mode="max",
+            num_samples=options.samples if trials is None else 1,
+            max_concurrent_trials=options.max_concurrent or _slots(options),
+            time_budget_s=options.time_budget or None,
+            search_alg=algorithm,
+            scheduler=ASHAScheduler(
+                time_attr="images_seen",
+                max_t=length - 1,  # no rung at the very end, where a trial stops by itself
+                stop_last_trials=False,
+                grace_period=min(options.grace or max(1, length // 4), length - 1),
+                reduction_factor=options.reduction,
+            ),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[Progress(count, length, trial_name)],
+            failure_config=tune.FailureConfig(max_failures=2),  # of nodes: a trial goes on
+        ),
+    )
+    return tuner.fit()
+
+
+def _resources(options: Sweep) -> dict[str, Any]:
+    """Return what the process of a trial takes; the workers of DDP take theirs themselves."""
+    if options.workers > 1:
+        return {"cpu": 0}
+    return {"cpu": options.threads} | ({"gpu": 1} if options.gpu else {})
+
+
+def _slots(options: Sweep) -> int:
     """Return how many trials fit the cluster at once."""
     import ray
 
-    return max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
+    there = ray.cluster_resources()
+    slots = int(there.get("CPU", 1)) // (options.workers * options.threads)
+    if options.gpu:
+        slots = min(slots, int(there.get("GPU", 0)) // options.workers)
+    return max(1, slots)
+
+
+def _optuna(searched: space.Space, seed: int) -> Any:
+    """Return Optuna's search of a space.
+
+    Raises:
+        UserError: Optuna is not installed.
+    """
+    from ray import tune
+
+    domains: dict[str, Any] = {}
+    for name, domain in searched.items():
+        if isinstance(domain, space.Choice):
+            domains[name] = tune.choice(list(domain.values))
+        elif domain.whole:
+            domains[name] = tune.randint(int(domain.low), int(domain.high) + 1)
+        else:
+            domains[name] = tune.loguniform(domain.low, domain.high)
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(domains, metric=SCORE, mode="max", seed=seed)
+    except (ImportError, AssertionError) as error:
+        raise UserError("--search optuna needs Optuna: pip install optuna.") from error
+
+
+def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, Any]:
+    """Return what a sweep found, its trials in the order of their scores.
+
+    Raises:
+        UserError: not one trial came as far as a score.
+    """
+    length = plan.config.total_steps * plan.config.batch_size
+    trials = []
+    for one in found:
+        last = one.metrics or {}
+        if SCORE not in last:
+            continue
+        history = one.metrics_dataframe
+        history = history[history["images_seen"] > 0].drop_duplicates("images_seen", keep="last")
+        diverged = bool(last.get("diverged"))
+        seen = int(history["images_seen"].iloc[-1]) if len(history) else 0
+        state = "done" if seen >= length else "failed" if one.error else "stopped early"
+        drawn, name = begun["trials"], trial_name(one.config, last["trial_id"])
+        trials.append(
+            {
+                "trial": name,
+                "run_id": f"{plan.run_id}-{name}",
+                "config": drawn[one.config["trial"]] if drawn else dict(one.config),
+                **{k: float(v) for k, v in last.items() if k.startswith("valid/")},
+                "images_seen": seen,
+                "state": "diverged" if diverged else state,
+                "checkpoint": last.get("checkpoint"),
+                "curve": {k: history[k].tolist() for k in ("images_seen", SCORE)},
+            }
+        )
+    if not trials:
+        raise UserError(f"No trial of {plan.run_id} came as far as a score; see {plan.run_uri}.")
+    trials.sort(key=lambda t: -t[SCORE])
+    return {
+        "sweep_id": plan.run_id,
+        "preset": plan.preset,
+        "length": length,
+        "best_config": trials[0]["config"],
+        "best_metric": trials[0][SCORE],
+        "trials": trials,
+        "parent_run_id": begun["parent_run_id"],
+        "report": storage.join(plan.run_uri, "sweep.html"),
+        "command": _command(plan, trials[0]["config"]),
+    }
+
+
+def _command(plan: train.Plan, best: dict[str, Any]) -> str:
+    """Return the command that trains a configuration at the preset's full length."""
+    default = flatten(preset_of(plan.preset))
+    settings = {k: v for k, v in flatten(plan.config).items() if v != default[k]} | best
+    settings.pop("total_images", None)
+    flags = [f"--{name} {value}" for name, value in settings.items()]
+    if plan.run.data:
+        flags.append(f"--data {plan.data_uri}")
+    return " ".join([f"python pipelines/train.py {plan.preset}", *flags])
+
+
+def _publish(plan: train.Plan, parent: str, result: dict[str, Any]) -> None:
+    """Write a sweep's picture and page into storage, and under its MLflow run."""
+    from pipelines.sweep_report import render
+
+    image, html = render(result, result["command"])
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, content in (("sweep.png", image), ("sweep.html", html.encode())):
+            storage.write_bytes(storage.join(plan.run_uri, name), content)
+            (Path(tmp) / name).write_bytes(content)
+        tracking.add_report(plan.tracking_uri, parent, {SCORE: result["best_metric"]}, 0, Path(tmp))
+    best = result["trials"][0]
+    told = {f"best.{k}": str(v) for k, v in best["config"].items()}
+    told |= {"best.run_id": best["run_id"], f"best.{SCORE}": str(best[SCORE])}
+    told["mlflow.note.content"] = (
+        f"{len(result['trials'])} trials of {result['length']:,} images; the best has quality "
+        f"{best[SCORE]:.3f}. Train it with\n\n    {result['command']}"
+    )
+    tracking.set_tags(plan.tracking_uri, parent, told)
+
+
+def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any]) -> dict[str, Any]:
+    """Train the best of a sweep at full length, evaluate and register it; return what came of it.
+
+    Args:
+        preset, config, options: of the sweep.
+        result: that ``sweep`` returned.
+    """
+    from pipelines import evaluate, registry
+
+    images = options.retrain_images or preset_of(preset).total_images
+    best = override(config, {**result["best_config"], "total_images": images})
+    run = train.Run(
+        data=options.data,
+        storage=options.storage,
+        workers=options.workers if options.workers > 1 else 0,
+        threads=options.threads,
+        gpu=options.gpu,
+        run_id=f"{result['sweep_id']}-best",
+        resume=True,
+    )
+    plan = train.resolve(preset, best, run)
+    trained = train.fit(plan, show=train.Display(plan))
+    out = train.runs_dir() / "reports" / plan.run_id
+    evaluated = evaluate.evaluate_checkpoint(trained["checkpoint"], data=plan.data_uri, out=out)
+    registered = registry.register(trained["checkpoint"])
+    return {**trained, "evaluation": evaluated, "report": str(out), "registered": registered}
 
 
 def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Search as the command line says; print the table and the best; return the JSON object."""
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "1")
+    from pipelines.sweep_report import table
+
     result = sweep(preset, config, options)
     if options.dry_run:
         return result
-    print(f"\n{'score':>8} {'images':>10}  settings")
-    for row in result["trials"]:
-        told = "  ".join(f"{k}={_short(v)}" for k, v in row["config"].items())
-        print(f"{row[SCORE]:>8.4f} {row['images_seen']:>10,}  {told}")
-    flags = " ".join(f"--{k} {_short(v)}" for k, v in result["best_config"].items())
-    print(f"\nbest: python pipelines/train.py {preset} {flags}")
+    print("\n" + "\n".join(table(result["trials"])))
+    print(f"\nPicture and table: {result['report']}")
+    print(f"The best, at full length:\n  {result['command']}")
+    if options.retrain:
+        result = {**result, "retrained": retrain(preset, config, options, result)}
+        for name in result["retrained"]["registered"]["names"]:
+            print(f"Registered: models:/{name}@staging")
     return result
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def command() -> None:
@@ -214,6 +532,7 @@ def command() -> None:
 
 
 if __name__ == "__main__":
+    # By its full name, so that Ray's workers find these functions instead of unpickling copies.
     from pipelines.tune import command as named_command
 
     named_command()

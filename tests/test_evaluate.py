@@ -32,6 +32,15 @@ class PerfectRing(nn.Module):
         return torch.from_numpy(means).float()[which] + std * noise[:, :2]
 
 
+class PerfectCodes(nn.Module):
+    """An encoder that tells a point's mode in the first entry of z."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        means, _ = order.modes("ring")
+        nearest = torch.cdist(x, torch.from_numpy(means).float()).argmin(1)
+        return torch.stack([(nearest + 0.5) / 4 - 1, torch.zeros(len(x))], dim=1)
+
+
 class Copy(nn.Module):
     """A generator that gives back the image that it is given as z, whatever z' is."""
 
@@ -170,11 +179,13 @@ def test_an_encoding_that_ignores_the_transformation_is_retrieved(
 
 def test_quality_is_one_for_a_perfect_ring_and_low_for_an_untrained_one(tmp_path: Path) -> None:
     config = preset("ring")
-    perfect = evaluate.quality(config, nn.Identity(), PerfectRing(), None, tmp_path)
+    perfect = evaluate.quality(config, PerfectCodes(), PerfectRing(), None, tmp_path)
     assert perfect["quality"] == pytest.approx(1, abs=0.01)
-    assert perfect["quality"] == perfect["high_quality"] * perfect["coverage"]
+    assert perfect["quality"] == pytest.approx(
+        (perfect["right_mode"] + perfect["coverage"] + perfect["high_quality"]) / 3
+    )
     config, encoder, generator, _ = checkpoint.load_networks(saved(tmp_path, "ring"))
-    assert evaluate.quality(config, encoder, generator, None, tmp_path)["quality"] < 0.1
+    assert evaluate.quality(config, encoder, generator, None, tmp_path)["quality"] < 0.5
 
 
 def test_quality_of_images_lies_between_nothing_and_one(
@@ -186,6 +197,9 @@ def test_quality_of_images_lies_between_nothing_and_one(
     assert found["quality"] == pytest.approx(
         (found["same_class"] + found["one_nn"] + found["near"]) / 3
     )
+    few = evaluate.quality(config, encoder, generator, digits_dataset, cache, limit=50)
+    assert few != found
+    assert few["quality"] == pytest.approx(found["quality"], abs=0.1)
     copier = override(preset("digits"), {"model.z_dim": 256})
     better = evaluate.quality(copier, nn.Flatten(), Copy(), digits_dataset, cache)
     assert better["quality"] > found["quality"]

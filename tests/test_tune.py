@@ -24,7 +24,8 @@ def test_a_sweep_leaves_one_parent_and_one_child_per_trial(
     assert {"optim.lr_g", "optim.lr_d", "model.z_dim", "model.noise_dim"} == set(
         result["best_config"]
     )
-    assert "pipelines/train.py ring --optim.lr_g" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pipelines/train.py ring --batch_size 64 --optim.lr_g" in out
     runs = {run.info.run_id: run for run in mlflow_runs(store)}
     parent = runs.pop(result["parent_run_id"])
     assert parent.info.status == "FINISHED"
