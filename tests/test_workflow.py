@@ -77,9 +77,72 @@ def test_a_killed_workflow_goes_on_where_it_stopped(home, store):
     assert len(MlflowClient(store).search_model_versions("name='ivegan-ring-encoder'")) == 1
 
 
+@pytest.mark.slow
+def test_a_new_run_with_equal_inputs_trains_nothing_unless_it_is_told_to(home, store):
+    """The sweep and the training of the first run serve the second, which registers nothing new."""
+    words = ["run", "ring", "--batch-size", "64", "--total-images", "1280", "--workers", "0"]
+    space = "optim.lr_g=1e-3 optim.lr_d= model.z_dim= model.noise_dim="
+    words += ["--sweep-samples", "1", "--sweep-images", "640", "--sweep-space", space, "--json"]
+    first = json.loads(run(*words, "--run-id", "first", cwd=home).stdout.splitlines()[-1])
+    assert first["sweep"]["sweep_id"] == "first-sweep"
+    assert first["sweep"]["best_config"] == {"optim.lr_g": 1e-3}
+    assert not first["reused"]
+    cards = home / "runs" / ".metaflow"
+    (card,) = cards.rglob("steps/sweep/tasks/*/cards/*.html")
+    assert "data:image/png;base64," in card.read_text()  # the sweep's picture
+    facts = json.loads((Path(first["checkpoint"]) / "config.json").read_text())
+    assert facts["config"]["optim"]["lr_g"] == 1e-3  # trained with what the sweep found
+    before = sorted((home / "runs" / "checkpoints").iterdir())
+
+    done = run(*words, "--run-id", "second", cwd=home)
+    second = json.loads(done.stdout.splitlines()[-1])
+    assert "reusing the finished sweep first-sweep of equal settings" in done.stdout
+    assert "the run first had equal settings" in done.stdout
+    assert second["reused"]
+    same = ("run_id", "mlflow_run_id", "checkpoint", "images_seen", "evaluation", "report")
+    assert {k: second[k] for k in same} == {k: first[k] for k in same}
+    assert not second["registered"]["new"]
+    assert sorted((home / "runs" / "checkpoints").iterdir()) == before
+
+    third = run(*words, "--run-id", "third", "--anew", cwd=home)
+    result = json.loads(third.stdout.splitlines()[-1])
+    assert result["run_id"] == "third"
+    assert not result["reused"]
+    assert result["sweep"]["sweep_id"] == "third-sweep"
+    assert result["evaluation"] == first["evaluation"]
+    refused = run(*words, "--run-id", "third", "--anew", cwd=home, status=2)
+    assert "third exists: choose another --run-id" in refused.stderr
+
+
+def test_a_mistake_that_only_a_step_can_see_is_one_sentence_and_not_tried_again(home):
+    done = run("run", "mnist", "--data", str(home / "nothing"), cwd=home, status=2)
+    assert "nothing" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stdout
+    assert "retry" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long_is_ended_tried_again_and_then_left(home, store):
+    """Its time is 6 s; a thousand million images take longer."""
+    words = ["run", "ring", "--total-images", "1000000000", "--workers", "0"]
+    done = run(*words, "--limits", "train=0.1,retries=1", cwd=home, status=1)
+    assert "Task is starting (retry)." in done.stdout
+    assert done.stdout.count("Step train timed out after 0 hours, 0 minutes, 6 seconds") >= 2
+    assert "`workflow.py resume` goes on from there" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["run", "ring", "--limits", "trian=1"], "--limits knows no 'trian'"),
+        (["run", "ring", "--sweep-samples", "-1"], "--sweep-samples is -1"),
+        (["run", "ring", "--sweep-space", "seed=0,1"], "need --sweep-samples"),
+        (["run", "ring", "--sweep-samples", "2", "--sweep-space", "sede=0,1"], "sede"),
+        (["run", "ring", "--datastore", "gs://bucket"], "unknown scheme"),
+        (["run", "ring", "--precision", "half"], "--precision is 'half'"),
+        (["resume"], "There is no workflow to resume in"),
+        (["resume", "--limits", "train=0"], "must be 1 second to 1 year"),
         (["run", "rnig"], "There is no preset 'rnig'"),
         (["run", "mnist"], "needs --data"),
         (["run", "ring", "--set", "optim.lr=1"], "optim.lr"),

@@ -1,0 +1,173 @@
+"""The workflow away from one's own machine: records in S3, a Ray job, Argo Workflows."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from processes import free_ports, kill, wait_for
+
+from ivegan import storage
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
+RING = ["ring", "--batch-size", "64", "--total-images", "12800", "--workers", "0"]
+
+
+def workflow(*words: str, cwd: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [*PROGRAM, *words],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.s3
+@pytest.mark.fault
+@pytest.mark.slow
+def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
+    home, store, s3, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    places = ["--storage", f"{s3}/runs", "--out", f"{s3}/reports", "--datastore", f"{s3}/metaflow"]
+    workflow(
+        *("run", *RING, *places, "--run-id", "far"),
+        cwd=home,
+        status=-signal.SIGKILL,
+        KILL_AT="train ivegan/checkpoint.py save 4",
+        PYTHONPATH=str(ROOT / "tests" / "killer"),
+    )
+    shutil.rmtree(home / "runs" / ".metaflow")
+    (elsewhere := home / "elsewhere").mkdir()
+    done = workflow("resume", "--datastore", f"{s3}/metaflow", "--json", cwd=elsewhere)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert "Cloning" in done.stdout
+    assert result["checkpoint"] == f"{s3}/runs/far/checkpoint-0000012800"
+    first = next(line for line in done.stdout.splitlines() if " of 12,800 " in line)
+    assert int(first.split(" of ")[0].split()[-1].replace(",", "")) > 3 * 1280
+    assert storage.read_bytes(result["report"]).startswith(b"<!doctype html>")
+    assert not (elsewhere / "runs" / "checkpoints").exists()
+    names = storage.list_files(f"{s3}/metaflow")
+    assert any(name.endswith(".html") for name in names)  # the card
+    assert len(MlflowClient(store).search_model_versions("name='ivegan-ring-encoder'")) == 1
+
+
+@pytest.mark.s3
+def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home, s3):
+    if importlib.util.find_spec("kubernetes") is None:
+        pytest.skip("install kubernetes to compile for Argo Workflows")
+    done = workflow(
+        *("--datastore", f"{s3}/metaflow", "argo-workflows", "create", "--only-json"),
+        cwd=home,
+        IVEGAN_LIMITS="train=600,retries=2",
+        METAFLOW_KUBERNETES_CONTAINER_IMAGE="registry/ivegan:0.1.0",
+        METAFLOW_KUBERNETES_SECRETS="ivegan-places",
+    )
+    template = json.loads(done.stdout)
+    assert template["kind"] == "WorkflowTemplate"
+    spec = template["spec"]
+    parts = {part["name"]: part for part in spec["templates"]}
+    order = {task["name"]: task["depends"] for task in parts["IveGanFlow"]["dag"]["tasks"]}
+    assert order == {
+        "start": "",
+        "sweep": "start.Succeeded",
+        "train": "start.Succeeded || sweep.Succeeded",
+        "evaluate": "train.Succeeded",
+        "register": "evaluate.Succeeded",
+        "end": "register.Succeeded",
+    }
+    minutes = {"start": 1440, "sweep": 10080, "train": 600, "evaluate": 720, "register": 60}
+    for name, limit in minutes.items():
+        assert parts[name]["activeDeadlineSeconds"] == limit * 60
+        assert parts[name]["retryStrategy"]["limit"] == 2
+        container = parts[name]["container"]
+        assert container["image"] == "registry/ivegan:0.1.0"
+        assert container["envFrom"][0]["secretRef"]["name"] == "ivegan-places"
+        variables = {one["name"]: one["value"] for one in container["env"]}
+        assert variables["IVEGAN_LIMITS"] == "train=600,retries=2"  # the pod's own alarm agrees
+        assert variables["METAFLOW_S3_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]
+    parameters = {one["name"] for one in spec["arguments"]["parameters"]}
+    assert {"preset", "set", "data", "storage", "out", "workers", "sweep-samples"} <= parameters
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        assert name not in done.stdout
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout
+    # The code that the pods fetch is in the store.
+    of_train = {one["name"]: one["value"] for one in parts["train"]["container"]["env"]}
+    assert of_train["METAFLOW_CODE_URL"].startswith(f"{s3}/metaflow/IveGanFlow/")
+    assert storage.exists(of_train["METAFLOW_CODE_URL"])
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A Ray head of its own; yields what `ray job submit` needs to reach it."""
+    port, dashboard, client, agent = free_ports(4)
+    ray = str(Path(sys.executable).with_name("ray"))
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
+    words = [
+        *("--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"),
+        *(f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+        *(f"--dashboard-agent-listen-port={agent}", "--dashboard-host=127.0.0.1"),
+    ]
+    submit = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}"]
+
+    def takes_jobs() -> bool:
+        words = [*submit, "--no-wait", "--", "true"]
+        return subprocess.run(words, env=env, capture_output=True, check=False).returncode == 0
+
+    log = tmp_path / "head.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [ray, "start", *words], env=env, stdout=out, stderr=out, cwd=tmp_path
+        )
+    try:
+        wait_for(takes_jobs, process, log)
+        yield submit, env
+    finally:
+        kill(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_submitted_workflow_trains_on_the_jobs_cluster_and_leaves_all_outside_its_folder(
+    home, store, head
+):
+    submit, env = head
+    runtime = {"env_vars": {"MLFLOW_TRACKING_URI": store, "IVEGAN_GIT_COMMIT": "abc1234"}}
+    submit += ["--working-dir", str(ROOT), "--runtime-env-json", json.dumps(runtime), "--"]
+    script = [sys.executable, "pipelines/workflow.py", "run", *RING[:-1], "1", "--json"]
+    places = [f"--{name}={home}/{name}" for name in ("storage", "out", "datastore")]
+    done = subprocess.run(
+        [*submit, *script, "--run-id", "job", *places],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads((home / "storage/job/checkpoint-0000012800/config.json").read_text())
+    assert facts["git_commit"] == "abc1234"
+    assert (home / "out/job/report.html").exists()
+    assert (home / "datastore/.metaflow/IveGanFlow/latest_run").exists()
+    assert MlflowClient(store).get_model_version_by_alias("ivegan-ring-encoder", "staging")
+
+    nowhere = subprocess.run(
+        [*submit, *script], capture_output=True, text=True, env=env, check=False
+    )
+    assert nowhere.returncode != 0
+    told = nowhere.stdout + nowhere.stderr
+    assert "set --storage, --out, --datastore and MLFLOW_TRACKING_URI to places outside" in told
