@@ -226,6 +226,9 @@ def train_or_reuse(flow: Any, plan: train.Plan) -> dict[str, Any]:
     found = None if flow.anew else _reusable(lambda: finished.find_training(plan, inputs))
     if found:
         result = found["outcome"]
+        if result["run_id"] == plan.run_id:  # an attempt before ended all but this step
+            print(f"{plan.run_id} is trained already: {result['checkpoint']}")
+            return {**result, "reused": False}
         print(f"reusing {result['checkpoint']}: the run {result['run_id']} had equal settings")
         if found["git_commit"] != train.git_commit():
             print(f"its code was {found['git_commit']}, this is {train.git_commit()}")

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from ivegan.config import preset
+from ivegan.config import override, preset
 from ivegan.errors import UserError
-from pipelines import registry, workflow
+from pipelines import registry, train, workflow
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
@@ -155,6 +157,29 @@ def test_a_wrong_command_line_is_one_sentence_and_status_2(home, words, sentence
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (home / "runs").exists()
+
+
+def test_a_finished_training_that_is_spoilt_is_told_and_made_again(store, capsys):
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
+    flow = SimpleNamespace(anew=False)
+
+    def go(run_id: str) -> dict[str, Any]:
+        run = train.Run(workers=0, run_id=run_id, resume=True)
+        return workflow.train_or_reuse(flow, train.resolve("ring", config, run))
+
+    first = go("first")
+    capsys.readouterr()
+    assert go("first") == first
+    assert "first is trained already" in capsys.readouterr().out
+    assert go("second") == {**first, "reused": True}
+    assert "the run first had equal settings" in capsys.readouterr().out
+    (Path(first["checkpoint"]) / "training.pt").unlink()
+    third = go("third")
+    assert "cannot be used" in capsys.readouterr().out
+    assert not third["reused"]
+    weights = [Path(r["checkpoint"]) / "weights.safetensors" for r in (first, third)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert go("fourth")["run_id"] == "third"  # the new one serves from now on
 
 
 def test_changes_take_the_type_of_their_setting():
