@@ -48,7 +48,7 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
         cwd=home,
         status=-signal.SIGKILL,
         KILL_AT="train ivegan/checkpoint.py save 4",
-        PYTHONPATH=str(ROOT / "tests" / "killer"),
+        PYTHONPATH=f"{ROOT}/tests/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     shutil.rmtree(home / "runs" / ".metaflow")
     (elsewhere := home / "elsewhere").mkdir()
