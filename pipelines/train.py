@@ -256,11 +256,18 @@ def _tracked(
         "precision": plan.run.precision,
         "versions": {"torch": torch.__version__},
     }
-    mlflow_run = _start_tracking(plan, facts, known)
-    facts["mlflow_run_id"] = mlflow_run
-    marker = json.dumps({**facts, "config": to_dict(plan.config)}, indent=2)
-    storage.write_bytes(storage.join(plan.run_uri, "run.json"), marker.encode())
-    tracker = tracking.Tracker(plan.tracking_uri, mlflow_run, Path(plan.journal))
+    if known is None:
+        if plan.run.parent_run is None:  # nothing runs yet, so a wrong address is told at once
+            tracking.check(plan.tracking_uri)
+        key = tracking.new_key(plan.run_id)
+    else:
+        key = known.get("run_key", known["mlflow_run_id"])
+    facts |= {"run_key": key, "mlflow_run_id": known["mlflow_run_id"] if known else key}
+    _write_down(plan, facts)  # before MLflow hears of the run, or a restart could make a second one
+    journal = tracking.Journal.open(Path(plan.journal), plan.tracking_uri, key, plan.run_uri)
+    facts["mlflow_run_id"] = _start_tracking(plan, facts, journal)
+    _write_down(plan, facts)
+    tracker = tracking.Tracker(journal)
 
     def handle(event: Event) -> None:
         """Pass one event on to MLflow and to whoever watches."""
@@ -276,7 +283,7 @@ def _tracked(
     status = "FAILED"
     fit_somewhere = _fit_ray if plan.run.workers else work
     try:
-        with _terminated_by_signal(), tracking.system_metrics(plan.tracking_uri, mlflow_run):
+        with _terminated_by_signal(), tracking.system_metrics(tracker):
             result = fit_somewhere(plan, facts, handle)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit, Terminated):
@@ -284,8 +291,8 @@ def _tracked(
         raise
     finally:
         tracker.close()
-        tracking.end_run(plan.tracking_uri, mlflow_run, status)
-    return {"run_id": plan.run_id, "mlflow_run_id": mlflow_run, **result}
+        tracking.end_run(plan.tracking_uri, journal.run_id, status, journal)
+    return {"run_id": plan.run_id, "mlflow_run_id": journal.run_id, **result}
 
 
 class Terminated(BaseException):
@@ -356,7 +363,13 @@ def _earlier_start(plan: Plan) -> dict[str, Any] | None:
     return earlier
 
 
-def _start_tracking(plan: Plan, facts: dict[str, Any], known: dict[str, Any] | None) -> str:
+def _write_down(plan: Plan, facts: dict[str, Any]) -> None:
+    """Write what a later start of this run id has to know."""
+    marker = json.dumps({**facts, "config": to_dict(plan.config)}, indent=2)
+    storage.write_bytes(storage.join(plan.run_uri, "run.json"), marker.encode())
+
+
+def _start_tracking(plan: Plan, facts: dict[str, Any], journal: tracking.Journal) -> str:
     """Return the id of the MLflow run: the earlier one of this run id, or a new one."""
     return tracking.start_run(
         plan.tracking_uri,
@@ -379,7 +392,7 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], known: dict[str, Any] | N
             plan.data_uri or plan.config.dataset,
         ),
         parent_run_id=plan.run.parent_run,
-        run_id=known["mlflow_run_id"] if known else None,
+        journal=journal,
     )
 
 

@@ -73,10 +73,11 @@ def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypa
     monkeypatch.setattr(tracking, "_LAST_CHANCE", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri, start = server
-    journal = tmp_path / "journal" / "a.jsonl"
+    path = tmp_path / "journal" / "a.jsonl"
     process = start()
     run_id = started(uri)
-    tracker = tracking.Tracker(uri, run_id, journal)
+    journal = tracking.Journal.open(path, uri, run_id)
+    tracker = tracking.Tracker(journal)
     for step in range(10):
         tracker.log({"loss": step / 10}, step)
     kill(process)
@@ -85,11 +86,11 @@ def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypa
     tracker.figure("samples", b"png", 20)
     tracker.close()
     tracking.end_run(uri, run_id, "FINISHED", journal)
-    assert tracking.waiting(journal.parent)[run_id] >= 12
+    assert tracking.waiting(path.parent)[run_id] >= 12
     start()
     assert MlflowClient(uri).get_run(run_id).info.status == "RUNNING"
-    assert tracking.deliver(journal.parent)[run_id] >= 12
-    assert tracking.deliver(journal.parent) == {}
+    assert tracking.deliver(path.parent)[run_id] >= 12
+    assert tracking.deliver(path.parent) == {}
     assert points(uri, run_id, "loss") == [(step, step / 10) for step in range(20)]
     run = MlflowClient(uri).get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -100,7 +101,7 @@ def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypa
 def test_a_resumed_run_repeats_no_point(store, tmp_path):
     run_id = started(store)
     for steps in (range(5), range(3, 8)):  # the second starts from an earlier checkpoint
-        tracker = tracking.Tracker(store, run_id, tmp_path / "a.jsonl")
+        tracker = tracking.Tracker(tracking.Journal.open(tmp_path / "a.jsonl", store, run_id))
         for step in steps:
             tracker.log({"loss": float(step)}, step)
         tracker.close()
@@ -111,7 +112,7 @@ def test_a_resumed_run_repeats_no_point(store, tmp_path):
 def test_a_point_sent_twice_is_one_point(store, tmp_path):
     """The process dies between MLflow's answer and the note that it came."""
     run_id = started(store)
-    tracker = tracking.Tracker(store, run_id, tmp_path / "a.jsonl")
+    tracker = tracking.Tracker(tracking.Journal.open(tmp_path / "a.jsonl", store, run_id))
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     (tmp_path / "a.sent").unlink()
@@ -133,7 +134,7 @@ def test_a_journal_cut_in_the_middle_of_a_line_goes_on(store, tmp_path):
 
 def test_infinite_losses_are_left_out(store, tmp_path):
     run_id = started(store)
-    tracker = tracking.Tracker(store, run_id, tmp_path / "a.jsonl")
+    tracker = tracking.Tracker(tracking.Journal.open(tmp_path / "a.jsonl", store, run_id))
     tracker.log({"loss": float("nan"), "other": 1.0}, 1)
     tracker.close()
     assert set(MlflowClient(store).get_run(run_id).data.metrics) == {"other"}
@@ -141,7 +142,7 @@ def test_infinite_losses_are_left_out(store, tmp_path):
 
 def test_no_password_is_written_down(tmp_path):
     path = tmp_path / "a.jsonl"
-    tracking.Journal.open(path, "https://user:secret@mlflow.example/x", "run").add({"figure": "f"})
+    tracking.Journal.open(path, "https://user:secret@mlflow.example/x", "run").add({"file": "f"})
     assert "secret" not in path.read_text()
     assert "https://mlflow.example/x" in path.read_text()
 
