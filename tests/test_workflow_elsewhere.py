@@ -147,7 +147,8 @@ def test_a_submitted_workflow_trains_on_the_jobs_cluster_and_leaves_all_outside_
     home, store, head
 ):
     submit, env = head
-    runtime = {"env_vars": {"MLFLOW_TRACKING_URI": store, "IVEGAN_GIT_COMMIT": "abc1234"}}
+    variables = {"MLFLOW_TRACKING_URI": store, "IVEGAN_GIT_COMMIT": "abc1234"}
+    runtime = {"env_vars": {**variables, "IVEGAN_CACHE": f"{home}/cache"}}
     submit += ["--working-dir", str(ROOT), "--runtime-env-json", json.dumps(runtime), "--"]
     script = [sys.executable, "pipelines/workflow.py", "run", *RING[:-1], "1", "--json"]
     places = [f"--{name}={home}/{name}" for name in ("storage", "out", "datastore")]
