@@ -42,6 +42,7 @@ _BATCH = 100  # points of the journal in one request
 _LONGEST_PAUSE = 30.0  # seconds between two attempts
 _LAST_CHANCE = 20.0  # seconds that the end of a run waits for the server
 _NAME = "journal"  # of the copy in a run's folder
+_ENDED = "ended"  # the tag that says why a nested run was stopped from outside
 _KEY = "run_key"  # the tag by which a run is found again
 
 DESCRIPTIONS = {
@@ -260,7 +261,7 @@ def end_children(
         if run.info.status == "RUNNING"
     ]
     for run_id in left:
-        tracked.log_batch(run_id, tags=[RunTag("ended", note)])
+        tracked.log_batch(run_id, tags=[RunTag(_ENDED, note)])
         tracked.set_terminated(run_id, "KILLED")
     return len(left)
 
@@ -528,6 +529,11 @@ class Journal:
         return any("start" in entry for entry in self._entries)
 
     @property
+    def nested(self) -> bool:
+        """Whether the run belongs below another one."""
+        return any(entry.get("start", {}).get("parent") for entry in self._entries)
+
+    @property
     def unsent(self) -> int:
         """How many entries are not delivered."""
         return max(0, len(self._entries) - self._sent)
@@ -671,6 +677,8 @@ class Journal:
             self._tell_file(tracked, run_id, entry["file"])
         if entry.get("status") == "RUNNING":
             tracked.update_run(run_id, status="RUNNING")
+            if _ENDED in tracked.get_run(run_id).data.tags:
+                tracked.delete_tag(run_id, _ENDED)
         elif "status" in entry:
             tracked.set_terminated(run_id, entry["status"], entry["timestamp"])
 
@@ -763,7 +771,8 @@ def _journals(where: str | Path) -> Iterator[list[Journal]]:
             elif name.endswith(f"{_NAME}.jsonl"):
                 folder = storage.join(place, name).rpartition("/")[0]
                 found.append(Journal.stored(Path(tmp, str(number), f"{_NAME}.jsonl"), folder))
-        yield [journal for journal in found if journal is not None]
+        # A nested run needs the one above it, which brings those below it before it ends.
+        yield sorted((one for one in found if one is not None), key=lambda one: one.nested)
 
 
 def _experiment(tracked: MlflowClient, name: str, uri: str) -> str:
@@ -794,7 +803,7 @@ def run_exists(tracked: MlflowClient, run_id: str) -> bool:
 
 def find_run(tracked: MlflowClient, run_id: str) -> str | None:
     """Return the MLflow id of a run that is given by its id or its key; None if there is none."""
-    if not re.fullmatch("[0-9a-f]{32}", run_id):
+    if not _is_id(run_id):
         everywhere = [one.experiment_id for one in tracked.search_experiments()]
         wanted = f"tags.{_KEY} = '{run_id}'"
         found = tracked.search_runs(everywhere, wanted, max_results=1) if everywhere else []
@@ -808,12 +817,21 @@ def find_run(tracked: MlflowClient, run_id: str) -> str | None:
     return run_id if alive else None
 
 
+def _is_id(run_id: str) -> bool:
+    """Return whether this is MLflow's id of a run, not our key."""
+    return re.fullmatch("[0-9a-f]{32}", run_id) is not None
+
+
 def _create(
     tracked: MlflowClient, uri: str, start: Mapping[str, Any], tags: Mapping[str, str]
 ) -> str:
     """Return the id of a new run, which lacks what ``_complete`` adds."""
     parent = start["parent"]
-    nested = {"mlflow.parentRunId": find_run(tracked, parent) or parent} if parent else {}
+    if parent and not _is_id(parent):
+        parent = find_run(tracked, parent)
+        if parent is None:
+            raise UserError(f"the run {start['parent']} has to come first")
+    nested = {"mlflow.parentRunId": parent} if parent else {}
     run = tracked.create_run(
         _experiment(tracked, start["experiment"], uri),
         run_name=start["run_name"],

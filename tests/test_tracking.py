@@ -1,30 +1,44 @@
 """Tracking: an MLflow server that dies stops nothing, and nothing is lost or doubled."""
 
-import subprocess
-import sys
-import urllib.request
+import json
+import resource
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from processes import free_ports, kill, wait_for
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow_server import MlflowServer
 
+from ivegan import storage
+from ivegan.errors import UserError
 from pipelines import tracking
 
 DATASET = ("ring", "abc", "ring")
 
 
-def started(uri: str, run_id: str | None = None) -> str:
+def started(
+    uri: str,
+    run_id: str | None = None,
+    journal: tracking.Journal | None = None,
+    parent: str | None = None,
+    name: str = "a",
+) -> str:
     return tracking.start_run(
         uri,
         experiment="ivegan-ring",
-        run_name="a",
+        run_name=name,
         params={"optim.lr_g": 0.1},
         tags={"preset": "ring"},
         config={"dataset": "ring"},
         dataset=DATASET,
         run_id=run_id,
+        journal=journal,
+        parent_run_id=parent,
     )
 
 
@@ -33,61 +47,51 @@ def points(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture
-def server(
-    tmp_path: Path, empty_store: Path
-) -> Iterator[tuple[str, Callable[[], subprocess.Popen]]]:
-    """Return (URI, function): it starts the MLflow server, always on the same port and store."""
+def server(tmp_path: Path, empty_store: Path) -> Iterator[MlflowServer]:
+    """Return an MLflow server that is not started yet."""
     store = tmp_path / "mlflow.db"
     store.write_bytes(empty_store.read_bytes())
-    running: list[subprocess.Popen] = []
-    (port,) = free_ports(1)
-    uri = f"http://127.0.0.1:{port}"
-    words = ["--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{store}"]
-    words += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    server = MlflowServer(tmp_path, f"sqlite:///{store}", str(tmp_path / "artifacts"))
+    yield server
+    server.kill()
 
-    log = tmp_path / "server.log"
 
-    def answers() -> bool:
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-        except OSError:
-            return False
-        return True
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Return a function: in its with block no MLflow store answers."""
 
-    def start() -> subprocess.Popen:
-        program = str(Path(sys.executable).with_name("mlflow"))
-        with log.open("a") as out:
-            running.append(
-                subprocess.Popen([program, "server", *words], stdout=out, stderr=out, cwd=tmp_path)
-            )
-        wait_for(answers, running[-1], log)
-        return running[-1]
+    def no_answer(uri: str) -> MlflowClient:
+        raise MlflowException(f"{uri} does not answer")
 
-    yield uri, start
-    for process in running:
-        kill(process)
+    @contextmanager
+    def block() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(tracking, "client", no_answer)
+            yield
+
+    return block
 
 
 @pytest.mark.fault
 def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "_LAST_CHANCE", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    uri, start = server
+    uri = server.uri
     path = tmp_path / "journal" / "a.jsonl"
-    process = start()
+    server.start()
     run_id = started(uri)
     journal = tracking.Journal.open(path, uri, run_id)
     tracker = tracking.Tracker(journal)
     for step in range(10):
         tracker.log({"loss": step / 10}, step)
-    kill(process)
+    server.kill()
     for step in range(10, 20):
         tracker.log({"loss": step / 10}, step)
     tracker.figure("samples", b"png", 20)
     tracker.close()
     tracking.end_run(uri, run_id, "FINISHED", journal)
     assert tracking.waiting(path.parent)[run_id] >= 12
-    start()
+    server.start()
     assert MlflowClient(uri).get_run(run_id).info.status == "RUNNING"
     assert tracking.deliver(path.parent)[run_id] >= 12
     assert tracking.deliver(path.parent) == {}
@@ -157,3 +161,207 @@ def test_an_evaluation_goes_under_its_run_and_nowhere_else(store, tmp_path):
     kept = [f.path for f in MlflowClient(store).list_artifacts(run_id, "evaluation")]
     assert kept == ["evaluation/report.html"]
     assert not tracking.add_report(store, "0" * 32, found, 640, folder)
+
+
+@pytest.mark.fault
+def test_a_run_that_begins_in_an_outage_gets_one_mlflow_run(
+    server, tmp_path, monkeypatch, mlflow_runs
+):
+    """Two that deliver at once, and once more after the note of it was lost, make it once."""
+    monkeypatch.setattr(tracking, "_LAST_CHANCE", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"No MLflow store answers.*start it, or set MLFLOW"):
+        tracking.check(server.uri)
+    key = tracking.new_key("a")
+    journal = tracking.Journal.open(tmp_path / "a.jsonl", server.uri, key)
+    assert started(server.uri, journal=journal) == key
+    tracker = tracking.Tracker(journal)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    tracking.set_tags(server.uri, key, {"best": "x"}, journal)
+    tracking.end_run(server.uri, key, "FINISHED", journal)
+    assert tracking.waiting(tmp_path) == {key: 4}
+    server.start()
+    tracking.check(server.uri)
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(lambda _: tracking.deliver(tmp_path), range(2)))
+    (tmp_path / "a.sent").unlink()
+    assert list(tracking.deliver(tmp_path).values()) == [4]
+    (run,) = mlflow_runs(server.uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"optim.lr_g": "0.1"}
+    assert {"preset": "ring", "best": "x", "run_key": key}.items() <= run.data.tags.items()
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("ring", "abc")
+    assert points(server.uri, run.info.run_id, "loss") == [(1, 1.0)]
+    assert tracking.run_exists(MlflowClient(server.uri), key)
+    kept = [f.path for f in MlflowClient(server.uri).list_artifacts(run.info.run_id)]
+    assert kept == ["config.json"]
+
+
+def test_nested_runs_of_an_outage_find_the_run_above_them(store, tmp_path, away, mlflow_runs):
+    """And one that was stopped early is ended, but not before it has said all."""
+    folders = {name: str(tmp_path / "runs" / name) for name in ("a", "a-0", "a-1")}
+    journals = {
+        name: tracking.Journal.open(tmp_path / "journal" / f"{name}.jsonl", store, name, folder)
+        for name, folder in folders.items()
+    }
+    with away():
+        started(store, journal=journals["a"])
+        for name in ("a-0", "a-1"):
+            started(store, journal=journals[name], parent="a", name=name)
+        tracking.end_run(store, "a-0", "FINISHED", journals["a-0"])
+        journals["a-1"].add_metrics({"loss": 1.0}, 1)
+        journals["a-1"].keep()
+        children = [folders["a-0"], folders["a-1"]]
+        tracking.end_children(store, "a", "stopped early", journals["a"], children)
+        tracking.end_run(store, "a", "FINISHED", journals["a"])
+        with pytest.raises(UserError, match=r"does not take the rest of run a .*try sync again"):
+            tracking.deliver(tmp_path / "journal")
+    tracking.deliver(tmp_path / "journal")
+    runs = {run.info.run_name: run for run in mlflow_runs(store)}
+    assert len(mlflow_runs(store)) == 3
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "a": "FINISHED",
+        "a-0": "FINISHED",
+        "a-1": "KILLED",
+    }
+    assert runs["a-1"].data.tags["ended"] == "stopped early"
+    assert "ended" not in runs["a-0"].data.tags
+    above = {runs[name].data.tags["mlflow.parentRunId"] for name in ("a-0", "a-1")}
+    assert above == {runs["a"].info.run_id}
+    assert points(store, runs["a-1"].info.run_id, "loss") == [(1, 1.0)]
+    # Begun again, it is no longer one that was stopped.
+    assert started(store, journal=journals["a-1"]) == runs["a-1"].info.run_id
+    again = MlflowClient(store).get_run(runs["a-1"].info.run_id)
+    assert again.info.status == "RUNNING"
+    assert "ended" not in again.data.tags
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URI of a run's folder."""
+    where = request.getfixturevalue("s3") if request.param == "s3" else str(tmp_path / "far")
+    return f"{where}/runs/a"
+
+
+def test_a_run_goes_on_where_its_journal_never_was(store, tmp_path, place, mlflow_runs):
+    """The second node repeats no point of the first; what the first never sent, it says anew."""
+    first = tracking.Journal.open(tmp_path / "1" / "a.jsonl", store, "a", place)
+    started(store, journal=first)
+    for step in range(5):
+        first.add_metrics({"loss": float(step)}, step)
+    first.add_file("figures/x.png", b"png")
+    first.keep()
+    for step in range(5, 8):  # lost with the node, and sent to nobody
+        first.add_metrics({"loss": -1.0}, step)
+    first.send()
+    assert first.unsent == first.unkept == 3
+    second = tracking.Journal.open(tmp_path / "2" / "a.jsonl", store, "a", place)
+    started(store, journal=second)
+    for step in range(3, 10):
+        second.add_metrics({"loss": float(step)}, step)
+    tracking.end_run(store, second.run_id, "FINISHED", second)
+    (run,) = mlflow_runs(store)
+    assert run.info.status == "FINISHED"
+    wanted = [(step, float(step)) for step in range(10)]
+    assert points(store, run.info.run_id, "loss") == wanted
+    tracking.deliver(tmp_path / "1")  # the first node is found again
+    tracking.deliver(place)
+    assert points(store, run.info.run_id, "loss") == wanted
+    third = tracking.Journal.open(tmp_path / "1" / "a.jsonl", store, "a", place)
+    third.add_metrics({"loss": -1.0}, 7)
+    assert third.unsent == 0
+
+
+def test_what_a_lost_node_did_not_send_is_delivered_from_the_store(
+    store, tmp_path, place, away, monkeypatch
+):
+    monkeypatch.setattr(tracking, "_LAST_CHANCE", 0.5)
+    journal = tracking.Journal.open(tmp_path / "1" / "a.jsonl", store, "a", place)
+    with away():
+        started(store, journal=journal)
+        tracker = tracking.Tracker(journal)
+        tracker.log({"loss": 1.0}, 1)
+        tracker.figure("samples", b"png", 1)
+        tracker.close()
+        tracking.end_run(store, "a", "FAILED", journal)
+    shutil.rmtree(tmp_path / "1")
+    above = place.rpartition("/")[0]
+    assert tracking.waiting(place) == tracking.waiting(above) == {"a": 4}
+    ((run_id, count),) = tracking.deliver(above).items()
+    assert count == 4
+    assert tracking.waiting(place) == tracking.deliver(place) == {}
+    run = MlflowClient(store).get_run(run_id)
+    assert run.info.status == "FAILED"
+    assert points(store, run_id, "loss") == [(1, 1.0)]
+    kept = [f.path for f in MlflowClient(store).list_artifacts(run_id, "figures")]
+    assert kept == ["figures/samples-0000000001.png"]
+
+
+def test_nothing_is_sent_that_storage_does_not_hold(store, tmp_path, monkeypatch, caplog):
+    """A store that is away is said once and stops nobody."""
+    monkeypatch.setattr(tracking, "_LAST_CHANCE", 0.5)
+    journal = tracking.Journal.open(tmp_path / "a.jsonl", store, "a", str(tmp_path / "far"))
+    run_id = started(store, journal=journal)
+    with monkeypatch.context() as patch:
+
+        def refuse(uri: str, data: bytes) -> None:
+            raise storage.Unavailable("the store is away")
+
+        patch.setattr(storage, "write_bytes", refuse)
+        tracker = tracking.Tracker(journal)
+        tracker.log({"loss": 1.0}, 1)
+        tracker.close()
+    assert points(store, run_id, "loss") == []
+    assert caplog.text.count("the store is away") == 1
+    tracking.end_run(store, run_id, "FINISHED", journal)
+    assert points(store, run_id, "loss") == [(1, 1.0)]
+
+
+def test_a_full_disk_leaves_no_half_line(store, tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    journal = tracking.Journal.open(path, store, started(store))
+    tracker = tracking.Tracker(journal)
+    tracker.log({"loss": 1.0}, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, limits[1]))
+    try:
+        tracker.log({"loss": 2.0}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tracker.log({"loss": 3.0}, 3)
+    tracker.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("step") for line in lines] == [None, 1, 3]
+    assert "The journal cannot be written" in caplog.text
+
+
+def test_a_run_whose_store_has_changed_is_told_there_from_the_start(store, tmp_path, empty_store):
+    journal = tracking.Journal.open(tmp_path / "a.jsonl", store, "a", str(tmp_path / "far"))
+    before = started(store, journal=journal)
+    journal.add_metrics({"loss": 1.0}, 1)
+    tracking.end_run(store, before, "KILLED", journal)
+    shutil.copy(empty_store, tmp_path / "other.db")
+    other = f"sqlite:///{tmp_path}/other.db"
+    journal = tracking.Journal.open(tmp_path / "a.jsonl", other, "a", str(tmp_path / "far"))
+    after = started(other, journal=journal)
+    journal.add_metrics({"loss": 2.0}, 2)
+    tracking.end_run(other, after, "FINISHED", journal)
+    assert points(other, after, "loss") == [(1, 1.0), (2, 2.0)]
+    assert points(store, before, "loss") == [(1, 1.0)]
+
+
+def test_another_run_of_the_same_name_has_its_own_journal(store, tmp_path, mlflow_runs):
+    path, far = tmp_path / "journal" / "a.jsonl", str(tmp_path / "far")
+    for key in ("first", "second"):
+        journal = tracking.Journal.open(path, store, key, far)
+        started(store, journal=journal)
+        journal.add_metrics({"loss": float(len(key))}, 1)
+        shutil.rmtree(far)  # as its user does, to begin anew
+    assert len(tracking.deliver(path.parent)) == 2
+    found: list[Run] = mlflow_runs(store)
+    assert {run.data.tags["run_key"]: run.data.metrics["loss"] for run in found} == {
+        "first": 5.0,
+        "second": 6.0,
+    }
