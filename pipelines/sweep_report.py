@@ -119,13 +119,13 @@ def render(result: Mapping[str, Any], command: str) -> tuple[bytes, str]:
     trials = result["trials"]
     names = [k for k, v in trials[0]["config"].items() if isinstance(v, (int, float))]
     states = [t["state"] for t in trials]
-    note = (
-        f"{len(trials)} trials of {result['length']:,} images: {states.count('done')} of full "
-        f"length, {states.count('stopped early')} stopped early; one seed each"
+    note = f"{len(trials)} trials of {result['length']:,} images: " + ", ".join(
+        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))
     )
+    drawn = [t for t in trials if t["curve"][SCORE] and t["state"] != "diverged"]
     image = figures.search(
-        [(t["curve"]["images_seen"], t["curve"][SCORE]) for t in trials],
-        {name: [t["config"][name] for t in trials] for name in names},
+        [(t["curve"]["images_seen"], t["curve"][SCORE]) for t in drawn],
+        {name: [t["config"][name] for t in drawn] for name in names},
         result["length"],
         f"{result['preset']}: sweep {result['sweep_id']}",
         note=note,

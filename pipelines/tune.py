@@ -35,6 +35,8 @@ from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
 from pipelines import space, tracking, train
 
+log = logging.getLogger(__name__)
+
 SCORE = "valid/quality"
 
 
@@ -126,6 +128,8 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         )
         plan = _resolved(preset, config, options)
     begun = _begun(preset, config, options)
+    for changes in begun["trials"] or ():  # so that an impossible trial is told at once
+        train.resolve(preset, override(config, changes), plan.run)
     if known is not None:
         _check_same(known, begun, plan.run_id, options)
     if options.dry_run:
@@ -135,26 +139,36 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     if known is not None and "result" in known:
         return known["result"]
     begun["dataset_hash"] = train.check_data(plan)
-    parent = _start_tracking(plan, begun, options, known)
-    begun["parent_run_id"] = parent
+    if known is None:  # nothing runs yet, so a wrong address is told at once
+        tracking.check(plan.tracking_uri)
+    key = known["run_key"] if known else tracking.new_key(plan.run_id)
+    begun["run_key"] = key
     storage.write_bytes(marker, json.dumps(begun, indent=2).encode())
+    journal = tracking.Journal.open(Path(plan.journal), plan.tracking_uri, key, plan.run_uri)
+    parent = _start_tracking(plan, begun, options, journal)
     status = "FAILED"
     try:
         # With its dashboard: without it, a stopped trial's resources are never given back.
         with train.ray_cluster(dashboard=True):
             train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
             found = _search(train.at(plan, config, plan.run_id, parent), begun, options)
-        tracking.deliver(Path(plan.journal).parent)
-        tracking.end_children(plan.tracking_uri, parent, "stopped early by the sweep")
-        result = _result(plan, begun, found)
-        _publish(plan, parent, result)
+        result = _result(plan, begun, found) | {"parent_run_id": parent}
+        try:  # what a trial had still to say when it was stopped
+            tracking.deliver(Path(plan.journal).parent)
+        except UserError as error:
+            log.warning("%s", error)
+        folder, _, _ = plan.run_uri.rpartition("/")
+        trials = [storage.join(folder, one["run_id"]) for one in result["trials"]]
+        note = "stopped early by the sweep"
+        tracking.end_children(plan.tracking_uri, parent, note, journal, trials)
+        _publish(plan, journal, result)
         storage.write_bytes(marker, json.dumps({**begun, "result": result}, indent=2).encode())
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        tracking.end_run(plan.tracking_uri, parent, status)
+        tracking.end_run(plan.tracking_uri, parent, status, journal)
     return result
 
 
@@ -186,8 +200,6 @@ def _begun(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     if options.search != "optuna":
         grid = options.search == "grid"
         trials = space.draw(searched, options.samples, options.search_seed, grid=grid)
-        for changes in trials:
-            override(config, changes)  # so that an impossible trial is told at once
     mine = dataclasses.asdict(options)
     for name in ("dry_run", "json", "restore", "resume", "sweep_id", "storage"):
         del mine[name]
@@ -213,8 +225,9 @@ def _check_same(known: dict[str, Any], begun: dict[str, Any], name: str, options
 
 
 def _start_tracking(
-    plan: train.Plan, begun: dict[str, Any], options: Sweep, known: dict[str, Any] | None
+    plan: train.Plan, begun: dict[str, Any], options: Sweep, journal: tracking.Journal
 ) -> str:
+    """Return the id of the sweep's MLflow run, or its key during an outage."""
     dataset, digest = plan.config.dataset, begun["dataset_hash"]
     searched = {f"space.{name}": told for name, told in begun["space"].items()}
     return tracking.start_run(
@@ -237,7 +250,7 @@ def _start_tracking(
         },
         config=to_dict(plan.config),
         dataset=(dataset, digest, plan.data_uri or dataset),
-        run_id=known["parent_run_id"] if known else None,
+        journal=journal,
     )
 
 
@@ -306,7 +319,6 @@ def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     from pipelines.sweep_report import Progress
 
@@ -330,7 +342,7 @@ def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
         param_space, algorithm = {}, _optuna(searched, options.search_seed)
     else:
         param_space = {"trial": tune.grid_search(list(range(len(trials))))}
-        algorithm = BasicVariantGenerator()
+        algorithm = None  # Tune's own, which goes through the grid and heeds the limit of trials
     count = options.samples if trials is None else len(trials)
     tuner = tune.Tuner(
         trainable,
@@ -365,7 +377,7 @@ def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
 def _resources(options: Sweep) -> dict[str, Any]:
     """Return what the process of a trial takes; the workers of DDP take theirs themselves."""
     if options.workers > 1:
-        return {"cpu": 0}
+        return {"memory": 1}  # Tune refuses a trial that takes nothing at all
     return {"cpu": options.threads} | ({"gpu": 1} if options.gpu else {})
 
 
@@ -434,7 +446,7 @@ def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, An
                 "curve": {k: history[k].tolist() for k in ("images_seen", SCORE)},
             }
         )
-    if not trials:
+    if all(t["state"] == "diverged" for t in trials):
         raise UserError(f"No trial of {plan.run_id} came as far as a score; see {plan.run_uri}.")
     trials.sort(key=lambda t: -t[SCORE])
     return {
@@ -444,7 +456,6 @@ def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, An
         "best_config": trials[0]["config"],
         "best_metric": trials[0][SCORE],
         "trials": trials,
-        "parent_run_id": begun["parent_run_id"],
         "report": storage.join(plan.run_uri, "sweep.html"),
         "command": _command(plan, trials[0]["config"]),
     }
@@ -461,7 +472,7 @@ def _command(plan: train.Plan, best: dict[str, Any]) -> str:
     return " ".join([f"python pipelines/train.py {plan.preset}", *flags])
 
 
-def _publish(plan: train.Plan, parent: str, result: dict[str, Any]) -> None:
+def _publish(plan: train.Plan, journal: tracking.Journal, result: dict[str, Any]) -> None:
     """Write a sweep's picture and page into storage, and under its MLflow run."""
     from pipelines.sweep_report import render
 
@@ -470,7 +481,8 @@ def _publish(plan: train.Plan, parent: str, result: dict[str, Any]) -> None:
         for name, content in (("sweep.png", image), ("sweep.html", html.encode())):
             storage.write_bytes(storage.join(plan.run_uri, name), content)
             (Path(tmp) / name).write_bytes(content)
-        tracking.add_report(plan.tracking_uri, parent, {SCORE: result["best_metric"]}, 0, Path(tmp))
+        best = {SCORE: result["best_metric"]}
+        tracking.add_report(plan.tracking_uri, journal.run_id, best, 0, Path(tmp), journal)
     best = result["trials"][0]
     told = {f"best.{k}": str(v) for k, v in best["config"].items()}
     told |= {"best.run_id": best["run_id"], f"best.{SCORE}": str(best[SCORE])}
@@ -478,7 +490,7 @@ def _publish(plan: train.Plan, parent: str, result: dict[str, Any]) -> None:
         f"{len(result['trials'])} trials of {result['length']:,} images; the best has quality "
         f"{best[SCORE]:.3f}. Train it with\n\n    {result['command']}"
     )
-    tracking.set_tags(plan.tracking_uri, parent, told)
+    tracking.set_tags(plan.tracking_uri, journal.run_id, told, journal)
 
 
 def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any]) -> dict[str, Any]:

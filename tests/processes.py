@@ -1,5 +1,6 @@
 """Servers that tests start: free ports for them, patience with them, and their end."""
 
+import contextlib
 import socket
 import subprocess
 import time
@@ -34,6 +35,8 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) ->
 def kill(process: subprocess.Popen) -> None:
     """Kill a process with all that it started."""
     if process.poll() is None:
-        for child in (*psutil.Process(process.pid).children(recursive=True), process):
-            child.kill()
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                child.kill()
+        process.kill()
         process.wait(60)

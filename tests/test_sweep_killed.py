@@ -1,0 +1,77 @@
+"""Sweeps that are cut off: SIGKILL of the driver, and a sweep that is longer than the machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = [sys.executable, str(ROOT / "pipelines" / "tune.py")]
+SWEEP = ["ring", "--samples", "6", "--batch_size", "64", "--total-images", "96000", "--json"]
+
+
+def starts_of(journals: Path) -> dict[str, int]:
+    """Return for every trial how many points of its losses were written down twice."""
+    out = {}
+    for journal in sorted(journals.glob("*-0*.jsonl")):
+        entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+        steps = Counter(e["step"] for e in entries if "loss/D" in e.get("metrics", {}))
+        out[journal.stem] = sum(count - 1 for count in steps.values())
+    return out
+
+
+def weights_of(home: Path, trial: str) -> dict[str, int]:
+    """Return when each checkpoint of a trial was written, in nanoseconds."""
+    found = (home / "runs" / "checkpoints" / f"cut-{trial}").rglob("weights.safetensors")
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_a_killed_sweep_is_restored_without_redoing_what_was_done(home, store, mlflow_runs):
+    process = subprocess.Popen(
+        [*PROGRAM, *SWEEP, "--sweep-id", "cut"], cwd=home, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    seen: list[str] = []
+    for line in process.stdout:
+        seen.append(line)
+        if "2 of 6 have ended" in line:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    seen += process.communicate()[0].splitlines(keepends=True)
+    ended = {line.split()[1] for line in seen if "have ended" in line}
+    assert len(ended) >= 2, "".join(seen)
+    finished = {name: weights_of(home, name) for name in ended}
+    done = subprocess.run(
+        [*PROGRAM, "--restore", "cut", "--json"], cwd=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["sweep_id"] == "cut"
+    assert {t["trial"] for t in result["trials"]} == {f"{i:03d}" for i in range(6)}
+    assert not {t["state"] for t in result["trials"]} - {"done", "stopped early"}
+    for name, before in finished.items():  # not trained again
+        assert weights_of(home, name) == before
+    runs = mlflow_runs(store)
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert [p.info.status for p in parents] == ["FINISHED"]
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parents[0].info.run_id}
+    assert sorted(c.info.run_name for c in children) == [f"cut-{i:03d}" for i in range(6)]
+    states = {f"cut-{t['trial']}": t["state"] for t in result["trials"]}
+    for child in children:
+        wanted = "FINISHED" if states[child.info.run_name] == "done" else "KILLED"
+        assert child.info.status == wanted
+    assert set(starts_of(home / "runs" / "journal").values()) == {0}
+
+    again = subprocess.run(
+        [*PROGRAM, "--restore", "cut", "--json"], cwd=home, capture_output=True, text=True
+    )
+    assert json.loads(again.stdout.splitlines()[-1]) == result  # nothing left to do
+    assert len(mlflow_runs(store)) == 7
