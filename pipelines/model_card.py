@@ -1,6 +1,7 @@
 """The text that travels with a registered model: what it is, of what data, how good, for what."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ivegan import report
@@ -25,7 +26,12 @@ _USE = {
 
 
 def render(
-    name: str, half: str, usage: str, facts: Mapping[str, Any], metrics: Mapping[str, float]
+    name: str,
+    half: str,
+    usage: str,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    seeds: Sequence[Mapping[str, float]],
 ) -> str:
     """Return a model card in Markdown.
 
@@ -35,6 +41,8 @@ def render(
         usage: inputs and outputs, in a sentence.
         facts: of its checkpoint, with ``config``.
         metrics: of the evaluation of the checkpoint, under their full names; may be empty.
+        seeds: the same of every evaluated run that differs in nothing but its seed, this run's own
+            included.
     """
     config = facts["config"]
     lines = [f"# {name}", "", usage, "", "## Intended use", "", _USE[half], "", "## Data", ""]
@@ -46,9 +54,29 @@ def render(
     lines += [f"- {key}: `{facts.get(key)}`" for key in told]
     lines += ["", "All settings: `config.json`.", "", "## Quality, on held-out data", ""]
     if metrics:
-        lines += ["| | here | to hold it against |", "| --- | --- | --- |"]
-        lines += [f"| {t} | {value} | {against} |" for t, value, against, _ in report.rows(metrics)]
-        lines += ["", "One training: another seed gives other numbers, and no spread is known."]
+        several = len(seeds) > 1
+        spread = f" mean ± sd of {len(seeds)} seeds |" if several else ""
+        lines += [f"| | this run |{spread} to hold it against |"]
+        lines += ["| --- | --- |" + " --- |" * several + " --- |"]
+        wide = _spread(seeds)
+        for title, value, against, _ in report.rows(metrics):
+            beside = f" {wide.get(title, '-')} |" if several else ""
+            lines.append(f"| {title} | {value} |{beside} {against} |")
+        if not several:
+            lines += ["", "One training: another seed gives other numbers, and no spread is known."]
     else:
         lines += ["Not evaluated when it was registered."]
     return "\n".join(lines) + "\n"
+
+
+def _spread(seeds: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return mean ± sd of each number that all of the runs have, by its title."""
+    out = {}
+    for name in set.intersection(*map(set, seeds)) if len(seeds) > 1 else ():
+        values, short = [one[name] for one in seeds], name.removeprefix(report.PREFIX)
+        if short in report.MEANINGS:
+            mean, sd = (
+                report.shown(short, f(values)) for f in (statistics.fmean, statistics.stdev)
+            )
+            out[report.MEANINGS[short].title] = f"{mean} ± {sd}"
+    return out

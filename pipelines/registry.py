@@ -10,16 +10,16 @@ and ``models:/NAME/Production`` both load. A pair moves in a fixed order of call
     1. the encoder's alias: from this one call on, the change has happened
     2. the generator's alias, which follows to the encoder's partner
     3. ``staging``, which becomes empty where its version went to production
-    4. the MLflow stages, and the tag ``stage``; whoever lost a word is archived
+    4. the MLflow stages, and the tag ``stage``; whoever lost a word is archived; each change leaves
+       a tag ``changed.TIME`` with what changed and the numbers of the gate
 
 2 to 4 follow from 1 alone (``settle``), so whatever an interruption leaves half done, the next
 ``list``, ``register``, ``promote`` or ``rollback`` repairs.
 """
 
 import contextlib
+import dataclasses
 import difflib
-import functools
-import hashlib
 import json
 import logging
 import os
@@ -33,140 +33,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import mlflow
-import numpy as np
-import torch
-from mlflow import MlflowClient, pyfunc, pytorch
-from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
 
-from ivegan import checkpoint, cli, report, storage
-from ivegan.artifact import check_sums, empty_members, find_pickles, write_sums
-from ivegan.config import Config, config_hash, flatten, from_dict, to_dict
+from ivegan import checkpoint, cli, storage
+from ivegan.config import Config, config_hash, flatten, to_dict
 from ivegan.errors import UserError
-from ivegan.networks import Encoder, Generator, sample_shape
-from pipelines import gate, model_card, tracking
+from pipelines import gate, models, tracking
 
-KINDS = ("encoder", "generator")
 WORDS = ("staging", "production")
 Pair = tuple[ModelVersion, ModelVersion]
 """Encoder and generator of one run."""
 
-TOLERANCE = 1e-5  # between a registered model and the network it was made from
-
-_WEIGHTS, _CONFIG, _CARD = "weights.safetensors", "config.json", "model_card.md"
-_ADDED_BY_MLFLOW = frozenset({"registered_model_meta"})  # a note that each download writes
-_BATCHES = (1, 2, 5)  # one is the size that an exported graph is most easily frozen to
-
-
-class EncoderModel(nn.Module):
-    """E as it is registered: uint8 images (N, C, H, W), or float32 points (N, 2) -> float32 z."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return z; pixels are scaled here, so that nobody has to know how."""
-        return self.encoder(x.float() / 255 if x.dtype == torch.uint8 else x)
-
-
-class GeneratorModel(nn.Module):
-    """G as it is registered: one float32 tensor [z, z'] -> float32 images in [0, 1], or points."""
-
-    def __init__(self, generator: Generator, z_dim: int) -> None:
-        super().__init__()
-        self.generator = generator
-        self.z_dim = z_dim
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Return G(z', z); MLflow's signatures know one input, hence the concatenation."""
-        return self.generator(latent[:, self.z_dim :], latent[:, : self.z_dim])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Half:
-    """One of the two models of a run, and what its users see of it."""
-
-    kind: str
-    """encoder or generator"""
-    preset: str
-    config: Config
-    network: nn.Module
-    facts: Mapping[str, Any]
-    """Of its checkpoint."""
-
-    @property
-    def name(self) -> str:
-        """Name of the registered model."""
-        return model_name(self.preset, self.kind)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network behind the interface that is registered."""
-        if isinstance(self.network, Encoder):
-            return EncoderModel(self.network)
-        assert isinstance(self.network, Generator)
-        return GeneratorModel(self.network, self.config.model.z_dim)
-
-    @property
-    def weights(self) -> bytes:
-        """The network's state, as safetensors."""
-        state = self.network.state_dict()
-        return save({name: value.detach().cpu().contiguous() for name, value in state.items()})
-
-    @functools.cached_property
-    def weights_sha256(self) -> str:
-        """Checksum of the weights alone, by which a version is known again."""
-        return hashlib.sha256(self.weights).hexdigest()
-
-    @property
-    def signature(self) -> ModelSignature:
-        """Types and shapes; unnamed, since MLflow hands named tensors over as a dictionary."""
-        batch = self.batch(2)
-        with torch.no_grad():
-            answer = self.model(torch.from_numpy(batch)).numpy()
-        inputs, outputs = (
-            Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (batch, answer)
-        )
-        return ModelSignature(inputs=inputs, outputs=outputs)
-
-    @property
-    def usage(self) -> str:
-        """What goes in and comes out, for people."""
-        sizes, shape = self.config.model, ("N", *sample_shape(self.config.model))
-        samples = f"{'points' if self.config.is_points else 'images'} {shape}".replace("'", "")
-        if self.kind == "encoder":
-            kind = "float32" if self.config.is_points else "uint8, 0 to 255,"
-            return f"Encoder of IVE-GAN: {kind} {samples} -> float32 latents z (N, {sizes.z_dim})."
-        scale = "" if self.config.is_points else " in [0, 1]"
-        return (
-            f"Generator of IVE-GAN: float32 [z, z'] (N, {sizes.z_dim} + {sizes.noise_dim}), z in "
-            f"(-1, 1) and z' standard normal or zeros -> float32 {samples}{scale}."
-        )
-
-    def batch(self, size: int, seed: int = 0) -> np.ndarray:
-        """Return random inputs of the kind that the model is made for."""
-        random, sizes = np.random.default_rng(seed), self.config.model
-        if self.kind == "generator":
-            z = random.uniform(-1, 1, (size, sizes.z_dim))
-            noise = random.standard_normal((size, sizes.noise_dim))
-            return np.concatenate((z, noise), axis=1).astype(np.float32)
-        shape = (size, *sample_shape(sizes))
-        if self.config.is_points:
-            return random.uniform(-1, 1, shape).astype(np.float32)
-        return random.integers(0, 256, shape, dtype=np.uint8)
-
-
-def model_name(preset: str, kind: str) -> str:
-    """Return the name that one half of a preset is registered under."""
-    return f"ivegan-{preset}-{kind}"
+_CHANGED = "changed."  # and the time: the tags that tell a version's history
 
 
 def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[str, Any]:
@@ -186,8 +66,8 @@ def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[st
     config, encoder, generator, facts = checkpoint.load_networks(at)
     preset = facts.get("preset") or config.dataset
     halves = [
-        Half(kind=kind, preset=preset, config=config, network=network, facts=facts)
-        for kind, network in zip(KINDS, (encoder, generator), strict=True)
+        models.Half(kind=kind, preset=preset, config=config, network=network, facts=facts)
+        for kind, network in zip(models.KINDS, (encoder, generator), strict=True)
     ]
     with _asking(tracking_uri or store_of(facts)) as tracked:
         versions = [_registered(tracked, half) for half in halves]
@@ -218,7 +98,7 @@ def register(checkpoint_uri: str, *, tracking_uri: str | None = None) -> dict[st
         }
 
 
-def _registered(tracked: MlflowClient, half: Half) -> ModelVersion | None:
+def _registered(tracked: MlflowClient, half: models.Half) -> ModelVersion | None:
     """Return the version that holds these very weights of this very run, or None."""
     wanted = {"weights_sha256": half.weights_sha256, "run_id": str(half.facts.get("run_id"))}
     for version in _versions(tracked, half.name):
@@ -227,18 +107,18 @@ def _registered(tracked: MlflowClient, half: Half) -> ModelVersion | None:
     return None
 
 
-def _add(tracked: MlflowClient, halves: list[Half], run_id: str, at: str) -> None:
+def _add(tracked: MlflowClient, halves: list[models.Half], run_id: str, at: str) -> None:
     """Log the halves, check what was logged, and make versions of them only then.
 
     Raises:
         UserError: what comes back is not what was sent; nothing is left registered.
     """
-    logged: list[tuple[Half, str, str]] = []
+    logged: list[tuple[models.Half, str, str]] = []
     try:
         for half in halves:
-            model_id, digest = _log(tracked, half, run_id)
+            model_id, digest = models.log(tracked, half, run_id)
             logged.append((half, model_id, digest))
-            check(f"models:/{model_id}", digest, half)
+            models.check(f"models:/{model_id}", digest, half)
     except BaseException:
         for _, model_id, _ in logged:
             tracked.delete_logged_model(model_id)
@@ -269,120 +149,6 @@ def _add(tracked: MlflowClient, halves: list[Half], run_id: str, at: str) -> Non
         )
 
 
-def _log(tracked: MlflowClient, half: Half, run_id: str) -> tuple[str, str]:
-    """Return (id, checksum) of a half, logged as a model of its run."""
-    run = tracked.get_run(run_id)
-    logged = tracked.create_logged_model(
-        run.info.experiment_id,
-        name=half.kind,
-        source_run_id=run_id,
-        params={name: str(value) for name, value in flatten(half.config).items()},
-    )
-    try:
-        with tempfile.TemporaryDirectory() as tmp:
-            folder = Path(tmp) / "model"
-            digest = _write(folder, half, logged, run_id, run.data.metrics)
-            tracked.log_model_artifacts(logged.model_id, str(folder))
-        tracked.finalize_logged_model(logged.model_id, "READY")
-        output = LoggedModelOutput(logged.model_id, step=half.facts["images_seen"])
-        tracked.log_outputs(run_id, [output])
-    except BaseException:
-        tracked.delete_logged_model(logged.model_id)
-        raise
-    return logged.model_id, digest
-
-
-def _write(
-    folder: Path,
-    half: Half,
-    logged: LoggedModel,
-    run_id: str,
-    evaluated: Mapping[str, float],
-) -> str:
-    """Return the checksum of a model's folder, after writing all that belongs in it."""
-    about = Model(
-        artifact_path=logged.artifact_location,
-        model_uuid=logged.model_id,
-        run_id=run_id,
-        model_id=logged.model_id,
-    )
-    versions = {"mlflow": mlflow.__version__, "torch": torch.__version__, "numpy": np.__version__}
-    pytorch.save_model(
-        half.model.eval(),
-        str(folder),
-        mlflow_model=about,
-        signature=half.signature,
-        input_example=half.batch(2),  # of one, the batch size would be frozen
-        # "+cpu" is a build, not a version; it would keep others from installing theirs
-        pip_requirements=[f"{k}=={v.partition('+')[0]}" for k, v in versions.items()],
-        serialization_format="pt2",
-    )
-    # The exported graph lies on the CPU, but MLflow picks a GPU where it sees one, and fails.
-    about.flavors["python_function"]["config"]["device"] = "cpu"
-    about.save(str(folder / "MLmodel"))
-    # torch keeps the example beside the graph, as a pickle, and does without it if it is empty.
-    empty_members(folder / "data" / "model.pt2", "sample_inputs")
-    (folder / _WEIGHTS).write_bytes(half.weights)
-    stored = {**half.facts, "config": to_dict(half.config), "half": half.kind, "usage": half.usage}
-    (folder / _CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    found = {k: v for k, v in evaluated.items() if k.startswith(report.PREFIX)}
-    card = model_card.render(half.name, half.kind, half.usage, stored, found)
-    (folder / _CARD).write_text(card)
-    return write_sums(folder)
-
-
-def check(model_uri: str, digest: str, half: Half | None = None) -> Half:
-    """Return a model's network if the model comes back as it was sent and computes what that does.
-
-    Args:
-        model_uri: of the model, any form that MLflow knows.
-        digest: its checksum.
-        half: the network; the one that the model's own weights and configuration make by default.
-
-    Raises:
-        UserError: changed files, a pickle among them, or other numbers.
-    """
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = _fetch(model_uri, digest, Path(tmp))
-        half = half or _half_of(folder)
-        model = pyfunc.load_model(str(folder))
-        for size in _BATCHES:
-            batch = half.batch(size, seed=size)
-            with torch.no_grad():
-                expected = half.model(torch.from_numpy(batch)).numpy()
-            found = np.asarray(model.predict(batch))
-            far = np.inf if found.shape != expected.shape else np.abs(found - expected).max()
-            if not far <= TOLERANCE:
-                raise UserError(
-                    f"{half.name} as MLflow loads it is {far:.2g} away from its network on a batch "
-                    f"of {size} (at most {TOLERANCE:g} is allowed): it cannot be registered."
-                )
-        return half
-
-
-def _fetch(model_uri: str, digest: str, into: Path) -> Path:
-    """Return the folder of a model, fetched and verified, nothing of it loaded.
-
-    Raises:
-        UserError: changed files, or a pickle among them.
-    """
-    folder = Path(download_artifacts(model_uri, dst_path=str(into / "model")))
-    check_sums(folder, digest, ignore=_ADDED_BY_MLFLOW)
-    if pickles := find_pickles(folder):
-        raise UserError(f"{model_uri} holds pickles ({', '.join(pickles)}): do not load it.")
-    return folder
-
-
-def _half_of(folder: Path) -> Half:
-    """Return the half whose weights and configuration lie in a verified folder."""
-    facts = json.loads((folder / _CONFIG).read_text())
-    config = from_dict(facts["config"])
-    network = (Encoder if facts["half"] == "encoder" else Generator)(config.model).eval()
-    network.load_state_dict(load_file(folder / _WEIGHTS))
-    preset = facts.get("preset") or config.dataset
-    return Half(kind=facts["half"], preset=preset, config=config, network=network, facts=facts)
-
-
 def promote(
     preset: str,
     *,
@@ -410,27 +176,29 @@ def promote(
         encoder, before = pair[0], _holder(tracked, preset, to)
         verdict = None
         if to == "production" and (before is None or before.version != encoder.version):
-            verdict = _examine(tracked, halves, before, data, force)
+            verdict = _examine(tracked, pair, halves, before, data, force)
         if before is not None and before.version != encoder.version:
             _tag(tracked, encoder, replaces=before.version)
-        tags: dict[str, object] = {f"{to}_at": _now()}
+        told: dict[str, Any] = {}
         if verdict is not None:
-            tags |= {"quality": verdict.score, "quality_of_replaced": verdict.holder_score}
-            tags |= {"forced_because": force} if verdict.faults else {}
-        for half in pair:
-            _tag(tracked, half, **tags)
+            told = {
+                "judged_at": _now(),
+                "scores": dict(verdict.scores),
+                "scores_of_replaced": verdict.holder_scores and dict(verdict.holder_scores),
+                "overruled": list(verdict.faults),
+                "forced_because": force if verdict.faults else None,
+            }
+            for half in pair:
+                _tag(tracked, half, gate=json.dumps(told), quality=verdict.scores["quality"])
         _set_alias(tracked, encoder, to)
         settle(tracked, preset)
-        moved = _moved(preset, to, pair, before)
-        if verdict is not None:
-            moved |= {"quality": verdict.score, "quality_of_replaced": verdict.holder_score}
-            moved |= {"overruled": list(verdict.faults)}
-        return moved
+        return _moved(preset, to, pair, before) | told
 
 
 def _examine(
     tracked: MlflowClient,
-    halves: list[Half],
+    pair: Pair,
+    halves: list[models.Half],
     before: ModelVersion | None,
     data: str | None,
     force: str | None,
@@ -447,6 +215,9 @@ def _examine(
         holder = _contender(map(_loaded, _pair(tracked, preset, str(before.version))))
     where = None if data is None else storage.absolute(data)
     verdict = gate.examine(_contender(halves), holder, data=where, cache_dir=cache_dir())
+    verdict = dataclasses.replace(
+        verdict, faults=(*_unlike_checkpoint(pair, halves), *verdict.faults)
+    )
     if verdict.faults and not force:
         raise UserError(
             f"The {preset} of run {halves[0].facts.get('run_id')} does not go to production: "
@@ -455,15 +226,34 @@ def _examine(
     return verdict
 
 
-def _loaded(version: ModelVersion) -> Half:
+def _unlike_checkpoint(pair: Pair, halves: list[models.Half]) -> list[str]:
+    """Return, in words, what differs between a pair and the checkpoint that it was made from."""
+    at = pair[0].tags.get("checkpoint")
+    try:
+        if at is None or not storage.exists(storage.join(at, models.CONFIG)):
+            return [f"its checkpoint {at} is gone, so nobody can say that it was made from that"]
+        _, encoder, generator, _ = checkpoint.load_networks(at)
+    except UserError as error:
+        return [f"its checkpoint cannot be read ({error})"]
+    made = [
+        dataclasses.replace(h, network=n) for h, n in zip(halves, (encoder, generator), strict=True)
+    ]
+    return [
+        f"the {half.kind} is not that of its checkpoint {at}"
+        for half, same in zip(halves, made, strict=True)
+        if half.weights_sha256 != same.weights_sha256
+    ]
+
+
+def _loaded(version: ModelVersion) -> models.Half:
     """Return one half of a pair, from its own files, verified."""
     with tempfile.TemporaryDirectory() as tmp:
-        return _half_of(
-            _fetch(f"models:/{version.name}/{version.version}", _digest(version), Path(tmp))
+        return models.load(
+            models.fetch(f"models:/{version.name}/{version.version}", _digest(version), Path(tmp))
         )
 
 
-def _contender(halves: Iterable[Half]) -> gate.Contender:
+def _contender(halves: Iterable[models.Half]) -> gate.Contender:
     """Return the encoder and the generator of a pair as the gate takes them."""
     encoder, generator = halves
     return gate.Contender(
@@ -494,7 +284,7 @@ def _candidates(tracked: MlflowClient, preset: str, to: str, version: int | None
     Raises:
         UserError: there is none.
     """
-    aliases = _aliases(tracked, model_name(preset, "encoder"))
+    aliases = _aliases(tracked, models.model_name(preset, "encoder"))
     if version is None and to == "staging":
         raise UserError("promote --to staging needs --version, the encoder's version to put there.")
     if version is None and "staging" not in aliases:
@@ -531,14 +321,14 @@ def _pair(tracked: MlflowClient, preset: str, encoder_version: str) -> Pair:
     Raises:
         UserError: one of them is missing, or they are of different runs.
     """
-    encoder = _resolve(tracked, model_name(preset, "encoder"), encoder_version)
+    encoder = _resolve(tracked, models.model_name(preset, "encoder"), encoder_version)
     partner = encoder.tags.get("partner_version")
     if partner is None:
         raise UserError(
             f"Version {encoder_version} of {encoder.name} has no generator: register its "
             f"checkpoint again, {encoder.tags.get('checkpoint')}."
         )
-    generator = _resolve(tracked, model_name(preset, "generator"), partner)
+    generator = _resolve(tracked, models.model_name(preset, "generator"), partner)
     if encoder.run_id != generator.run_id:
         raise UserError(
             f"Version {encoder.version} of {encoder.name} and version {generator.version} of "
@@ -547,22 +337,35 @@ def _pair(tracked: MlflowClient, preset: str, encoder_version: str) -> Pair:
     return encoder, generator
 
 
-def _check_pair(pair: Pair) -> list[Half]:
+def _check_pair(pair: Pair) -> list[models.Half]:
     """Return both halves if they are as they were registered, and load.
 
     Raises:
         UserError: one is not.
     """
-    return [check(f"models:/{v.name}/{v.version}", _digest(v)) for v in pair]
+    return [models.check(f"models:/{v.name}/{v.version}", _digest(v)) for v in pair]
 
 
 def settle(tracked: MlflowClient, preset: str) -> list[str]:
     """Make all else follow the encoder's aliases; return, in words, what had to change.
 
-    Steps 2 to 4 of the order above. Doing it twice changes nothing more.
+    Steps 2 to 4 of the order above. Doing it twice changes nothing more. If an alias moves while
+    this goes on, it is done again.
     """
     done: list[str] = []
-    encoders, generators = (model_name(preset, kind) for kind in KINDS)
+    encoders = models.model_name(preset, "encoder")
+    while True:
+        before = _aliases(tracked, encoders)
+        done += _follow(tracked, preset)
+        # An emptied staging is this function's own doing.
+        if _aliases(tracked, encoders).items() <= before.items():
+            return done
+
+
+def _follow(tracked: MlflowClient, preset: str) -> list[str]:
+    """Make all else follow the encoder's aliases, once."""
+    done: list[str] = []
+    encoders, generators = (models.model_name(preset, kind) for kind in models.KINDS)
     truth = _aliases(tracked, encoders)
     if "staging" in truth and truth["staging"] == truth.get("production"):
         tracked.delete_registered_model_alias(encoders, "staging")
@@ -586,15 +389,34 @@ def settle(tracked: MlflowClient, preset: str) -> list[str]:
         for version in sorted(_versions(tracked, name), key=lambda v: str(v.version) not in words):
             before = version.current_stage or "None"
             word = words.get(str(version.version), "archived")
-            if word == "archived" and before.lower() not in WORDS:
+            if word == "archived" and before.lower() not in WORDS and not _in_words(version):
                 continue  # it never had a word, or lost it before
             if before.lower() != word:
                 tracked.transition_model_version_stage(
                     name, str(version.version), word.capitalize()
                 )
                 done.append(f"{name} {version.version}: {before} -> {word.capitalize()}")
+            _note_change(tracked, version, word)
             _tag(tracked, version, stage=word)
     return done
+
+
+def _in_words(version: ModelVersion) -> bool:
+    """Return whether a version's tag still says that it holds a stage."""
+    return version.tags.get("stage") in WORDS
+
+
+def _note_change(tracked: MlflowClient, version: ModelVersion, to: str) -> None:
+    """Leave a tag on a version that comes to a stage, with the time and the gate's numbers."""
+    earlier = sorted(name for name in version.tags if name.startswith(_CHANGED))
+    last = json.loads(version.tags[earlier[-1]]) if earlier else {}
+    if last.get("to") == to:
+        return  # an interruption came between this tag and the next
+    now = datetime.now(UTC)
+    told = {"from": version.tags.get("stage"), "to": to, "at": now.isoformat(timespec="seconds")}
+    if to == "production" and "gate" in version.tags:
+        told["gate"] = json.loads(version.tags["gate"])
+    _tag(tracked, version, **{f"{_CHANGED}{now:%Y%m%dT%H%M%S.%fZ}": json.dumps(told)})
 
 
 def overview(preset: str | None = None, *, repair: bool = True) -> dict[str, Any]:
@@ -633,8 +455,10 @@ def pull(name: str, *, stage: str = "production", to: Path) -> dict[str, Any]:
         try:
             to.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=to, prefix=".pull-") as tmp:
-                folder = _fetch(f"models:/{name}/{version.version}", _digest(version), Path(tmp))
-                for extra in (_WEIGHTS, _CONFIG, _CARD):
+                folder = models.fetch(
+                    f"models:/{name}/{version.version}", _digest(version), Path(tmp)
+                )
+                for extra in (models.WEIGHTS, models.CONFIG, models.CARD):
                     shutil.copyfile(folder / extra, Path(tmp) / extra)
                     (Path(tmp) / extra).replace(to / extra)
                 if (to / "model").exists():
@@ -667,8 +491,12 @@ def checkpoint_of(model_uri: str) -> str:
     return at
 
 
-def sync(journals: Path) -> dict[str, Any]:
-    """Deliver to MLflow what an outage held back; return the points delivered, by MLflow run.
+def sync(journals: str | Path) -> dict[str, Any]:
+    """Deliver to MLflow what an outage held back; return the entries delivered, by MLflow run.
+
+    Args:
+        journals: a folder of journals, a run's folder or a folder of runs, the latter two here or
+            in an object store.
 
     Raises:
         UserError: the server still does not answer.
@@ -736,7 +564,7 @@ def _run_of(tracked: MlflowClient, config: Config, facts: Mapping[str, Any]) -> 
 
 
 def _names(preset: str) -> list[str]:
-    return [model_name(preset, kind) for kind in KINDS]
+    return [models.model_name(preset, kind) for kind in models.KINDS]
 
 
 def _versions(tracked: MlflowClient, name: str) -> list[ModelVersion]:
@@ -783,7 +611,7 @@ def _resolve(tracked: MlflowClient, name: str, word: str) -> ModelVersion:
 
 def _holder(tracked: MlflowClient, preset: str, word: str) -> ModelVersion | None:
     """Return the encoder that holds a stage word."""
-    name = model_name(preset, "encoder")
+    name = models.model_name(preset, "encoder")
     version = _aliases(tracked, name).get(word)
     return None if version is None else tracked.get_model_version(name, version)
 
@@ -911,7 +739,8 @@ class Sync(cli.Options):
     """Deliver to MLflow what an outage held back."""
 
     journals: str | None = None
-    """Folder of the journals; runs/journal by default."""
+    """Folder of journals, a run's folder or a folder of runs, here or s3://; runs/journal by
+    default. The journals of a node that is gone are in its runs' folders."""
 
 
 def main_register(options: Register) -> dict[str, Any]:
@@ -922,7 +751,7 @@ def main_register(options: Register) -> dict[str, Any]:
         preset = facts.get("preset") or facts["config"]["dataset"]
         return _print({"checkpoint": at, "names": _names(preset), "stage": "staging"})
     done = register(at)
-    for kind in KINDS:
+    for kind in models.KINDS:
         half = done[kind]
         say = "registered as" if done["new"] else "was registered before, as"
         print(f"{kind} {say} {half['name']} version {half['version']} ({half['stage']})")
@@ -994,12 +823,12 @@ def main_sync(options: Sync) -> dict[str, Any]:
     """Deliver, or tell how much waits."""
     from pipelines.train import runs_dir
 
-    folder = Path(options.journals) if options.journals else runs_dir() / "journal"
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder} of journals: name one with --journals.")
+    where = storage.absolute(options.journals or runs_dir() / "journal")
+    if not storage.exists(where):
+        raise UserError(f"There is no folder {where} of journals: name one with --journals.")
     if options.dry_run:
-        return _print({"waiting": tracking.waiting(folder)})
-    done = sync(folder)
+        return _print({"waiting": tracking.waiting(where)})
+    done = sync(where)
     print(f"{sum(done['delivered'].values())} entries delivered")
     return done
 
@@ -1013,12 +842,13 @@ def _print(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_move(done: dict[str, Any]) -> dict[str, Any]:
-    for kind in KINDS:
+    for kind in models.KINDS:
         print(f"{done[kind]['name']} version {done[kind]['version']} is now in {done['stage']}")
-    if "quality" in done:
-        former = done["quality_of_replaced"]
-        beside = "" if former is None else f", {former:.3f} of the pair before"
-        print(f"quality on the validation split: {done['quality']:.3f}{beside}")
+    if "scores" in done:
+        former = done["scores_of_replaced"] or {}
+        for name, score in done["scores"].items():
+            beside = f"  ({former[name]:.3f} of the pair before)" if name in former else ""
+            print(f"{name:<15} {score:.3f}{beside}")
         for fault in done["overruled"]:
             print(f"overruled: {fault}")
     if done["replaced"] is not None:

@@ -152,7 +152,7 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         with train.ray_cluster(dashboard=True):
             train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
             found = _search(train.at(plan, config, plan.run_id, parent), begun, options)
-        result = _result(plan, begun, found) | {"parent_run_id": parent}
+        result = {**_result(plan, begun, found), "parent_run_id": parent}
         try:  # what a trial had still to say when it was stopped
             tracking.deliver(Path(plan.journal).parent)
         except UserError as error:

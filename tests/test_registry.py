@@ -1,26 +1,30 @@
 """Registered models: loadable by a stranger, moved in pairs, never changed unnoticed."""
 
+import contextlib
 import io
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
 
 from ivegan import checkpoint
 from ivegan.artifact import check_sums, find_pickles, write_sums
-from ivegan.config import override, preset
+from ivegan.config import override, preset, to_dict
 from ivegan.errors import UserError
 from ivegan.evaluate import quality
 from ivegan.step import create_state
-from pipelines import gate, registry
+from pipelines import gate, model_card, models, registry
 
 ENCODER, GENERATOR = "ivegan-digits-encoder", "ivegan-digits-generator"
 
@@ -36,7 +40,7 @@ def saved(folder: Path, run_id: str, seed: int = 0, name: str = "digits", **fact
 @pytest.fixture
 def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let everything pass: for what is not about the gate."""
-    verdict = gate.Verdict(score=1.0, holder_score=None, faults=())
+    verdict = gate.Verdict(scores={"quality": 1.0}, holder_scores=None, faults=())
     monkeypatch.setattr(gate, "examine", lambda *_, **__: verdict)
 
 
@@ -58,51 +62,6 @@ def words(store: str, name: str) -> dict[str, tuple[str, str | None]]:
         str(v.version): (aliases.get(str(v.version), ""), v.current_stage)
         for v in client.search_model_versions(f"name='{name}'")
     }
-
-
-STRANGER = """
-import sys
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("ivegan", "pipelines", "data_prep"):
-            raise ImportError(name + " is project code")
-sys.meta_path.insert(0, Nothing())
-import mlflow, numpy as np
-mlflow.set_tracking_uri(sys.argv[1])
-given = np.load(sys.argv[2])
-out = {}
-for name in ("encoder", "generator"):
-    for how in ("@staging", "/Staging"):
-        model = mlflow.pyfunc.load_model(f"models:/ivegan-digits-{name}{how}")
-        out[name + how.strip("@/")] = np.asarray(model.predict(given[name]))
-np.savez(sys.argv[3], **out)
-"""
-
-
-def test_a_stranger_loads_both_halves_by_alias_and_by_stage(registered, store, home):
-    """A new process, with no project code to import, gets what the checkpoint computes."""
-    _, encoder, generator, _ = checkpoint.load_networks(registered["second"])
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (5, 1, 16, 16), dtype=np.uint8)
-    latent = random.uniform(-1, 1, (5, 20)).astype(np.float32)
-    np.savez(home / "given.npz", encoder=images, generator=latent)
-    outside = home / "elsewhere"
-    outside.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, store, str(home / "given.npz"), str(home / "out.npz")],
-        cwd=outside,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        z = encoder(torch.from_numpy(images).float() / 255).numpy()
-        g = generator(torch.from_numpy(latent[:, 16:]), torch.from_numpy(latent[:, :16])).numpy()
-    found = np.load(home / "out.npz")
-    for how in ("staging", "Staging"):
-        np.testing.assert_allclose(found["encoder" + how], z, atol=1e-5)
-        np.testing.assert_allclose(found["generator" + how], g, atol=1e-5)
 
 
 def test_the_same_checkpoint_again_makes_no_second_version(registered, store):
@@ -160,6 +119,37 @@ def test_pull_brings_weights_config_and_a_model_without_any_pickle(registered, h
     assert "Not evaluated" in card
 
 
+def test_the_card_tells_the_spread_over_seeds_of_the_same_settings(home, store):
+    """Of four runs one differs in more than its seed, and one was not evaluated."""
+    client = MlflowClient(store)
+    experiment = client.create_experiment("ivegan-digits", (home / "runs" / "a").as_uri())
+    same = [0.8, 0.9, 0.5, None]
+    for seed, accuracy in enumerate(same):
+        run = client.create_run(experiment).info.run_id
+        width = 0.5 if accuracy == 0.5 else 0.25
+        for name, value in {
+            "seed": seed,
+            "model.width": width,
+            "workers": seed,
+            "total_images": 9,
+        }.items():
+            client.log_param(run, name, value)
+        if accuracy is not None:
+            client.log_metric(run, "eval/same_class", accuracy)
+            client.set_tag(run, "mlflow.runName", f"run{seed}")
+    (first,) = [r for r in client.search_runs([experiment]) if r.info.run_name == "run0"]
+    evaluations = models._evaluations(client, first)
+    assert evaluations[first.info.run_id] == {"eval/same_class": 0.8}
+    assert sorted(v for one in evaluations.values() for v in one.values()) == [0.8, 0.9]
+    facts = {"config": to_dict(preset("digits")), "images_seen": 1}
+    told = [{"eval/same_class": value} for value in (0.8, 0.9)]
+    card = model_card.render("a", "encoder", "", facts, told[0], told)
+    assert "| | this run | mean ± sd of 2 seeds | to hold it against |" in card
+    assert "| Same class | 80.00 % | 85.00 % ± 7.07 % |" in card
+    assert "no spread is known" not in card
+    assert "no spread is known" in model_card.render("a", "encoder", "", facts, told[0], told[:1])
+
+
 def test_a_changed_artifact_is_refused(registered, store, home):
     where = MlflowClient(store).get_model_version_download_uri(ENCODER, "2")
     weights = Path(urlparse(where).path) / "weights.safetensors"
@@ -175,10 +165,10 @@ def test_a_changed_artifact_is_refused(registered, store, home):
 
 def test_a_model_that_computes_something_else_is_not_registered(home, store, monkeypatch):
     uri = saved(home, "bent")
-    before = registry.EncoderModel.forward
-    monkeypatch.setattr(registry, "TOLERANCE", 1e-12)
+    before = models.EncoderModel.forward
+    monkeypatch.setattr(models, "TOLERANCE", 1e-12)
     monkeypatch.setattr(
-        registry.Half, "batch", lambda half, size, seed=0: np.full((size, 1, 16, 16), seed, "u1")
+        models.Half, "batch", lambda half, size, seed=0: np.full((size, 1, 16, 16), seed, "u1")
     )
     exported = []
 
@@ -186,14 +176,14 @@ def test_a_model_that_computes_something_else_is_not_registered(home, store, mon
         exported.append(x)
         return before(model, x) + (0.5 if len(exported) <= 3 else 0)
 
-    monkeypatch.setattr(registry.EncoderModel, "forward", forward)
+    monkeypatch.setattr(models.EncoderModel, "forward", forward)
     with pytest.raises(UserError, match="away from its network"):
         registry.register(uri)
     assert MlflowClient(store).search_registered_models() == []
 
 
 def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, store, monkeypatch):
-    monkeypatch.setitem(gate.LEAST, "ring", 0.0)
+    monkeypatch.setitem(gate.LEAST, "ring", {})
     monkeypatch.setattr(gate, "MARGIN", 0.0)
     uris = [saved(home, f"run{seed}", seed, "ring") for seed in range(2)]
     scores = []
@@ -204,12 +194,11 @@ def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, s
     assert scores[worse] < scores[better]
     registry.register(uris[worse])
     done = registry.promote("ring")
-    assert done["quality"] == pytest.approx(scores[worse])
+    assert done["scores"]["quality"] == pytest.approx(scores[worse])
     registry.register(uris[better])
     done = registry.promote("ring")
-    assert (done["quality"], done["quality_of_replaced"]) == pytest.approx(
-        (scores[better], scores[worse])
-    )
+    assert done["scores"]["quality"] == pytest.approx(scores[better])
+    assert done["scores_of_replaced"]["quality"] == pytest.approx(scores[worse])
     registry.promote("ring", to="staging", version=1)
     with pytest.raises(UserError, match=rf"{scores[worse]:.3f} is under {scores[better]:.3f}"):
         registry.promote("ring")
@@ -218,8 +207,17 @@ def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, s
     done = registry.promote("ring", force="the newer one answers too slowly")
     assert len(done["overruled"]) == 1
     tags = MlflowClient(store).get_model_version(name, "1").tags
-    assert tags["forced_because"] == "the newer one answers too slowly"
+    told = json.loads(tags["gate"])
+    assert told["forced_because"] == "the newer one answers too slowly"
+    assert told["overruled"] == done["overruled"]
     assert float(tags["quality"]) == pytest.approx(scores[worse])
+    history = [json.loads(tags[name]) for name in sorted(tags) if name.startswith("changed.")]
+    moves = ["staging", "production", "archived", "staging", "production"]
+    assert [change["to"] for change in history] == moves
+    assert [change["from"] for change in history] == [None, *moves[:-1]]
+    assert history[1]["gate"]["scores"]["quality"] == pytest.approx(scores[worse])
+    assert history[1]["gate"]["forced_because"] is None
+    assert history[-1]["gate"]["forced_because"] == "the newer one answers too slowly"
 
 
 def test_an_untrained_pair_of_unknown_origin_is_refused(home, store, digits_dataset):
@@ -227,10 +225,158 @@ def test_an_untrained_pair_of_unknown_origin_is_refused(home, store, digits_data
     with pytest.raises(UserError) as told:
         registry.promote("digits")
     sentence = str(told.value)
+    assert "its quality 0" in sentence
+    assert "its same_class 0" in sentence
     assert "is under 0.4, the least for digits" in sentence
     assert "does not say its git_commit" in sentence
     assert "is not the data set that it was trained on" in sentence
     assert words(store, ENCODER)["1"] == ("staging", "Staging")
+
+
+def test_a_pair_that_is_not_of_its_checkpoint_is_refused(registered, store, home):
+    other = Path(registered["first"]) / "weights.safetensors"
+    Path(registered["second"], "weights.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"the encoder is not that of its checkpoint.*generator is"):
+        registry.promote("digits")
+    shutil.rmtree(registered["second"])
+    with pytest.raises(UserError, match=r"second.* is gone"):
+        registry.promote("digits")
+    assert words(store, ENCODER)["1"] == ("production", "Production")
+
+
+class CutError(Exception):
+    """The process that writes to MLflow dies before its next call."""
+
+
+class Fragile:
+    """Cuts the calls that write to MLflow's registry, after so many of them."""
+
+    WRITING = re.compile("^(set_|delete_|transition_|create_|log_|finalize_)")
+
+    def __init__(self, patch: pytest.MonkeyPatch, calls: int) -> None:
+        self.left = calls
+        self.was_cut = False
+        for name in filter(self.WRITING.match, dir(MlflowClient)):
+            patch.setattr(MlflowClient, name, self._counted(getattr(MlflowClient, name)))
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self.left == 0:
+                self.was_cut = True
+                raise CutError
+            self.left -= 1
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def one_run_everywhere(store: str) -> str:
+    """Return the run in production, after seeing that nothing contradicts it."""
+    client, runs = MlflowClient(store), {}
+    for name in (ENCODER, GENERATOR):
+        aliases = client.get_registered_model(name).aliases
+        assert set(aliases) <= {"staging", "production"}
+        for version in client.search_model_versions(f"name='{name}'"):
+            held = [word for word, number in aliases.items() if number == version.version]
+            stage = (version.current_stage or "none").lower()
+            assert stage == (held[0] if held else stage)
+            assert held or stage in ("none", "archived")
+            assert version.tags.get("stage", "none") == stage
+            changes = sorted(k for k in version.tags if k.startswith("changed."))
+            assert (json.loads(version.tags[changes[-1]])["to"] if changes else "none") == stage
+            for word in held:
+                runs.setdefault(word, set()).add(version.tags["run_id"])
+    assert all(len(found) == 1 for found in runs.values()), runs
+    return runs["production"].pop()
+
+
+@pytest.mark.parametrize("verb", ["promote", "rollback", "register"])
+def test_a_change_cut_between_any_two_calls_is_repaired(registered, store, home, verb):
+    """The whole change is tried again and again, cut one call later each time."""
+    if verb == "rollback":
+        registry.promote("digits")
+    third = saved(home, "third", seed=3)
+    kept = (home / "runs" / "mlflow.db").read_bytes()
+    change = {
+        "promote": lambda: registry.promote("digits"),
+        "rollback": lambda: registry.rollback("digits"),
+        "register": lambda: registry.register(third),
+    }[verb]
+    before, after = {"promote": ("first", "second"), "rollback": ("second", "first")}.get(
+        verb, ("first", "first")
+    )
+    seen, calls = set(), 0
+    while True:
+        (home / "runs" / "mlflow.db").write_bytes(kept)
+        with pytest.MonkeyPatch.context() as patch:
+            fragile = Fragile(patch, calls)
+            with contextlib.suppress(CutError):
+                change()
+        registry.overview()
+        assert registry.overview()["repaired"] == []
+        seen.add(one_run_everywhere(store))
+        if fragile.was_cut:
+            assert one_run_everywhere(store) in (before, after)
+            change_again = registry.register if verb == "register" else None
+            if change_again is not None:  # the command again ends what was begun
+                change_again(third)
+                assert words(store, ENCODER)["3"] == ("staging", "Staging")
+                assert words(store, GENERATOR)["3"] == ("staging", "Staging")
+                one_run_everywhere(store)
+            calls += 1
+        else:
+            break
+    assert calls > 3
+    assert one_run_everywhere(store) == after
+    assert seen == {before, after}
+
+
+RACER = """
+import sys
+from pipelines import gate, registry
+gate.examine = lambda *_, **__: gate.Verdict(scores={"quality": 1.0}, holder_scores=None, faults=())
+print("ready", flush=True)
+for version in sys.stdin.readline().split():
+    registry.promote("digits", version=int(version))
+"""
+
+
+@pytest.mark.fault
+def test_promotions_at_once_end_with_one_run_everywhere(registered, store, home):
+    registry.register(saved(home, "third", seed=3))
+    orders = ["2 3 2 3 1", "3 1 3 2 2"]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER],
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in orders
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer, order in zip(racers, orders, strict=True):
+        assert racer.stdin is not None
+        racer.stdin.write(order + "\n")
+        racer.stdin.flush()
+    for racer in racers:
+        _, errors = racer.communicate()
+        assert racer.returncode == 0, errors
+    registry.overview()
+    assert registry.overview()["repaired"] == []
+    assert one_run_everywhere(store) in ("first", "second", "third")
+
+
+def test_nothing_that_a_registered_pair_brings_is_a_pickle(registered, store, home):
+    kept = home / "runs" / "artifacts"
+    assert len(list(kept.rglob("model.pt2"))) == 4
+    assert find_pickles(kept) == []
+    (kept / "planted.txt").write_bytes(pickle.dumps({"a": 1}))
+    assert find_pickles(kept) == ["planted.txt"]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +387,10 @@ def test_an_untrained_pair_of_unknown_origin_is_refused(home, store, digits_data
         (lambda: registry.promote("mnist"), "No version of mnist is in staging"),
         (lambda: registry.rollback("mnist"), "No version of mnist is in production"),
         (lambda: registry.register("nowhere"), "nowhere"),
+        (
+            lambda: registry.main_sync(registry.Sync(journals="nowhere")),
+            "There is no folder .*nowhere of journals",
+        ),
     ],
 )
 def test_what_is_not_there_is_told(registered, call, sentence):

@@ -1,0 +1,139 @@
+"""Registered models in the hands of people who have MLflow and torch, and nothing of ours."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import free_ports, kill, wait_for
+
+from ivegan import checkpoint
+from ivegan.config import override, preset
+from ivegan.step import create_state
+from pipelines import registry
+
+NAMES = ("ivegan-digits-encoder", "ivegan-digits-generator")
+
+
+@pytest.fixture
+def pair(home: Path, store: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Register an untrained pair; return by name what to ask it and what it must answer."""
+    state = create_state(override(preset("digits"), {"model.width": 0.25}))
+    facts = {"preset": "digits", "run_id": "a"}
+    at = checkpoint.save(state, str(home / "a"), facts)
+    registry.register(at)
+    _, encoder, generator, _ = checkpoint.load_networks(at)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (3, 1, 16, 16), dtype=np.uint8)
+    latent = random.uniform(-1, 1, (3, 20)).astype(np.float32)
+    with torch.no_grad():
+        z = encoder(torch.from_numpy(images).float() / 255).numpy()
+        g = generator(torch.from_numpy(latent[:, 16:]), torch.from_numpy(latent[:, :16])).numpy()
+    return dict(zip(NAMES, ((images, z), (latent, g)), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mlflow_serves_a_registered_model_over_http(pair, home, store, name):
+    """``mlflow models serve`` in a process of its own, asked as any client would ask it."""
+    (port,) = free_ports(1)
+    log, programs = home / "serve.log", Path(sys.executable).parent
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # as activated: it looks for uvicorn
+    words = ["models", "serve", "-m", f"models:/{name}@staging", "--env-manager", "local"]
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [str(programs / "mlflow"), *words, "--port", str(port)],
+            stdout=out,
+            stderr=out,
+            cwd=home,
+            env=os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path},
+        )
+
+    def answers() -> bool:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(answers, server, log)
+        given, expected = pair[name]
+        for size in (1, 3):
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/invocations",
+                json.dumps({"inputs": given[:size].tolist()}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                found = np.asarray(json.load(response)["predictions"])
+            np.testing.assert_allclose(found, expected[:size], atol=1e-5)
+    finally:
+        kill(server)
+
+
+def environment_of(folder: Path, *wanted: str) -> Path:
+    """Return the Python of a new environment with some distributions and what they need, only."""
+    made = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
+    subprocess.run(made, check=True, capture_output=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    left, seen = list(wanted), set()
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # wanted for another platform or an extra
+        left += [
+            re.split(r"[^\w.-]", need, maxsplit=1)[0]
+            for need in found.requires or ()
+            if "extra ==" not in need
+        ]
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            (site / top).unlink(missing_ok=True)
+            (site / top).symlink_to(Path(str(found.locate_file(top))))
+    return folder / "bin" / "python"
+
+
+STRANGER = """
+import importlib.util, sys
+for name in ("ivegan", "pipelines", "data_prep", "ray", "webdataset", "pytest"):
+    assert importlib.util.find_spec(name) is None, name + " is here"
+import mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+given = np.load(sys.argv[2])
+out = {}
+for name in given:
+    for how in ("@staging", "/Staging"):
+        model = mlflow.pyfunc.load_model("models:/" + name + how)
+        out[name + how.strip("@/")] = np.asarray(model.predict(given[name]))
+np.savez(sys.argv[3], **out)
+"""
+
+
+def test_an_environment_with_only_mlflow_and_torch_loads_by_alias_and_by_stage(pair, home, store):
+    """It encodes and generates what the checkpoint does, with no project code to import."""
+    python = environment_of(home / "venv", "mlflow", "torch")
+    np.savez(home / "given.npz", **{name: given for name, (given, _) in pair.items()})
+    outside = home / "elsewhere"
+    outside.mkdir()
+    done = subprocess.run(
+        [python, "-I", "-c", STRANGER, store, str(home / "given.npz"), str(home / "out.npz")],
+        cwd=outside,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = np.load(home / "out.npz")
+    for name, (_, expected) in pair.items():
+        for how in ("staging", "Staging"):
+            np.testing.assert_allclose(found[name + how], expected, atol=1e-5)
