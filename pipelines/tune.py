@@ -413,7 +413,7 @@ def _optuna(searched: space.Space, seed: int) -> Any:
 
         return OptunaSearch(domains, metric=SCORE, mode="max", seed=seed)
     except (ImportError, AssertionError) as error:
-        raise UserError("--search optuna needs Optuna: pip install optuna.") from error
+        raise UserError("--search optuna needs Optuna, which is not installed: pip install optuna.") from error
 
 
 def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, Any]:

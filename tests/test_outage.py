@@ -197,7 +197,6 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
 
 
 SWEEPS = [
-    pytest.param("3 of 4 have ended", 0, id="trials"),
     pytest.param("3 of 4 have ended", MINUTE, id="minute"),
     pytest.param(None, 0, id="end"),
 ]
