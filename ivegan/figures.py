@@ -378,6 +378,7 @@ def search(
             values = [sizes.index(v) for v in values]
         elif min(values) > 0 and max(values) / min(values) > 5:
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter("")  # over less than a decade they would overlap
         for kept, colour in ((False, "#b9c1cb"), (True, PALETTE[1])):
             own = [i for i in range(1, len(last)) if whole[i] is kept]
             axis.scatter([values[i] for i in own], [last[i] for i in own], s=26, color=colour,

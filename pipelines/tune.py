@@ -126,7 +126,8 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         options = dataclasses.replace(
             options, **{**known["options"], "storage": options.storage, "dry_run": options.dry_run}
         )
-        plan = _resolved(preset, config, options)
+        named = dataclasses.replace(options, restore=None, sweep_id=plan.run_id)
+        plan = _resolved(preset, config, named)  # its data are known now
     begun = _begun(preset, config, options)
     for changes in begun["trials"] or ():  # so that an impossible trial is told at once
         train.resolve(preset, override(config, changes), plan.run)
@@ -413,7 +414,7 @@ def _optuna(searched: space.Space, seed: int) -> Any:
 
         return OptunaSearch(domains, metric=SCORE, mode="max", seed=seed)
     except (ImportError, AssertionError) as error:
-        raise UserError("--search optuna needs Optuna, which is not installed: pip install optuna.") from error
+        raise UserError("--search optuna needs Optuna: pip install optuna.") from error
 
 
 def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, Any]:
