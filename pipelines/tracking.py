@@ -707,12 +707,12 @@ def _tell_sent(run_id: str | None, sent: int) -> bytes:
 
 
 def _told_sent(note: bytes) -> tuple[str | None, int]:
-    """Return MLflow's run id and the number of its entries; of a note that was cut, nothing."""
+    """Return the MLflow run and how many entries it has; of a note that is not whole, nothing."""
     try:
         told = json.loads(note)
-    except ValueError:
-        return None, 0
-    return told["run_id"], told["entries"]
+        return told["run_id"], int(told["entries"])
+    except (ValueError, TypeError, KeyError):
+        return None, 0  # what was sent is sent again, which MLflow does not show
 
 
 def deliver(where: str | Path) -> dict[str, int]:

@@ -113,13 +113,16 @@ def test_a_resumed_run_repeats_no_point(store, tmp_path):
     assert points(store, run_id, "loss") == [(step, float(step)) for step in range(8)]
 
 
-def test_a_point_sent_twice_is_one_point(store, tmp_path):
-    """The process dies between MLflow's answer and the note that it came."""
+@pytest.mark.parametrize("note", [None, "", "7", '{"run_id": "a"', '{"run_id": "a"}'])
+def test_a_point_sent_twice_is_one_point(note, store, tmp_path):
+    """The process dies between MLflow's answer and the note that it came, or the note is hurt."""
     run_id = started(store)
     tracker = tracking.Tracker(tracking.Journal.open(tmp_path / "a.jsonl", store, run_id))
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     (tmp_path / "a.sent").unlink()
+    if note is not None:
+        (tmp_path / "a.sent").write_text(note)
     assert tracking.deliver(tmp_path) == {run_id: 1}
     assert points(store, run_id, "loss") == [(1, 1.0)]
 

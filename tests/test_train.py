@@ -425,7 +425,8 @@ def takes_jobs(ray: str, address: str, env: dict[str, str]) -> bool:
 def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(head, tmp_path):
     address, env = head
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
-    runtime = {"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri, "IVEGAN_GIT_COMMIT": "abc1234"}}
+    variables = {"MLFLOW_TRACKING_URI": tracking_uri, "IVEGAN_GIT_COMMIT": "abc1234"}
+    runtime = {"env_vars": {**variables, "IVEGAN_CACHE": f"{tmp_path}/cache"}}
     ray = str(Path(sys.executable).with_name("ray"))
     submit = [ray, "job", "submit", "--address", address, "--working-dir", str(ROOT)]
     submit += ["--runtime-env-json", json.dumps(runtime), "--"]
