@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all lint check install ui bench clean
+.PHONY: demo test test-slow test-long test-all lint check install ui bench clean
 
 demo: install
 	$(BIN)/python pipelines/workflow.py run digits
@@ -15,9 +15,12 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not long and not gpu"
 
-test-all: test-slow test
+test-long: install
+	$(BIN)/python -m pytest -m "long and not gpu"
+
+test-all: test-long test-slow test
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -76,19 +76,23 @@ def serve(folder: Path, *, port: int = 0, secret: str | None = None) -> Iterator
     programs = Path(sys.executable).parent
     with ExitStack() as stack:
         log = stack.enter_context((folder / "server.log").open("wb"))
-        children = []
-        for name in (*_STORES, "proxy"):
-            child = subprocess.Popen(
-                [programs / f"swift-{name}-server", folder / f"{name}.conf"],
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-            stack.callback(_stop, child)
-            children.append(child)
-        endpoint = f"http://{HOST}:{ports['proxy']}"
-        _wait(endpoint, list(ports.values()), children, folder / "server.log")
-        yield Server(endpoint, ACCESS_KEY, secret)
+        children: list[subprocess.Popen[bytes]] = []
+
+        def start(names: tuple[str, ...]) -> None:
+            for name in names:
+                child = subprocess.Popen(
+                    [programs / f"swift-{name}-server", folder / f"{name}.conf"],
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                )
+                stack.callback(_stop, child)
+                children.append(child)
+            _wait([ports[name] for name in names], children, folder / "server.log")
+
+        start(_STORES)
+        start(("proxy",))  # last: a proxy without its stores says that there is no such bucket
+        yield Server(f"http://{HOST}:{ports['proxy']}", ACCESS_KEY, secret)
 
 
 def cache_factory(_settings: dict[str, str], **_more: str) -> Callable[[Any], Any]:
@@ -179,7 +183,8 @@ def _write_settings(folder: Path, ports: dict[str, int], secret: str) -> None:
             folder / f"{name}.conf",
             {
                 "DEFAULT": everywhere | {"bind_port": ports[name]},
-                "pipeline:main": {"pipeline": f"{name}-server"},
+                "pipeline:main": {"pipeline": f"healthcheck {name}-server"},
+                "filter:healthcheck": {"use": "egg:swift#healthcheck"},
                 f"app:{name}-server": {"use": f"egg:swift#{name}"},
             },
         )
@@ -224,10 +229,8 @@ def _write_ini(path: Path, sections: dict[str, dict[str, Any]]) -> None:
     path.chmod(0o600)  # the proxy's holds the secret
 
 
-def _wait(
-    endpoint: str, ports: list[int], children: list[subprocess.Popen[bytes]], log: Path
-) -> None:
-    """Return once all four servers answer."""
+def _wait(ports: list[int], children: list[subprocess.Popen[bytes]], log: Path) -> None:
+    """Return once the servers at these ports answer."""
     deadline = _now() + STARTS_WITHIN
     while True:
         dead = [child for child in children if child.poll() is not None]
@@ -237,9 +240,9 @@ def _wait(
             raise RuntimeError(f"the S3 server {what}; it said:\n{tail}")
         try:
             for port in ports:
-                socket.create_connection((HOST, port), timeout=1).close()
-            with urlopen(f"{endpoint}/healthcheck", timeout=5):
-                return
+                with urlopen(f"http://{HOST}:{port}/healthcheck", timeout=5):
+                    pass
+            return
         except (OSError, URLError):
             time.sleep(0.05)  # between two looks, never instead of one
 

@@ -138,7 +138,8 @@ def start_run(
     Raises:
         UserError: no tracking store answers, and there is neither a journal nor a run id.
     """
-    source = {"mlflow.source.type": "JOB", "mlflow.source.name": Path(sys.argv[0]).name}
+    script = "tune.py" if parent_run_id is not None else Path(sys.argv[0]).name  # not Ray's worker
+    source = {"mlflow.source.type": "JOB", "mlflow.source.name": script}
     start = {
         "experiment": experiment,
         "run_name": run_name,

@@ -128,9 +128,10 @@ def steps_of(journal: Path, name: str) -> list[int]:
     return [entry["step"] for entry in entries if name in entry.get("metrics", {})]
 
 
+LONG = [pytest.mark.slow, pytest.mark.long]
 LENGTHS = [
     pytest.param(3_000, 0, id="short"),
-    pytest.param(40_000, MINUTE, id="minute", marks=pytest.mark.slow),
+    pytest.param(40_000, MINUTE, id="minute", marks=LONG),
 ]
 
 
@@ -197,7 +198,7 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
 
 
 SWEEPS = [
-    pytest.param("3 of 4 have ended", MINUTE, id="minute"),
+    pytest.param("3 of 4 have ended", MINUTE, id="minute", marks=LONG),
     pytest.param(None, 0, id="end"),
 ]
 
