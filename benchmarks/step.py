@@ -4,9 +4,9 @@
     python benchmarks/step.py mnist --device cpu --model.width 0.25 --rounds 7
     python benchmarks/step.py celeba --device cuda --reference
 
-``--rounds N`` alternates the two loops N times in one process and reports the ratio; an absolute
-rate says little on a machine that is shared. Needs no more than ``import ivegan`` does. The last
-line is one JSON object.
+``--rounds N`` alternates the loops N times in one process and reports ratios; an absolute rate says
+little on a machine that is shared. ``--without SWITCH`` adds our step without one of its switches.
+Needs no more than ``import ivegan`` does. The last line is one JSON object.
 """
 
 import argparse
@@ -20,15 +20,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from textbook import steps as textbook_steps
-from torch.utils.flop_counter import FlopCounterMode
 
 from ivegan import order
 from ivegan.config import PRESETS, Config, override, preset
 from ivegan.data import Split, batches
+from ivegan.layers import plain
 from ivegan.networks import sample_shape
 from ivegan.step import create_state, train_step
 
 WARM_UP = 3  # steps
+SWITCHES = ("bfloat16", "fast layers", "channels_last", "fused Adam", "no compile")
 
 
 def samples_of(config: Config, count: int = 4096) -> np.ndarray:
@@ -42,10 +43,30 @@ def samples_of(config: Config, count: int = 4096) -> np.ndarray:
 
 
 def our_steps(
-    config: Config, samples: np.ndarray, device: str, precision: str = "float32"
+    config: Config, samples: np.ndarray, device: str, precision: str = "float32", without: str = ""
 ) -> Iterator[int]:
-    """Train with the project's step, yielding after every step."""
+    """Train with the project's step, yielding after every step.
+
+    Args:
+        config: of the run.
+        samples: images or points.
+        device: where to train.
+        precision: of the networks.
+        without: one of ``SWITCHES``, to be left out.
+    """
+    if without == "bfloat16":
+        precision = "float32"
     state = create_state(config, device, getattr(torch, precision))
+    for network in (state.players, state.judges):
+        if without == "fast layers":
+            plain(network)
+        if without == "channels_last":
+            network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        if without == "no compile":
+            network.compile(dynamic=False)
+    if without == "fused Adam":
+        for optimizer in (state.optimizer_g, state.optimizer_d):
+            optimizer.param_groups[0].update(fused=False, foreach=True)
     split = None
     if not config.is_points:
         labels = np.zeros(len(samples), np.int64)
@@ -53,30 +74,6 @@ def our_steps(
     for x, draws in batches(config, split, 0, 0, 1, state.device):
         train_step(state, x, draws)
         yield state.step
-
-
-def flop_per_image(config: Config, samples: np.ndarray) -> float:
-    """Return the multiplications and additions of one step, by torch's counter, per image."""
-    small = override(config, {"batch_size": 8})
-    running = our_steps(small, samples, "cpu")
-    next(running)
-    with FlopCounterMode(display=False) as counter:
-        next(running)
-    return counter.get_total_flops() / 8
-
-
-def matrix_rate(device: str) -> float:
-    """Return floating-point operations per second of a large float32 matrix product."""
-    n = 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n, device=device)
-    best = 0.0
-    for _ in range(5):
-        wait(device)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        wait(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
 
 
 def wait(device: str) -> None:
@@ -108,13 +105,19 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="time the textbook loop instead")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, help="alternate both loops, and report the ratio")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=SWITCHES,
+        help="with --rounds: time our step without this too, or with torch.compile",
+    )
     parser.add_argument("--loader-workers", type=int, default=2, help="of the textbook's loader")
     options = parser.parse_args()
     changes = {"batch_size": options.batch_size, "model.width": options.width}
     config = preset(options.preset)
     config = override(config, {k: v for k, v in changes.items() if v is not None})
     samples = samples_of(config)
-    flop, peak = flop_per_image(config, samples), matrix_rate(options.device)
 
     loops: dict[str, Iterator[int]] = {}
     if not options.reference:
@@ -122,6 +125,10 @@ def main() -> None:
     if options.reference or options.rounds:
         workers = options.loader_workers
         loops["textbook"] = textbook_steps(config, samples, options.device, workers)
+    for switch in options.without if options.rounds else []:
+        loops[f"without {switch}"] = our_steps(
+            config, samples, options.device, options.precision, switch
+        )
     for steps in loops.values():
         for _ in range(WARM_UP):
             next(steps)
@@ -132,28 +139,23 @@ def main() -> None:
                 rate(loops[name], config.batch_size, options.seconds, options.device)
             )
         print("  ".join(f"{k} {v[-1]:,.0f} images/s" for k, v in found.items()), flush=True)
-    main_loop = next(iter(loops))
-    images_per_second = statistics.median(found[main_loop])
     report = {
         "preset": options.preset,
-        "loop": main_loop,
-        "images_per_second": images_per_second,
-        "flop_per_image": flop,
-        "share_of_peak": images_per_second * flop / peak,
-        "peak_flop_per_second": peak,
         "batch_size": config.batch_size,
         "width": config.model.width,
         "precision": options.precision,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "torch": torch.__version__,
+        "images_per_second": {name: statistics.median(v) for name, v in found.items()},
+        "ours_to": {},
     }
-    if options.rounds and not options.reference:
-        ratios = [a / b for a, b in zip(found["ours"], found["textbook"], strict=True)]
-        report["textbook_images_per_second"] = statistics.median(found["textbook"])
-        report["ratio"] = statistics.median(ratios)
-        report["ratio_range"] = [min(ratios), max(ratios)]
-        print(f"ours / textbook: {report['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name, theirs in found.items():
+        if name != "ours" and "ours" in found:
+            ratios = [a / b for a, b in zip(found["ours"], theirs, strict=True)]
+            middle, ends = statistics.median(ratios), [min(ratios), max(ratios)]
+            report["ours_to"][name] = {"ratio": middle, "range": ends}
+            print(f"ours / {name}: {middle:.2f} ({ends[0]:.2f} to {ends[1]:.2f})")
     print(json.dumps(report))
     sys.stdout.flush()
 

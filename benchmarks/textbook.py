@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ivegan.config import Config, Transform
+from ivegan.layers import plain
 from ivegan.networks import Discriminators, EncoderGenerator
 
 
@@ -84,7 +85,10 @@ def batches(config: Config, samples: np.ndarray, workers: int) -> Iterator[tuple
 def steps(config: Config, samples: np.ndarray, device: str, workers: int) -> Iterator[int]:
     """Train, yielding after every step."""
     m, o, objective = config.model, config.optim, config.objective
-    players, D = EncoderGenerator(m).to(device), Discriminators(m).to(device)
+    players, D = plain(EncoderGenerator(m)).to(device), plain(Discriminators(m)).to(device)
+    for layer in (*players.modules(), *D.modules()):
+        if isinstance(layer, nn.LeakyReLU):
+            layer.inplace = False
     E, G = players.encoder, players.generator
     adam_g = torch.optim.Adam(players.parameters(), o.lr_g, (o.beta1, o.beta2), foreach=False)
     adam_d = torch.optim.Adam(D.parameters(), o.lr_d, (o.beta1, o.beta2), foreach=False)

@@ -17,21 +17,21 @@ Loss = Literal["nonsaturating", "minimax", "relativistic"]
 
 
 def discriminator_loss(
-    real: Float[Tensor, " n"], fake: Float[Tensor, " n"], loss: Loss
-) -> Float[Tensor, ""]:
+    real: Float[Tensor, "*games n"], fake: Float[Tensor, "*games n"], loss: Loss
+) -> Float[Tensor, "*games"]:
     """Return what a discriminator minimises: -log D(real) - log(1 - D(fake)), averaged (Eq. 3).
 
     The relativistic form asks each real logit to exceed its own fake one instead
     (Jolicoeur-Martineau 2019; R3GAN 2024).
     """
     if loss == "relativistic":
-        return softplus(fake - real).mean()
-    return softplus(-real).mean() + softplus(fake).mean()
+        return softplus(fake - real).mean(-1)
+    return softplus(-real).mean(-1) + softplus(fake).mean(-1)
 
 
 def generator_loss(
-    real: Float[Tensor, " n"] | None, fake: Float[Tensor, " n"], loss: Loss
-) -> Float[Tensor, ""]:
+    real: Float[Tensor, "*games n"] | None, fake: Float[Tensor, "*games n"], loss: Loss
+) -> Float[Tensor, "*games"]:
     """Return what G and E minimise against one discriminator.
 
     "nonsaturating" is -log D(fake); "minimax" is log(1 - D(fake)), Eq. 3 to the letter, whose
@@ -39,10 +39,10 @@ def generator_loss(
     """
     if loss == "relativistic":
         assert real is not None, "the relativistic loss compares with real logits"
-        return softplus(real - fake).mean()
+        return softplus(real - fake).mean(-1)
     if loss == "minimax":
-        return -softplus(fake).mean()
-    return softplus(-fake).mean()
+        return -softplus(fake).mean(-1)
+    return softplus(-fake).mean(-1)
 
 
 def gradient_penalty(

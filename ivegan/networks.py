@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ivegan import layers as fast
 from ivegan.config import Model
 from ivegan.shapes import Float
 
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
         else:
             hidden = _wide(128, model)
             self.body = nn.Sequential(
-                nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, model.z_dim)
+                fast.Linear(2, hidden), fast.Tanh(), nn.Linear(hidden, model.z_dim)
             )
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
@@ -153,27 +154,29 @@ class Generator(nn.Module):
         filters, side = _wide(table.base[0], model), table.base[1]
         if not table.deconvs:
             self.body = nn.Sequential(
-                nn.Linear(inputs, filters), nn.Tanh(), nn.Linear(filters, 2), nn.Tanh()
+                fast.Linear(inputs, filters), fast.Tanh(), nn.Linear(filters, 2), nn.Tanh()
             )
             return
         units = filters * side * side
-        layers: list[nn.Module] = [nn.Linear(inputs, units)]
-        layers += [
-            *_norm1d(model, units),
-            nn.LeakyReLU(SLOPE),
+        norm = _norm1d(model, units)
+        layers: list[nn.Module] = [
+            nn.Linear(inputs, units, bias=not _is_batch(norm)),
+            *norm,
+            nn.LeakyReLU(SLOPE, inplace=True),
             nn.Unflatten(1, (filters, side, side)),
         ]
         channels = filters
         for conv in table.deconvs[:-1]:
             out = _wide(conv.filters, model)
+            norm = _norm2d(model, out, conv)
             layers += [
-                *_deconv(channels, out, conv),
-                *_norm2d(model, out, conv),
-                nn.LeakyReLU(SLOPE),
+                *_deconv(channels, out, conv, bias=not _is_batch(norm)),
+                *norm,
+                nn.LeakyReLU(SLOPE, inplace=True),
             ]
             channels = out
         image = table.deconvs[-1]
-        layers += [*_deconv(channels, image.filters, image), nn.Sigmoid()]
+        layers += [*_deconv(channels, image.filters, image, image=True), nn.Sigmoid()]
         self.body = nn.Sequential(*layers)
 
     def forward(
@@ -230,10 +233,12 @@ class Discriminators(nn.Module):
         table = ARCHITECTURES[model.architecture]
         if table.convs:
             width = _wide(table.trunk_dim, model)
-            self.trunk = nn.Sequential(*_conv_body(model, table, last=width), nn.LeakyReLU(SLOPE))
+            self.trunk = nn.Sequential(
+                *_conv_body(model, table, last=width), nn.LeakyReLU(SLOPE, inplace=True)
+            )
             hidden: type[nn.Module] = nn.LeakyReLU
         else:
-            width, self.trunk, hidden = table.trunk_dim, nn.Identity(), nn.Tanh
+            width, self.trunk, hidden = table.trunk_dim, nn.Identity(), fast.Tanh
         pair = [2 * width, *(_wide(n, model) for n in table.pair_head), 1]
         sample = [width, *(_wide(n, model) for n in table.sample_head), 1]
         self.pair_head = _dense(pair, hidden)
@@ -287,9 +292,10 @@ def _wide(count: int, model: Model) -> int:
 def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(a, b))
+        points = activation is fast.Tanh
+        layers.append(fast.Linear(a, b) if points and a < b else nn.Linear(a, b))
         if i < len(sizes) - 2:
-            layers.append(activation(SLOPE) if activation is nn.LeakyReLU else activation())
+            layers.append(fast.Tanh() if points else nn.LeakyReLU(SLOPE, inplace=True))
     return nn.Sequential(*layers)
 
 
@@ -300,17 +306,20 @@ def _conv_body(model: Model, table: Architecture, last: int) -> nn.Sequential:
     for conv in table.convs:
         out = _wide(conv.filters, model)
         valid = conv.kernel == side  # the 2x2 convolution that ends Tables 2 and 3
+        padding, norm = 0 if valid else conv.kernel // 2, _norm2d(model, out, conv)
         layers += [
-            nn.Conv2d(channels, out, conv.kernel, conv.stride, 0 if valid else conv.kernel // 2),
-            *_norm2d(model, out, conv),
-            nn.LeakyReLU(SLOPE),
+            fast.Conv2d(channels, out, conv.kernel, conv.stride, padding, bias=not _is_batch(norm)),
+            *norm,
+            nn.LeakyReLU(SLOPE, inplace=True),
         ]
         channels, side = out, 1 if valid else -(-side // conv.stride)
     layers += [nn.Flatten(), nn.Linear(channels * side * side, last)]
     return nn.Sequential(*layers)
 
 
-def _deconv(channels: int, out: int, conv: Conv) -> list[nn.Module]:
+def _deconv(
+    channels: int, out: int, conv: Conv, *, bias: bool = True, image: bool = False
+) -> list[nn.Module]:
     """Return a transposed convolution whose output is exactly ``stride`` times its input."""
     kernel, stride = conv.kernel, conv.stride
     if stride == 1:
@@ -318,10 +327,16 @@ def _deconv(channels: int, out: int, conv: Conv) -> list[nn.Module]:
         # of an even kernel is one pixel more on the far side.
         near, far = (kernel - 1) // 2, kernel // 2
         pad = [nn.ZeroPad2d((near, far, near, far))] if near != far else []
-        return [*pad, nn.Conv2d(channels, out, kernel, padding=0 if pad else near)]
+        kind = fast.ImageConv2d if image else fast.Conv2d
+        return [*pad, kind(channels, out, kernel, padding=0 if pad else near, bias=bias)]
     padding = max(0, -(-(kernel - stride) // 2))
     extra = stride - kernel + 2 * padding
-    return [nn.ConvTranspose2d(channels, out, kernel, stride, padding, extra)]
+    return [fast.ConvTranspose2d(channels, out, kernel, stride, padding, extra, bias=bias)]
+
+
+def _is_batch(norm: list[nn.Module]) -> bool:
+    """Return whether these are a batch norm, which takes any bias before it away again."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norm)
 
 
 def _norm2d(model: Model, channels: int, conv: Conv) -> list[nn.Module]:
@@ -362,8 +377,8 @@ def initialise(network: nn.Module, seed: int) -> None:
         std = (2 / (1 + SLOPE**2) / fan_in if he else 2 / (fan_in + fan_out)) ** 0.5
         with torch.no_grad():
             layer.weight.normal_(0, std, generator=generator)
-            assert layer.bias is not None
-            layer.bias.zero_()
+            if layer.bias is not None:
+                layer.bias.zero_()
 
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)

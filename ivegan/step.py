@@ -46,7 +46,7 @@ class State:
     """D, D' and their trunk: ``Discriminators``, inside DDP where there are several ranks."""
     optimizer_g: torch.optim.Adam
     optimizer_d: torch.optim.Adam
-    average: EncoderGenerator | None
+    average: nn.Module | None
     """Exponential moving average of E and G, where ``optim.ema`` asks for one."""
     precision: torch.dtype = torch.float32
     """What the networks compute in; weights, losses and optimizers are float32 in any case."""
@@ -66,12 +66,17 @@ class State:
     @property
     def encoder_generator(self) -> EncoderGenerator:
         """E and G without their DDP wrapper."""
-        return cast(EncoderGenerator, getattr(self.players, "module", self.players))
+        return cast(EncoderGenerator, _bare(self.players))
 
     @property
     def discriminators(self) -> Discriminators:
         """D and D' without their DDP wrapper."""
-        return cast(Discriminators, getattr(self.judges, "module", self.judges))
+        return cast(Discriminators, _bare(self.judges))
+
+
+def _bare(network: nn.Module) -> nn.Module:
+    """Return a network without its DDP wrapper."""
+    return getattr(network, "module", network)
 
 
 def create_state(
@@ -94,12 +99,21 @@ def create_state(
         # The layout that convolutions are fastest in, on CPUs and GPUs alike; values do not change.
         for network in (players, judges):
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    players, judges = players.to(device), judges.to(device)
+    return make_state(config, players.to(device), judges.to(device), precision)
+
+
+def make_state(
+    config: Config,
+    players: nn.Module,
+    judges: nn.Module,
+    precision: torch.dtype = torch.float32,
+) -> State:
+    """Return the state before the first step of networks that are there."""
     o = config.optim
 
     def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(
-            network.parameters(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, foreach=True
+            network.parameters(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True
         )
 
     return State(
@@ -129,6 +143,8 @@ def distribute(state: State) -> None:
 def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
     """Update D and D', then E and G, on one batch; return its losses and logits as scalars.
 
+    Of several games at once (``seeds.py``) everything has a first dimension for the game.
+
     Args:
         state: changed in place.
         x: this rank's real samples, on the state's device.
@@ -146,16 +162,16 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
     # D and D': tell T(x) from G's variation of x, and real samples from prior samples.
     loss_D, loss_D_prime, penalty, logits = _judge(state, x, tx, x_hat.detach(), x_prior.detach())
     state.optimizer_d.zero_grad(set_to_none=True)
-    (loss_D + objective.prior_weight * loss_D_prime + penalty).backward()
+    (loss_D + objective.prior_weight * loss_D_prime + penalty).sum().backward()
     state.optimizer_d.step()
 
     # E and G: fool both. D is frozen, and called without DDP: it has nothing to synchronise.
-    D = state.discriminators.requires_grad_(False)
+    D = _bare(state.judges).requires_grad_(False)
     fooled = _logits(state, D, x, tx, x_hat, x_prior)
     loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
     loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
     state.optimizer_g.zero_grad(set_to_none=True)
-    (loss_G + objective.prior_weight * loss_G_prior).backward()
+    (loss_G + objective.prior_weight * loss_G_prior).sum().backward()
     state.optimizer_g.step()
     D.requires_grad_(True)
 
@@ -166,10 +182,10 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
         "loss/D_prime": loss_D_prime.detach(),
         "loss/GE_pair": loss_G.detach(),
         "loss/GE_prior": loss_G_prior.detach(),
-        "logit/D_real": logits.pair_real.detach().mean(),
-        "logit/D_fake": logits.pair_fake.detach().mean(),
-        "logit/D_prime_real": logits.sample_real.detach().mean(),
-        "logit/D_prime_fake": logits.sample_fake.detach().mean(),
+        "logit/D_real": logits.pair_real.detach().mean(-1),
+        "logit/D_fake": logits.pair_fake.detach().mean(-1),
+        "logit/D_prime_real": logits.sample_real.detach().mean(-1),
+        "logit/D_prime_fake": logits.sample_fake.detach().mean(-1),
     }
 
 
@@ -189,7 +205,7 @@ def _judge(
             logits.pair_real, logits.pair_mismatched, objective.loss
         )
     loss_D_prime = discriminator_loss(logits.sample_real, logits.sample_fake, objective.loss)
-    penalty = loss_D.new_zeros(())
+    penalty = torch.zeros_like(loss_D)
     if objective.r1:
         real = logits.pair_real + logits.sample_real
         penalty = penalty + objective.r1 * gradient_penalty(real, (x, tx))
@@ -219,7 +235,7 @@ def _update_average(state: State) -> None:
     if state.average is None:
         return
     keep = state.config.optim.ema ** (state.config.batch_size / 1000)
-    present = state.encoder_generator
+    present = _bare(state.players)
     for ours, theirs in zip(state.average.parameters(), present.parameters(), strict=True):
         ours.lerp_(theirs, 1 - keep)
     for ours, theirs in zip(state.average.buffers(), present.buffers(), strict=True):

@@ -27,7 +27,7 @@ def to_uint8(images: Float[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def transform(x: Float[Tensor, "n ..."], draws: Float[Tensor, "n k"], t: Transform) -> Tensor:
+def transform(x: Float[Tensor, "n ..."], draws: Float[Tensor, "n ..."], t: Transform) -> Tensor:
     """Return T(x) for a batch of points (n, 2) or images (n, c, h, w), one T per sample.
 
     Args:
@@ -35,7 +35,7 @@ def transform(x: Float[Tensor, "n ..."], draws: Float[Tensor, "n k"], t: Transfo
         draws: standard normals (n, 2) for points, uniforms on [0, 1) of shape (n, 7) for images.
         t: how far each part of T may go.
     """
-    if x.ndim == 2:
+    if x.ndim < 4:  # (n, 2), or of several games
         return x + t.noise_std * draws  # Eq. 4
     return _colour(_move(x, draws[:, :4], t), draws[:, 4:], t)
 

@@ -113,7 +113,10 @@ def test_initialisation_is_he_or_xavier_and_depends_on_the_seed_alone():
     dense = next(m for m in one.modules() if isinstance(m, nn.Linear))
     he = (2 / (1 + 0.2**2) / dense.in_features) ** 0.5
     assert dense.weight.std().item() == pytest.approx(he, rel=0.03)
-    assert not dense.bias.any()
+    assert dense.bias is None  # a batch norm follows
+    image = [m for m in one.modules() if isinstance(m, nn.Conv2d)][-1]
+    assert image.bias is not None
+    assert not image.bias.any()
 
 
 def test_a_signal_keeps_its_size_through_fresh_networks():
