@@ -15,9 +15,10 @@ n counts the samples of one rank; ``config.batch_size`` counts those of all rank
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ class State:
     """Exponential moving average of E and G, where ``optim.ema`` asks for one."""
     precision: torch.dtype = torch.float32
     """What the networks compute in; weights, losses and optimizers are float32 in any case."""
+    parts: int = 1
+    """How many parts a rank's batch is computed in, one after the other."""
     step: int = 0
     """Steps taken so far; with the seed, the whole random state of a run."""
 
@@ -154,39 +157,77 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
     if config.transform.condition:
         x = transform(x, draws.condition, config.transform)
     tx = transform(x, draws.transform, config.transform)
-
-    # G runs once; the graph of this pass serves the second phase too, because only D changes.
-    with _autocast(state):
-        x_hat, x_prior = state.players(x, draws.noise, draws.z_prior, draws.noise_prior)
+    # The gradients are means over parts: one, unless memory is too small for the whole batch.
+    tensors = (x, tx, draws.noise, draws.z_prior, draws.noise_prior)
+    parts = [_Part(*some) for some in zip(*(t.chunk(state.parts) for t in tensors), strict=True)]
+    count, scalars, kept = len(parts), [], []
 
     # D and D': tell T(x) from G's variation of x, and real samples from prior samples.
-    loss_D, loss_D_prime, penalty, logits = _judge(state, x, tx, x_hat.detach(), x_prior.detach())
     state.optimizer_d.zero_grad(set_to_none=True)
-    (loss_D + objective.prior_weight * loss_D_prime + penalty).sum().backward()
+    for i, part in enumerate(parts):
+        # G runs once: the graph of this pass serves the second phase too, because only D changes.
+        # With several parts it would fill the memory, and is not kept.
+        with torch.set_grad_enabled(count == 1):
+            x_hat, x_prior = _generate(state, part)
+        if count == 1:
+            kept.append((x_hat, x_prior))
+        with _reduced(state.judges, i == count - 1):
+            loss_D, loss_D_prime, penalty, logits = _judge(
+                state, part.x, part.tx, x_hat.detach(), x_prior.detach()
+            )
+            loss = loss_D + objective.prior_weight * loss_D_prime + penalty
+            (loss / count).sum().backward()
+        scalars.append(
+            {
+                "loss/D": loss_D,
+                "loss/D_prime": loss_D_prime,
+                "logit/D_real": logits.pair_real.mean(-1),
+                "logit/D_fake": logits.pair_fake.mean(-1),
+                "logit/D_prime_real": logits.sample_real.mean(-1),
+                "logit/D_prime_fake": logits.sample_fake.mean(-1),
+            }
+        )
     state.optimizer_d.step()
 
     # E and G: fool both. D is frozen, and called without DDP: it has nothing to synchronise.
     D = _bare(state.judges).requires_grad_(False)
-    fooled = _logits(state, D, x, tx, x_hat, x_prior)
-    loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
-    loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
     state.optimizer_g.zero_grad(set_to_none=True)
-    (loss_G + objective.prior_weight * loss_G_prior).sum().backward()
+    for i, part in enumerate(parts):
+        with _reduced(state.players, i == count - 1):
+            x_hat, x_prior = kept[i] if kept else _generate(state, part)
+            fooled = _logits(state, D, part.x, part.tx, x_hat, x_prior)
+            loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
+            loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
+            ((loss_G + objective.prior_weight * loss_G_prior) / count).sum().backward()
+        scalars[i] |= {"loss/GE_pair": loss_G, "loss/GE_prior": loss_G_prior}
     state.optimizer_g.step()
     D.requires_grad_(True)
 
     state.step += 1
     _update_average(state)
-    return {
-        "loss/D": loss_D.detach(),
-        "loss/D_prime": loss_D_prime.detach(),
-        "loss/GE_pair": loss_G.detach(),
-        "loss/GE_prior": loss_G_prior.detach(),
-        "logit/D_real": logits.pair_real.detach().mean(-1),
-        "logit/D_fake": logits.pair_fake.detach().mean(-1),
-        "logit/D_prime_real": logits.sample_real.detach().mean(-1),
-        "logit/D_prime_fake": logits.sample_fake.detach().mean(-1),
-    }
+    return {k: torch.stack([one[k].detach() for one in scalars]).mean(0) for k in scalars[0]}
+
+
+class _Part(NamedTuple):
+    """What a part of a batch is trained on."""
+
+    x: Tensor
+    tx: Tensor
+    noise: Tensor
+    z_prior: Tensor
+    noise_prior: Tensor
+
+
+def _generate(state: State, part: _Part) -> tuple[Tensor, Tensor]:
+    """Return x_hat and x_prior."""
+    with _autocast(state):
+        return state.players(part.x, part.noise, part.z_prior, part.noise_prior)
+
+
+def _reduced(network: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """Let the ranks' gradients be averaged in the backward pass of the last part alone."""
+    wrapped = isinstance(network, DistributedDataParallel)
+    return network.no_sync() if wrapped and not now else nullcontext()
 
 
 def _judge(

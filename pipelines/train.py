@@ -44,6 +44,7 @@ from pipelines import tracking
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+HOW = ("stream", "precision", "accumulate")  # no settings of the method, but numbers depend on them
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 Measure = Callable[[str], dict[str, float]]
@@ -77,6 +78,8 @@ class Run(cli.Options):
     """Give each worker a GPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; bfloat16 is faster where the machine has units for it."""
+    accumulate: int = 1
+    """Parts that each worker's share of a batch is computed in, for the memory of one part."""
     run_id: str | None = None
     """Name of the run, its folder in storage; made from preset and time by default."""
     resume: bool = False
@@ -92,6 +95,7 @@ class Run(cli.Options):
 
     def __post_init__(self) -> None:
         lowest = {"workers": 0, "threads": 1, "loaders": 0, "log_every": 0, "save_every": 0}
+        lowest["accumulate"] = 1
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
@@ -166,6 +170,11 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
         raise UserError(
             f"batch_size {config.batch_size} cannot be cut into {share} equal, even shares; "
             f"choose a multiple of {2 * share}, or other --workers."
+        )
+    if config.batch_size % (2 * share * run.accumulate):
+        raise UserError(
+            f"A worker's {config.batch_size // share} samples of a batch cannot be cut into "
+            f"{run.accumulate} equal, even parts; choose another --accumulate."
         )
     if config.model.norm == "sync" and not run.gpu:
         raise UserError("model.norm sync needs --gpu; choose batch, group or none on a CPU.")
@@ -254,6 +263,7 @@ def _tracked(
         "threads_per_worker": plan.run.threads,
         "stream": plan.run.stream,
         "precision": plan.run.precision,
+        "accumulate": plan.run.accumulate,
         "versions": {"torch": torch.__version__},
     }
     if known is None:
@@ -354,7 +364,7 @@ def _earlier_start(plan: Plan) -> dict[str, Any] | None:
         )
     earlier = json.loads(storage.read_bytes(where))
     before, now = flatten(from_dict(earlier["config"])), flatten(plan.config)
-    for name in ("stream", "precision"):  # no settings of the method, but numbers depend on them
+    for name in HOW:
         before[name], now[name] = earlier[name], getattr(plan.run, name)
     changed = [k for k in now if now[k] != before[k] and k != "total_images"]
     if changed:
@@ -379,7 +389,7 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], journal: tracking.Journal
             **flatten(plan.config),
             "workers": plan.run.workers,
             "threads": plan.run.threads,
-            **{k: facts[k] for k in ("stream", "precision")},
+            **{k: facts[k] for k in HOW},
         },
         tags={
             "checkpoints": plan.run_uri,
@@ -508,6 +518,7 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.set_num_threads(run.threads)
     state = create_state(config, _device(run), getattr(torch, run.precision))
+    state.parts = run.accumulate
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
         checkpoint.restore(state, start)

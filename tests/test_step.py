@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ivegan import order
+from ivegan import layers, order
 from ivegan.config import Config, override, preset
 from ivegan.networks import sample_shape
 from ivegan.step import NonFiniteLossError, State, create_state, distribute, train, train_step
@@ -84,6 +84,8 @@ def test_steps_are_equation_3_written_out_plainly(name):
     state.players.double()
     state.judges.double()
     plain = copy.deepcopy(state)
+    for network in (plain.players, plain.judges):
+        layers.plain(network)
     E, G = plain.encoder_generator.encoder, plain.encoder_generator.generator
     judges = plain.discriminators
 
@@ -197,28 +199,46 @@ def test_a_diverged_run_stops_with_the_name_of_the_loss():
         list(train(state, batches(config), 16))
 
 
-def _rank(rank: int, world: int, port: int, config: Config, out: str) -> None:
+@pytest.mark.parametrize("name", ["ring", "digits"])
+def test_a_batch_in_parts_is_the_batch(name):
+    """Without batch norm, gradients are means over samples, however they are grouped."""
+    config = tiny(name, model__norm="none", optim__ema=0.0)
+    whole, parted = create_state(config), create_state(config)
+    parted.parts = 4
+    for network in (whole.players, whole.judges, parted.players, parted.judges):
+        network.double()
+    for x, draws in itertools.islice(batches(config), 5):
+        x, draws = x.double(), order.Draws(*(part.double() for part in draws))
+        one, other = train_step(whole, x, draws), train_step(parted, x, draws)
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(weights(parted), weights(whole), rtol=1e-6, atol=1e-8)
+
+
+def _rank(rank: int, world: int, port: int, config: Config, parts: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
     )
-    _train_rank(rank, world, config, out)
+    _train_rank(rank, world, config, parts, out)
     # The wrapped networks hold the group in cycles. Left to the end of the interpreter, Gloo's
     # threads ask for a lock that is gone by then, and now and then the process aborts.
     gc.collect()
     dist.destroy_process_group()
 
 
-def _train_rank(rank: int, world: int, config: Config, out: str) -> None:
+def _train_rank(rank: int, world: int, config: Config, parts: int, out: str) -> None:
     state = create_state(config)
+    state.parts = parts
     distribute(state)
     progress = list(train(state, batches(config, 0, rank, world), 16))
     if rank == 0:
         torch.save({"weights": weights(state), "metrics": progress[-1].metrics}, out)
 
 
-@pytest.mark.parametrize(("name", "world"), [("ring", 2), ("digits", 2), ("digits", 4)])
-def test_several_ranks_train_like_one(name, world, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "world", "parts"), [("ring", 2, 1), ("digits", 2, 2), ("digits", 4, 1)]
+)
+def test_several_ranks_train_like_one(name, world, parts, tmp_path: Path):
     """Gradients are means over the global batch, so only the order of additions differs."""
     config = tiny(name, total_images=16 * 8, model__norm="none")
     with socket.socket() as free:
@@ -227,7 +247,8 @@ def test_several_ranks_train_like_one(name, world, tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     out = str(tmp_path / "rank0.pt")
     ranks = [
-        context.Process(target=_rank, args=(r, world, port, config, out)) for r in range(world)
+        context.Process(target=_rank, args=(r, world, port, config, parts, out))
+        for r in range(world)
     ]
     for p in ranks:
         p.start()

@@ -290,8 +290,9 @@ def digits(home, store, tmp_path):
     uri = str(tmp_path / "ten-shards")
     build("digits", source=None, out=uri, workers=0, shard_size=135)
 
-    def start(run_id, images=16 * 12, batch_size=16, **options):
+    def start(run_id, images=16 * 12, batch_size=16, norm="batch", **options):
         sizes = {"batch_size": batch_size, "model.width": 0.25, "total_images": images}
+        sizes["model.norm"] = norm
         run = train.Run(data=uri, run_id=run_id, log_every=16, save_every=16 * 6, **options)
         events = []
         plan = train.resolve("digits", override(preset("digits"), sizes), run)
@@ -333,6 +334,17 @@ def test_bfloat16_trains_and_is_not_switched_off_in_a_run(digits):
     assert half == pytest.approx(whole, rel=0.1, abs=0.1)
     with pytest.raises(UserError, match="precision was bfloat16 and is float32"):
         digits("half", workers=0, resume=True)
+
+
+def test_a_batch_may_be_computed_in_parts(digits):
+    """Group norm looks at one sample at a time, so parts change nothing but roundings."""
+    _, whole = digits("whole", workers=0, norm="group")
+    _, parted = digits("parted", workers=0, accumulate=4, norm="group")
+    assert parted == pytest.approx(whole, rel=1e-3, abs=1e-3)
+    with pytest.raises(UserError, match=r"accumulate was 4 and is 1"):
+        digits("parted", workers=0, resume=True, norm="group")
+    with pytest.raises(UserError, match=r"cannot be cut into 3 equal, even parts"):
+        digits("odd", workers=0, accumulate=3)
 
 
 def test_more_workers_than_lanes_are_a_sentence_before_anything_starts(digits, home):
