@@ -5,7 +5,7 @@
     python benchmarks/step.py celeba --device cuda --reference
 
 ``--rounds N`` alternates the loops N times in one process and reports ratios; an absolute rate says
-little on a machine that is shared. ``--without SWITCH`` adds our step without one of its switches.
+little on a machine that is shared. ``--variant NAME`` adds our step with one thing done otherwise.
 Needs no more than ``import ivegan`` does. The last line is one JSON object.
 """
 
@@ -29,7 +29,7 @@ from ivegan.networks import sample_shape
 from ivegan.step import create_state, train_step
 
 WARM_UP = 3  # steps
-SWITCHES = ("bfloat16", "fast layers", "channels_last", "fused Adam", "no compile")
+VARIANTS = ("float32", "plain layers", "contiguous", "foreach Adam", "compiled")
 
 
 def samples_of(config: Config, count: int = 4096) -> np.ndarray:
@@ -43,7 +43,7 @@ def samples_of(config: Config, count: int = 4096) -> np.ndarray:
 
 
 def our_steps(
-    config: Config, samples: np.ndarray, device: str, precision: str = "float32", without: str = ""
+    config: Config, samples: np.ndarray, device: str, precision: str = "float32", variant: str = ""
 ) -> Iterator[int]:
     """Train with the project's step, yielding after every step.
 
@@ -52,19 +52,19 @@ def our_steps(
         samples: images or points.
         device: where to train.
         precision: of the networks.
-        without: one of ``SWITCHES``, to be left out.
+        variant: one of ``VARIANTS``: our step with one thing done otherwise.
     """
-    if without == "bfloat16":
+    if variant == "float32":
         precision = "float32"
     state = create_state(config, device, getattr(torch, precision))
     for network in (state.players, state.judges):
-        if without == "fast layers":
+        if variant == "plain layers":
             plain(network)
-        if without == "channels_last":
+        if variant == "contiguous":
             network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        if without == "no compile":
+        if variant == "compiled":
             network.compile(dynamic=False)
-    if without == "fused Adam":
+    if variant == "foreach Adam":
         for optimizer in (state.optimizer_g, state.optimizer_d):
             optimizer.param_groups[0].update(fused=False, foreach=True)
     split = None
@@ -106,11 +106,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, help="alternate both loops, and report the ratio")
     parser.add_argument(
-        "--without",
+        "--variant",
         action="append",
         default=[],
-        choices=SWITCHES,
-        help="with --rounds: time our step without this too, or with torch.compile",
+        choices=VARIANTS,
+        help="with --rounds: time our step with this done otherwise, too",
     )
     parser.add_argument("--loader-workers", type=int, default=2, help="of the textbook's loader")
     options = parser.parse_args()
@@ -125,10 +125,8 @@ def main() -> None:
     if options.reference or options.rounds:
         workers = options.loader_workers
         loops["textbook"] = textbook_steps(config, samples, options.device, workers)
-    for switch in options.without if options.rounds else []:
-        loops[f"without {switch}"] = our_steps(
-            config, samples, options.device, options.precision, switch
-        )
+    for variant in options.variant if options.rounds else []:
+        loops[variant] = our_steps(config, samples, options.device, options.precision, variant)
     for steps in loops.values():
         for _ in range(WARM_UP):
             next(steps)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# All that is measured on a GPU, in one call: bash benchmarks/gpu.sh [FOLDER FOR THE RESULTS]
+# Needs torch 2.11 or newer and what `import ivegan` needs; neither Ray nor MLflow, and no data.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-build/gpu}}
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
+nvidia-smi > "$out/nvidia-smi.txt"
+measure() { # NAME, then a script and its words; the last line of what it prints is JSON
+  local name=$1
+  shift
+  echo "== $name"
+  "$python" "$@" --device cuda | tee "$out/$name.txt"
+}
+bf16="--precision bfloat16"
+measure step-mnist benchmarks/step.py mnist $bf16 --rounds 5 --seconds 5 \
+  --variant float32 --variant contiguous --variant "foreach Adam" --variant compiled
+measure step-celeba benchmarks/step.py celeba $bf16 --rounds 3 --seconds 10 \
+  --variant float32 --variant contiguous --variant "foreach Adam" --variant compiled
+measure floor-mnist benchmarks/floor.py mnist $bf16
+measure floor-celeba benchmarks/floor.py celeba $bf16
