@@ -165,20 +165,15 @@ def build(
     if dataset == "mnist" and source is not None:
         source = mnist.fetched(source, out)
     plan = make_plan(dataset, source, out, shard_size=shard_size, name=name, crop=crop, limit=limit)
-    manifest = _standing(plan)
-    skipped = len(plan.jobs)
+    manifest, skipped = _standing(plan), len(plan.jobs)
     if manifest is None:
-        _claim(plan)
-        finished = _finished(plan)
-        missing = [job for job in plan.jobs if shard_key(job.split, job.number) not in finished]
-        skipped = len(finished)
-        if workers == 0:
-            written: Iterable[Written] = map(write_shard, missing)
-        else:
-            written = _written_by_ray(missing, workers)
-        for one in _shown(written, missing):
-            finished[one.shard.key] = one
-        manifest = storage.patiently(_complete, plan, finished)
+        try:
+            manifest, skipped = _write(plan, workers)
+        except UserError:
+            # An equal build that ended first has cleared away the records this one needed.
+            manifest = _standing(plan)
+            if manifest is None:
+                raise
     # Also what a run has left that was killed right after it wrote the manifest.
     storage.delete_folder(plan.records)
     return {
@@ -338,6 +333,21 @@ def _standing(plan: Plan) -> Manifest | None:
     if storage.exists(plan.marker):
         _check_claim(plan, storage.read_bytes(plan.marker))
     return None
+
+
+def _write(plan: Plan, workers: int) -> tuple[Manifest, int]:
+    """Write what is missing; return the manifest and how many shards were there already."""
+    _claim(plan)
+    finished = _finished(plan)
+    missing = [job for job in plan.jobs if shard_key(job.split, job.number) not in finished]
+    skipped = len(finished)
+    if workers == 0:
+        written: Iterable[Written] = map(write_shard, missing)
+    else:
+        written = _written_by_ray(missing, workers)
+    for one in _shown(written, missing):
+        finished[one.shard.key] = one
+    return storage.patiently(_complete, plan, finished), skipped
 
 
 def _claim(plan: Plan) -> None:

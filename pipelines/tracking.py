@@ -749,6 +749,13 @@ def deliver(where: str | Path) -> dict[str, int]:
     return out
 
 
+def curve(run_uri: str, name: str) -> tuple[list[int], list[float]]:
+    """Return images seen and values of a metric, as the journal kept in a run's folder has them."""
+    copy = _Copy.read(storage.join(run_uri, _NAME)) or _Copy({})
+    points = {e["step"]: e["metrics"][name] for e in copy.entries if name in e.get("metrics", {})}
+    return sorted(points), [points[step] for step in sorted(points)]
+
+
 def waiting(where: str | Path) -> dict[str, int]:
     """Return by run id how many entries ``deliver`` would send."""
     with _journals(where) as found:

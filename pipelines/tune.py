@@ -435,6 +435,9 @@ def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, An
         seen = int(history["images_seen"].iloc[-1]) if len(history) else 0
         state = "done" if seen >= length else "failed" if one.error else "stopped early"
         drawn, name = begun["trials"], trial_name(one.config, last["trial_id"])
+        # Ray forgets the reports of a trial that ended just before a kill; the journal does not.
+        folder = train.at(plan, plan.config, f"{plan.run_id}-{name}").run_uri
+        steps, scores = tracking.curve(folder, SCORE)
         trials.append(
             {
                 "trial": name,
@@ -444,7 +447,7 @@ def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, An
                 "images_seen": seen,
                 "state": "diverged" if diverged else state,
                 "checkpoint": last.get("checkpoint"),
-                "curve": {k: history[k].tolist() for k in ("images_seen", SCORE)},
+                "curve": {"images_seen": steps, SCORE: scores},
             }
         )
     if all(t["state"] == "diverged" for t in trials):

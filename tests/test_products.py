@@ -68,6 +68,28 @@ def test_equal_builds_at_once_end_as_one(tmp_path):
     assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
 
 
+def test_a_build_that_an_equal_one_overtakes_ends_with_its_manifest(tmp_path, monkeypatch):
+    """The other ends between two shards of this one, and clears the folder of records away."""
+    out, write = str(tmp_path / "set"), build_module._write_shard
+
+    def overtaken(job):
+        monkeypatch.setattr(build_module, "_write_shard", write)
+        build("digits", None, out)
+        raise UserError(f"There is no file {job.record}: correct the path.")
+
+    monkeypatch.setattr(build_module, "_write_shard", overtaken)
+    assert build("digits", None, out)["samples"] == 1797
+    assert verify(out) == []
+
+    monkeypatch.setattr(build_module, "_write_shard", fails)
+    with pytest.raises(UserError, match="disk"):
+        build("digits", None, str(tmp_path / "alone"))
+
+
+def fails(job):
+    raise UserError("The disk is full.")
+
+
 def build_50(*arguments):
     return build(*arguments, shard_size=50)
 

@@ -290,7 +290,7 @@ def digits(home, store, tmp_path):
     uri = str(tmp_path / "ten-shards")
     build("digits", source=None, out=uri, workers=0, shard_size=135)
 
-    def start(run_id, images=16 * 12, batch_size=16, norm="batch", **options):
+    def start(run_id, images=16 * 12, batch_size=16, norm="none", **options):
         sizes = {"batch_size": batch_size, "model.width": 0.25, "total_images": images}
         sizes["model.norm"] = norm
         run = train.Run(data=uri, run_id=run_id, log_every=16, save_every=16 * 6, **options)
