@@ -42,11 +42,8 @@ ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 bench: install
+	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/data.py
-	$(BIN)/python benchmarks/step.py ring --rounds 5
-	$(BIN)/python benchmarks/step.py digits --rounds 5
-	$(BIN)/python benchmarks/step.py mnist --model.width 0.25 --batch-size 128 --rounds 5
-	$(BIN)/python benchmarks/step.py celeba --model.width 0.25 --batch-size 16 --rounds 5
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache

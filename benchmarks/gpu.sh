@@ -15,9 +15,13 @@ measure() { # NAME, then a script and its words; the last line of what it prints
   "$python" "$@" --device cuda | tee "$out/$name.txt"
 }
 bf16="--precision bfloat16"
-measure step-mnist benchmarks/step.py mnist $bf16 --rounds 5 --seconds 5 \
-  --variant float32 --variant contiguous --variant "foreach Adam" --variant compiled
-measure step-celeba benchmarks/step.py celeba $bf16 --rounds 3 --seconds 10 \
-  --variant float32 --variant contiguous --variant "foreach Adam" --variant compiled
+variants=(--variant float32 --variant contiguous --variant "foreach Adam" --variant compiled)
+measure step-mnist benchmarks/step.py mnist $bf16 --rounds 5 --seconds 5 "${variants[@]}"
+measure step-celeba benchmarks/step.py celeba $bf16 --rounds 3 --seconds 10 "${variants[@]}"
+measure seeds benchmarks/step.py ring --batch-size 100 --seeds 10 --rounds 5 --seconds 3
 measure floor-mnist benchmarks/floor.py mnist $bf16
 measure floor-celeba benchmarks/floor.py celeba $bf16
+measure loader-mnist benchmarks/loader.py mnist $bf16
+measure loader-celeba benchmarks/loader.py celeba $bf16
+measure memory-celeba benchmarks/memory.py celeba $bf16
+measure memory-celeba-float32 benchmarks/memory.py celeba

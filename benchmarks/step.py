@@ -10,21 +10,24 @@ Needs no more than ``import ivegan`` does. The last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from flop import of_networks, of_step, rates, wait
 from textbook import steps as textbook_steps
 
-from ivegan import order
+from ivegan import order, seeds
 from ivegan.config import PRESETS, Config, override, preset
 from ivegan.data import Split, batches
-from ivegan.layers import plain
+from ivegan.layers import keep_freed_memory, plain
 from ivegan.networks import sample_shape
 from ivegan.step import create_state, train_step
 
@@ -43,7 +46,12 @@ def samples_of(config: Config, count: int = 4096) -> np.ndarray:
 
 
 def our_steps(
-    config: Config, samples: np.ndarray, device: str, precision: str = "float32", variant: str = ""
+    config: Config,
+    samples: np.ndarray,
+    device: str,
+    precision: str = "float32",
+    variant: str = "",
+    parts: int = 1,
 ) -> Iterator[int]:
     """Train with the project's step, yielding after every step.
 
@@ -53,10 +61,14 @@ def our_steps(
         device: where to train.
         precision: of the networks.
         variant: one of ``VARIANTS``: our step with one thing done otherwise.
+        parts: that a batch is computed in.
     """
     if variant == "float32":
         precision = "float32"
+    if device == "cpu":
+        keep_freed_memory()
     state = create_state(config, device, getattr(torch, precision))
+    state.parts = parts
     for network in (state.players, state.judges):
         if variant == "plain layers":
             plain(network)
@@ -76,12 +88,6 @@ def our_steps(
         yield state.step
 
 
-def wait(device: str) -> None:
-    """Wait for a GPU to be done; a CPU is."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def rate(steps: Iterator[int], batch_size: int, seconds: float, device: str) -> float:
     """Return images per second over about so many seconds, and at least two steps."""
     wait(device)
@@ -92,6 +98,26 @@ def rate(steps: Iterator[int], batch_size: int, seconds: float, device: str) -> 
         count += 1
     wait(device)
     return count * batch_size / (time.perf_counter() - start)
+
+
+def many_seeds(config: Config, count: int, device: str) -> dict[str, Iterator[int]]:
+    """Return loops over so many games on points that differ in their seed: at once, in sequence."""
+    numbers = list(range(count))
+
+    def at_once() -> Iterator[int]:
+        state = seeds.stack(config, numbers, device)
+        for x, draws in seeds.batches(config, numbers, device):
+            train_step(state, x, draws)
+            yield state.step
+
+    def in_sequence() -> Iterator[int]:
+        games = [dataclasses.replace(config, seed=number) for number in numbers]
+        samples = samples_of(config)
+        alone = [our_steps(game, samples, device) for game in games]
+        while True:
+            yield max([next(steps) for steps in alone])
+
+    return {"ours": at_once(), "one seed after the other": in_sequence()}
 
 
 def main() -> None:
@@ -112,40 +138,52 @@ def main() -> None:
         choices=VARIANTS,
         help="with --rounds: time our step with this done otherwise, too",
     )
+    parser.add_argument("--seeds", type=int, help="of points: so many games, at once or one by one")
     parser.add_argument("--loader-workers", type=int, default=2, help="of the textbook's loader")
     options = parser.parse_args()
     changes = {"batch_size": options.batch_size, "model.width": options.width}
     config = preset(options.preset)
     config = override(config, {k: v for k, v in changes.items() if v is not None})
     samples = samples_of(config)
+    device, workers = options.device, options.loader_workers
+    if options.seeds and not config.is_points:
+        parser.error("--seeds is for ring and grid: only games on points are played at once.")
 
     loops: dict[str, Iterator[int]] = {}
-    if not options.reference:
-        loops["ours"] = our_steps(config, samples, options.device, options.precision)
-    if options.reference or options.rounds:
-        workers = options.loader_workers
-        loops["textbook"] = textbook_steps(config, samples, options.device, workers)
+    if options.seeds:
+        loops = many_seeds(config, options.seeds, device)
+    elif not options.reference:
+        loops["ours"] = our_steps(config, samples, device, options.precision)
+    if not options.seeds and (options.reference or options.rounds):
+        loops["textbook"] = textbook_steps(config, samples, device, workers)
     for variant in options.variant if options.rounds else []:
-        loops[variant] = our_steps(config, samples, options.device, options.precision, variant)
+        loops[variant] = our_steps(config, samples, device, options.precision, variant)
     for steps in loops.values():
         for _ in range(WARM_UP):
             next(steps)
+    images = config.batch_size * (options.seeds or 1)
     found: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(options.rounds or 1):
         for name in loops if number % 2 == 0 else reversed(loops):
-            found[name].append(
-                rate(loops[name], config.batch_size, options.seconds, options.device)
-            )
+            found[name].append(rate(loops[name], images, options.seconds, device))
         print("  ".join(f"{k} {v[-1]:,.0f} images/s" for k, v in found.items()), flush=True)
+    medians = {name: statistics.median(v) for name, v in found.items()}
+    main_one = medians[next(iter(loops))]
+    reference = options.reference or options.precision == "float32"
+    flop, (peak, _) = of_step(of_networks(config)), rates(device, precision_of(reference))
     report = {
         "preset": options.preset,
+        "loop": next(iter(loops)),
+        "images_per_second": main_one,
+        "flop_per_image": flop,
+        "share_of_peak": main_one * flop / peak,
         "batch_size": config.batch_size,
         "width": config.model.width,
-        "precision": options.precision,
+        "precision": "float32" if options.reference else options.precision,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "torch": torch.__version__,
-        "images_per_second": {name: statistics.median(v) for name, v in found.items()},
+        "loops": medians,
         "ours_to": {},
     }
     for name, theirs in found.items():
@@ -154,8 +192,21 @@ def main() -> None:
             middle, ends = statistics.median(ratios), [min(ratios), max(ratios)]
             report["ours_to"][name] = {"ratio": middle, "range": ends}
             print(f"ours / {name}: {middle:.2f} ({ends[0]:.2f} to {ends[1]:.2f})")
-    print(json.dumps(report))
-    sys.stdout.flush()
+    print(json.dumps(report), flush=True)
+
+
+def precision_of(float32: bool) -> torch.dtype:
+    """Return the precision whose matrix rate is the limit."""
+    return torch.float32 if float32 else torch.bfloat16
+
+
+def processor() -> str:
+    """Return the name of the CPU and how many of its cores there are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = Path("/proc/cpuinfo")
+    names = found.read_text().splitlines() if found.exists() else []
+    name = next((n.partition(": ")[2] for n in names if n.startswith("model name")), "")
+    return f"{cores} cores, {name or platform.machine()}"
 
 
 if __name__ == "__main__":

@@ -135,10 +135,7 @@ class Encoder(nn.Module):
         if table.convs:
             self.body = _conv_body(model, table, last=model.z_dim)
         else:
-            hidden = _wide(128, model)
-            self.body = nn.Sequential(
-                fast.Linear(2, hidden), fast.Tanh(), nn.Linear(hidden, model.z_dim)
-            )
+            self.body = fast.TanhMlp(2, _wide(128, model), model.z_dim)
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
         return self.body(x).tanh()
@@ -153,9 +150,7 @@ class Generator(nn.Module):
         inputs = model.noise_dim + model.z_dim
         filters, side = _wide(table.base[0], model), table.base[1]
         if not table.deconvs:
-            self.body = nn.Sequential(
-                fast.Linear(inputs, filters), fast.Tanh(), nn.Linear(filters, 2), nn.Tanh()
-            )
+            self.body = nn.Sequential(fast.TanhMlp(inputs, filters, 2), nn.Tanh())
             return
         units = filters * side * side
         norm = _norm1d(model, units)
@@ -211,15 +206,15 @@ class EncoderGenerator(nn.Module):
 
 
 class Logits(NamedTuple):
-    """What the discriminators say about one batch, each of shape (n,)."""
+    """What the discriminators say about one batch, each of shape (n,); None if not asked for."""
 
-    pair_real: Tensor
+    pair_real: Tensor | None
     """D(T(x), x)"""
     pair_fake: Tensor
     """D(G(z', E(x)), x)"""
     pair_mismatched: Tensor | None
-    """D(T(y), x), y another sample of the batch, where it was asked for"""
-    sample_real: Tensor
+    """D(T(y), x), y another sample of the batch"""
+    sample_real: Tensor | None
     """D'(x)"""
     sample_fake: Tensor
     """D'(G(z', z))"""
@@ -231,18 +226,19 @@ class Discriminators(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         table = ARCHITECTURES[model.architecture]
+        self.batch_norm = model.norm in ("batch", "sync")
         if table.convs:
             width = _wide(table.trunk_dim, model)
             self.trunk = nn.Sequential(
                 *_conv_body(model, table, last=width), nn.LeakyReLU(SLOPE, inplace=True)
             )
-            hidden: type[nn.Module] = nn.LeakyReLU
         else:
-            width, self.trunk, hidden = table.trunk_dim, nn.Identity(), fast.Tanh
+            width, self.trunk = table.trunk_dim, nn.Identity()
         pair = [2 * width, *(_wide(n, model) for n in table.pair_head), 1]
         sample = [width, *(_wide(n, model) for n in table.sample_head), 1]
-        self.pair_head = _dense(pair, hidden)
-        self.sample_head = _dense(sample, hidden)
+        head = _dense if table.convs else lambda sizes: fast.TanhMlp(*sizes)
+        self.pair_head = head(pair)
+        self.sample_head = head(sample)
 
     def forward(
         self,
@@ -251,26 +247,33 @@ class Discriminators(nn.Module):
         x_hat: Float[Tensor, "n ..."],
         x_prior: Float[Tensor, "n ..."],
         *,
+        real: bool = True,
         mismatched: bool = False,
     ) -> Logits:
-        """Return every logit of one step.
+        """Return the logits of one step, those of real samples and mismatched pairs if asked for.
 
         The trunk runs once over real and once over generated samples: batch norm statistics then
-        never mix the two, and x is looked at once for D and D' together.
+        never mix the two, and x is looked at once for D and D' together. Each head runs once.
         """
-        x_features, tx_features = self.trunk(torch.cat((x, tx))).chunk(2)
+        if real or mismatched or self.batch_norm:  # whose statistics are those of x and T(x)
+            x_features, tx_features = self.trunk(torch.cat((x, tx))).chunk(2)
+        else:
+            x_features = tx_features = self.trunk(x)
         x_hat_features, x_prior_features = self.trunk(torch.cat((x_hat, x_prior))).chunk(2)
-        pair_mismatched = None
+        candidates = [x_hat_features, *([tx_features] if real else [])]
         if mismatched:
             # Neighbours 2k and 2k+1 swap places: the same partner for any number of workers.
-            ty_features = tx_features.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-            pair_mismatched = self.pair(ty_features, x_features)
+            candidates.append(tx_features.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+        pairs = self.pair(torch.cat(candidates), x_features.repeat(len(candidates), 1))
+        pair_fake, *others = pairs.chunk(len(candidates))
+        singles = [x_prior_features, *([x_features] if real else [])]
+        sample_fake, *sample_real = self.sample(torch.cat(singles)).chunk(len(singles))
         return Logits(
-            pair_real=self.pair(tx_features, x_features),
-            pair_fake=self.pair(x_hat_features, x_features),
-            pair_mismatched=pair_mismatched,
-            sample_real=self.sample(x_features),
-            sample_fake=self.sample(x_prior_features),
+            pair_real=others[0] if real else None,
+            pair_fake=pair_fake,
+            pair_mismatched=others[-1] if mismatched else None,
+            sample_real=sample_real[0] if real else None,
+            sample_fake=sample_fake,
         )
 
     def pair(
@@ -289,14 +292,11 @@ def _wide(count: int, model: Model) -> int:
     return count if model.width == 1 else max(4, round(count * model.width / 4) * 4)
 
 
-def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+def _dense(sizes: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        points = activation is fast.Tanh
-        layers.append(fast.Linear(a, b) if points and a < b else nn.Linear(a, b))
-        if i < len(sizes) - 2:
-            layers.append(fast.Tanh() if points else nn.LeakyReLU(SLOPE, inplace=True))
-    return nn.Sequential(*layers)
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.LeakyReLU(SLOPE, inplace=True)]
+    return nn.Sequential(*layers[:-1])
 
 
 def _conv_body(model: Model, table: Architecture, last: int) -> nn.Sequential:

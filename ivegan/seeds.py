@@ -26,10 +26,10 @@ class Stack(nn.Module):
         """Copy the weights of networks without buffers, that is, without batch norm."""
         super().__init__()
         assert not any(True for n in networks for _ in n.buffers()), "batch norm cannot be stacked"
-        self.one = layers.plain(deepcopy(networks[0]))
+        self.one = layers.plain(deepcopy(networks[0]))  # vmap cannot look into functions of ours
         for layer in self.one.modules():
             if isinstance(layer, nn.Tanh):
-                layer.__class__ = layers.StackedTanh
+                layer.__class__ = layers.Tanh
         for name, _ in networks[0].named_parameters():
             stacked = torch.stack([n.get_parameter(name).detach() for n in networks])
             module, _, leaf = name.rpartition(".")
@@ -45,7 +45,7 @@ class Stack(nn.Module):
             return out
 
         out = torch.func.vmap(one)(dict(self.one.named_parameters()), *tensors)
-        return Logits(**{"pair_mismatched": None, **out}) if isinstance(out, dict) else out
+        return Logits(**{**dict.fromkeys(Logits._fields), **out}) if isinstance(out, dict) else out
 
 
 def stack(config: Config, seeds: list[int], device: torch.device | str = "cpu") -> State:

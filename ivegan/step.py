@@ -177,16 +177,14 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
             )
             loss = loss_D + objective.prior_weight * loss_D_prime + penalty
             (loss / count).sum().backward()
-        scalars.append(
-            {
-                "loss/D": loss_D,
-                "loss/D_prime": loss_D_prime,
-                "logit/D_real": logits.pair_real.mean(-1),
-                "logit/D_fake": logits.pair_fake.mean(-1),
-                "logit/D_prime_real": logits.sample_real.mean(-1),
-                "logit/D_prime_fake": logits.sample_fake.mean(-1),
-            }
-        )
+        said = {
+            "logit/D_real": logits.pair_real,
+            "logit/D_fake": logits.pair_fake,
+            "logit/D_prime_real": logits.sample_real,
+            "logit/D_prime_fake": logits.sample_fake,
+        }
+        means = {name: v.mean(-1) for name, v in said.items() if v is not None}
+        scalars.append({"loss/D": loss_D, "loss/D_prime": loss_D_prime, **means})
     state.optimizer_d.step()
 
     # E and G: fool both. D is frozen, and called without DDP: it has nothing to synchronise.
@@ -195,7 +193,8 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
     for i, part in enumerate(parts):
         with _reduced(state.players, i == count - 1):
             x_hat, x_prior = kept[i] if kept else _generate(state, part)
-            fooled = _logits(state, D, part.x, part.tx, x_hat, x_prior)
+            real = objective.loss == "relativistic"  # no other loss looks at them in this phase
+            fooled = _logits(state, D, part.x, part.tx, x_hat, x_prior, real=real)
             loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
             loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
             ((loss_G + objective.prior_weight * loss_G_prior) / count).sum().backward()
@@ -205,7 +204,10 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
 
     state.step += 1
     _update_average(state)
-    return {k: torch.stack([one[k].detach() for one in scalars]).mean(0) for k in scalars[0]}
+    scalars = [{k: v.detach() for k, v in one.items()} for one in scalars]
+    if count == 1:
+        return scalars[0]
+    return {k: torch.stack([one[k] for one in scalars]).mean(0) for k in scalars[0]}
 
 
 class _Part(NamedTuple):
@@ -240,6 +242,8 @@ def _judge(
         x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
     mismatched = bool(objective.mismatched)
     logits = _logits(state, state.judges, x, tx, x_hat, x_prior, mismatched=mismatched)
+    assert logits.pair_real is not None, "real samples are looked at unless told otherwise"
+    assert logits.sample_real is not None, "real samples are looked at unless told otherwise"
     loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
     if logits.pair_mismatched is not None:
         loss_D = loss_D + objective.mismatched * discriminator_loss(
@@ -256,10 +260,10 @@ def _judge(
     return loss_D, loss_D_prime, penalty, logits
 
 
-def _logits(state: State, judges: nn.Module, *images: Tensor, mismatched: bool = False) -> Logits:
+def _logits(state: State, judges: nn.Module, *images: Tensor, **which: bool) -> Logits:
     """Return what D and D' say, in the precision in which losses are computed."""
     with _autocast(state):
-        logits: Logits = judges(*images, mismatched=mismatched)
+        logits: Logits = judges(*images, **which)
     if state.precision == torch.float32:
         return logits
     return Logits(*(cast(Tensor, None if part is None else part.float()) for part in logits))

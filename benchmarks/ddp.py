@@ -1,0 +1,140 @@
+"""What data-parallel training costs: Ray Train beside torchrun, two workers beside one.
+
+    python benchmarks/ddp.py digits --rounds 7
+
+Three runs take turns, each the same loop (``pipelines.train.work``) on the same data in the same
+order: two workers of one thread under Ray Train as ``train.py`` starts them, MLflow and all; two
+processes of one thread under torchrun; and one worker of two threads under Ray Train. Compared is
+the steady rate, after the first lap; what a start takes is for ``startup.py`` to say. The last line
+is one JSON object.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from step import processor
+
+from ivegan.config import PRESETS, override, preset
+from pipelines import train
+
+
+def plan_of(options: argparse.Namespace, workers: int, threads: int) -> train.Plan:
+    """Return the plan of one run, below the benchmark's own folder."""
+    changes = {
+        "batch_size": options.batch_size,
+        "model.width": options.width,
+        "total_images": options.images,
+    }
+    config = override(preset(options.preset), {k: v for k, v in changes.items() if v is not None})
+    run = train.Run(
+        data=options.data,
+        workers=workers,
+        threads=threads,
+        precision=options.precision,
+        run_id=f"{workers}x{threads}-{uuid.uuid4().hex[:8]}",
+        save_every=options.images,
+    )
+    return train.resolve(options.preset, config, run)
+
+
+def by_ray(options: argparse.Namespace, workers: int, threads: int) -> float:
+    """Return the steady rate of a run as ``train.py`` makes it."""
+    return train.fit(plan_of(options, workers, threads))["images_per_second"]
+
+
+def by_torchrun(options: argparse.Namespace) -> float:
+    """Return the steady rate of two processes under torchrun."""
+    here = [word for word in sys.argv[1:] if word != "--rank"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    told = subprocess.run(
+        [*command, str(Path(__file__).resolve()), *here, "--rank"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **threads},
+    )
+    return json.loads(told.stdout.splitlines()[-1])["images_per_second"]
+
+
+def rank(options: argparse.Namespace) -> None:
+    """Be one of torchrun's two processes."""
+    dist.init_process_group("gloo")
+    plan = plan_of(options, 2, 1)
+    plan = train.at(plan, plan.config, f"torchrun-{os.environ['TORCHELASTIC_RUN_ID']}")
+    outcome = train.work(plan, {}, lambda event: None)
+    if dist.get_rank() == 0:
+        print(json.dumps(outcome), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Print a line per round and one JSON object."""
+    parser = argparse.ArgumentParser(description="Time data-parallel training")
+    parser.add_argument("preset", choices=PRESETS, nargs="?", default="digits")
+    parser.add_argument("--data", help="shards; digits builds its own")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--model.width", dest="width", type=float)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--images", type=int, default=20_000, help="of each run")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        rank(options)
+        return
+    logging.disable(logging.WARNING)
+    if options.data is not None:
+        options.data = str(Path(options.data).resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        train.check_data(plan_of(options, 2, 1))  # builds digits
+        report = measure(options)
+        os.chdir("/")
+    print(json.dumps(report), flush=True)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Let the runs take turns, and return the report."""
+    runs = {
+        "Ray, 2 workers": lambda: by_ray(options, 2, 1),
+        "torchrun, 2 processes": lambda: by_torchrun(options),
+        "Ray, 1 worker of 2 threads": lambda: by_ray(options, 1, 2),
+    }
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    with train.ray_cluster():
+        for number in range(options.rounds):
+            for name in runs if number % 2 == 0 else reversed(runs):
+                found[name].append(runs[name]())
+            print("  ".join(f"{k} {v[-1]:,.0f} images/s" for k, v in found.items()), flush=True)
+    ratios = {}
+    for other in ("torchrun, 2 processes", "Ray, 1 worker of 2 threads"):
+        pairs = zip(found["Ray, 2 workers"], found[other], strict=True)
+        each = [a / b for a, b in pairs]
+        ratios[other] = {"ratio": statistics.median(each), "range": [min(each), max(each)]}
+    return {
+        "preset": options.preset,
+        "images": options.images,
+        "rounds": options.rounds,
+        "precision": options.precision,
+        "device": processor(),
+        "torch": torch.__version__,
+        "images_per_second": {name: statistics.median(v) for name, v in found.items()},
+        "two_workers_to": ratios,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How long from a command to the end of its first train step, and where that time goes.
+
+    python benchmarks/startup.py --rounds 5
+
+Times ``train.py`` on Ray's two workers, its plain loop, the same loop under torchrun, and a process
+that only imports torch, in turns. Digits are built and cached before, as on any second start.
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from step import processor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def seconds_to_first_step(command: list[str]) -> float:
+    """Return the seconds from a command's start until it prints the line of its first step."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("images "):
+                break
+        else:
+            raise SystemExit(f"{' '.join(command)} ended before its first step.")
+        took = time.perf_counter() - start
+        for _ in process.stdout:
+            pass
+    return took
+
+
+def train(*words: str) -> list[str]:
+    """Return the command of a run of two steps that says when each is done."""
+    sizes = ["--batch_size", "128", "--total-images", "256", "--log-every", "1"]
+    name = ["--run-id", f"r{uuid.uuid4().hex[:8]}"]
+    return [sys.executable, str(ROOT / "pipelines/train.py"), "digits", *sizes, *name, *words]
+
+
+def main() -> None:
+    """Print a line per round and one JSON object."""
+    parser = argparse.ArgumentParser(description="Time the start of a run")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    cases = {
+        "train.py, 2 workers": lambda: seconds_to_first_step(train()),
+        "train.py --workers 0": lambda: seconds_to_first_step(train("--workers", "0")),
+        "import torch": lambda: seconds_to_first_step(
+            [sys.executable, "-c", "import torch; print('images ')"]
+        ),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        subprocess.run(train("--workers", "0"), check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, list[float]] = {name: [] for name in cases}
+        for number in range(options.rounds):
+            for name in cases if number % 2 == 0 else reversed(cases):
+                found[name].append(cases[name]())
+            print("  ".join(f"{k} {v[-1]:.1f} s" for k, v in found.items()), flush=True)
+        os.chdir("/")
+    print(
+        json.dumps(
+            {
+                "rounds": options.rounds,
+                "device": processor(),
+                "seconds": {name: statistics.median(v) for name, v in found.items()},
+                "range": {name: [min(v), max(v)] for name, v in found.items()},
+            }
+        ),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
