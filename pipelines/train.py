@@ -334,6 +334,18 @@ def terminated_by_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def stopped(stop: BaseException, flags: str) -> NoReturn:
+    """End a command that a signal stopped, with a shell's status for it.
+
+    Args:
+        stop: KeyboardInterrupt or Terminated.
+        flags: that continue what was stopped.
+    """
+    print(f"stopped; continue with {flags}", file=sys.stderr)
+    by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    raise SystemExit(128 + by) from None
+
+
 def check_data(plan: Plan) -> str:
     """Return the hash of the data set, after building digits where they are missing."""
     if plan.data_uri is None:
@@ -833,9 +845,7 @@ def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
     try:
         result = fit(plan, show=display)
     except (KeyboardInterrupt, Terminated) as stop:
-        print(f"stopped; continue with --run-id {plan.run_id} --resume", file=sys.stderr)
-        by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        raise SystemExit(128 + by) from None
+        stopped(stop, f"--run-id {plan.run_id} --resume")
     finally:
         display.close()
     print(
