@@ -330,18 +330,27 @@ def test_a_sweep_without_one_score_fails_in_a_sentence(home, store, ray_cluster,
 
 @pytest.mark.ray
 @pytest.mark.slow
+# Tune leaves its own files of a trial open that time runs out for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_time_budget_ends_what_runs_and_lists_what_never_ran(
     home, store, ray_cluster, mlflow_runs
 ):
-    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 10**6})
+    """The first of three is short, the others would take hours, one after the other."""
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
     options = tune.Sweep(
-        samples=3, sweep_id="s", max_concurrent=1, time_budget=40, scores=50_000, grace=64 * 10**6
+        search="grid",
+        samples=1,
+        sweep_id="s",
+        space="total_images=640,64000000,64000001 optim.lr_g= optim.lr_d= model.z_dim= "
+        "model.noise_dim=",
+        max_concurrent=1,
+        time_budget=60,
     )
     result = tune.sweep("ring", config, options)
-    assert [t["state"] for t in result["trials"]] == ["stopped early", "not scored", "not scored"]
+    assert [t["state"] for t in result["trials"]] == ["done", "not scored", "not scored"]
     statuses = {run.info.run_name: run.info.status for run in mlflow_runs(store)}
-    assert statuses["s"] == "FINISHED"
-    assert statuses["s-000"] == "KILLED"
+    assert (statuses.pop("s"), statuses.pop("s-000")) == ("FINISHED", "FINISHED")
+    assert set(statuses.values()) <= {"KILLED"}
 
 
 @pytest.mark.ray
