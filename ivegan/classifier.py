@@ -7,6 +7,7 @@ generator's images look like, and always on one CPU thread, so that its weights 
 many cores a machine has. Trained once per data set, then kept in the cache.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -104,18 +105,21 @@ def classifier_of(
     about = {"dataset": dataset_hash, "samples": len(images), **asdict(settings)}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = cache_dir / f"classifier-{key[:16]}.safetensors"
-    model = Classifier(settings, images.shape[1:], labels)
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    log.info("training the classifier that judges the images, once per data set")
-    model = train_classifier(images, labels, settings)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    # Named by the process and renamed: whoever else is training the same one gets the same weights.
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    save_file(model.state_dict(), unfinished)
-    unfinished.replace(path)
-    return model
+    # Of several processes that want it at once, the trials of a sweep say, one trains it.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            log.info("training the classifier that judges the images, once per data set")
+            model = train_classifier(images, labels, settings)
+            # Renamed when it is whole; named by the process, since a cache may be shared by nodes
+            # whose locks do not reach each other.
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            save_file(model.state_dict(), unfinished)
+            unfinished.replace(path)
+    model = Classifier(settings, images.shape[1:], labels)
+    model.load_state_dict(load_file(path))
+    return model.eval()
 
 
 def train_classifier(

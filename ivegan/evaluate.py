@@ -162,10 +162,11 @@ def quality(
 ) -> dict[str, float]:
     """Return ``quality``, one number in [0, 1] to choose between runs by, and its parts.
 
-    All are better the larger they are, and quality is the mean of three: one each for variations,
+    They are better the larger they are, and quality is the mean of three: one each for variations,
     for codes or modes, and for samples. Images, of the validation split: ``same_class`` after
     reconstruction, ``one_nn`` accuracy of codes (``same_attributes`` and ``probe_auroc`` for
-    faces), and ``near``, the Fréchet distance's floor over itself. Points: ``right_mode`` of
+    faces), and ``near``, the Fréchet distance's floor over itself; beside these ``frechet``, the
+    distance, better the smaller it is. Points: ``right_mode`` of
     variations, ``coverage``, exp(-reverse KL) over all samples, which is the share of modes
     reached, and ``high_quality``, the share of samples near a mode over a perfect sampler's.
 
@@ -207,7 +208,7 @@ def quality(
         parts["probe_auroc"] = metrics.attribute_probe_auroc(
             train, train_labels, codes, sets.labels
         )
-    return _with_mean(parts)
+    return {**_with_mean(parts), "frechet": found["frechet"]}
 
 
 def _with_mean(parts: dict[str, float]) -> dict[str, float]:

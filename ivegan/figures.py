@@ -334,6 +334,7 @@ def search(
     length: int,
     title: str,
     *,
+    score: str = "quality",
     note: str = "",
 ) -> Image.Image:
     """Return the trials of a sweep: the course of each, and its last score against each setting.
@@ -343,8 +344,10 @@ def search(
         settings: values by dotted name, one per trial.
         length: images of a trial that is not stopped.
         title, note: one line each, above the plots.
+        score: what the scores are called.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = list(settings)
     columns = 2 + -(-len(names) // 2)
@@ -362,7 +365,7 @@ def search(
             axis.plot(seen[-1:], scores[-1:], marker="x", markersize=6, color=MUTED, zorder=2)
     axis.set_xlim(0, length * 1.02)
     axis.set_xlabel("images seen  (x: stopped early)", fontsize=9, color=MUTED)
-    axis.set_ylabel("quality, on held-out samples", fontsize=9, color=MUTED)
+    axis.set_ylabel(f"{score}, on held-out samples", fontsize=9, color=MUTED)
     axis.xaxis.set_major_formatter(lambda value, _: _thousands(value))
     last = [scores[-1] for _, scores in curves]
     low, high = min(last), max(last)
@@ -378,7 +381,14 @@ def search(
             values = [sizes.index(v) for v in values]
         elif min(values) > 0 and max(values) / min(values) > 5:
             axis.set_xscale("log")
-            axis.xaxis.set_minor_formatter("")  # over less than a decade they would overlap
+            # One power of ten or two are too few to read a value by; more labels would overlap.
+            few = max(values) / min(values) < 50
+            axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.xaxis.set_minor_formatter("{x:g}" if few else "")
+            if few:
+                axis.xaxis.set_major_formatter("{x:g}")
+            axis.tick_params(which="minor", labelsize=8, colors=MUTED, color=FAINT, length=3.5,
+                             pad=3.5)  # fmt: skip
         for kept, colour in ((False, "#b9c1cb"), (True, PALETTE[1])):
             own = [i for i in range(1, len(last)) if whole[i] is kept]
             axis.scatter([values[i] for i in own], [last[i] for i in own], s=26, color=colour,

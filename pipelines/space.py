@@ -1,4 +1,4 @@
-"""What a sweep searches: dotted settings with the values that they may take.
+"""What a sweep searches: dotted settings with the values that they may take, and what it is for.
 
 Spaces are written the same way here, on the command line and in MLflow, one setting a word:
 ``optim.lr_g=1e-4..2e-3`` is a range, ``model.z_dim=2,3,8`` a choice. A range of a float is drawn
@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,62 @@ SPACES = {
     "celeba": f"{_RATES} model.z_dim=128,256,512,1024 model.noise_dim=4,16,64",
 }
 """What a sweep of a data set searches unless told otherwise."""
+
+_POINTS = "quality right_mode coverage high_quality"
+_CLASSES = "quality same_class one_nn near frechet"
+SCORES = {
+    "ring": _POINTS,
+    "grid": _POINTS,
+    "digits": _CLASSES,
+    "mnist": _CLASSES,
+    "celeba": "quality same_attributes probe_auroc near frechet",
+}
+"""What ``ivegan.evaluate.quality`` returns for a data set; the first decides between trials unless
+told otherwise."""
+_SMALLER_IS_BETTER = ("frechet",)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What decides between trials."""
+
+    metric: str
+    """A score on the validation split, under the name that it has in MLflow."""
+    mode: Literal["max", "min"]
+
+    @property
+    def name(self) -> str:
+        """The score as people see it."""
+        return self.metric.removeprefix("valid/")
+
+    @property
+    def worst(self) -> float:
+        """What a trial scores that diverged."""
+        return math.inf if self.mode == "min" else -math.inf
+
+    def rank(self, score: float | None) -> float:
+        """Return a number that is the smaller the better the score; none is worst of all."""
+        if score is None:
+            return math.inf
+        return score if self.mode == "min" else -score
+
+
+def objective_of(config: Config, score: str = "") -> Objective:
+    """Return what decides between the trials of a sweep of this configuration.
+
+    Args:
+        config: whose data set has the scores.
+        score: one of them, ``valid/near``; the data set's first by default.
+
+    Raises:
+        UserError: there is no such score.
+    """
+    known = SCORES[config.dataset].split()
+    name = score.removeprefix("valid/") or known[0]
+    if name not in known:
+        told = ", ".join(f"valid/{one}" for one in known)
+        raise UserError(f"--score {score} is not known for {config.dataset}; choose from {told}.")
+    return Objective(f"valid/{name}", "min" if name in _SMALLER_IS_BETTER else "max")
 
 
 @dataclass(frozen=True)

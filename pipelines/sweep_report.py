@@ -1,16 +1,18 @@
 """What people see of a sweep: a line for every score, a table, a picture and an HTML page."""
 
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray.tune import Callback
 
 from ivegan import figures
 from ivegan.report import Figure, page, picture, text
+from pipelines.space import Objective
 
-SCORE = "valid/quality"
-"""What decides between trials: ``ivegan.evaluate.quality``, on the validation split."""
+log = logging.getLogger(__name__)
 
 _CAPTION = (
     "Left, the course of every trial: dark the best, light blue the others of full length, grey "
@@ -19,37 +21,71 @@ _CAPTION = (
 
 
 class Progress(Callback):
-    """Shows the scores of a sweep as they come: a bar in a terminal, plain lines elsewhere."""
+    """Shows the scores of a sweep as they come: a bar in a terminal, plain lines elsewhere.
 
-    def __init__(self, total: int, length: int, name: Callable[[dict[str, Any], str], str]) -> None:
-        self.total, self.length, self.name = total, length, name
+    What is to be done about a trial that stops early is done in a thread: Tune waits for nothing.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        length: int,
+        objective: Objective,
+        name: Callable[[dict[str, Any], str], str],
+        stopped: Callable[[str], None],
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+            total: trials.
+            length: images of a trial that is not stopped.
+            objective: what decides between trials.
+            name: returns a trial's name, from its settings and Tune's name for it.
+            stopped: called with the name of every trial that stops early; may fail.
+        """
+        self.total, self.length, self.objective = total, length, objective
+        self.name, self.stopped = name, stopped
         self.done: set[str] = set()
-        self.best = ("", float("-inf"))
+        self.best: tuple[str, float | None] = ("", None)
         self._bar: Any = None
+        self._thread: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the terminal out: Tune pickles this with the sweep."""
-        return {**self.__dict__, "_bar": None}
+        """Leave out what lives in this process: Tune pickles this with the sweep."""
+        return {**self.__dict__, "_bar": None, "_thread": None}
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any
     ) -> None:
         """Show a score."""
-        if SCORE not in result:
+        metric, rank = self.objective.metric, self.objective.rank
+        if metric not in result or result.get("diverged"):
             return
-        name, score = self.name(trial.config, trial.trial_id), result[SCORE]
-        if score > self.best[1]:
+        name, score = self.name(trial.config, trial.trial_id), result[metric]
+        if rank(score) < rank(self.best[1]):
             self.best = (name, score)
         self._write(
             f"trial {name}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
-            f"quality {score:.3f}  (best {self.best[1]:.3f}, trial {self.best[0]})"
+            f"{self.objective.name} {score:.3f}  (best {self.best[1]:.3f}, trial {self.best[0]})"
         )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Show the end of a trial."""
         last = trial.last_result
-        whole = last.get("images_seen", 0) >= self.length
-        self._ended(trial, "is done" if whole else "stops early")
+        if last.get("diverged"):
+            self._ended(trial, "diverged")
+        elif last.get("images_seen", 0) >= self.length:
+            self._ended(trial, "is done")
+        else:
+            self._ended(trial, "stops early")
+            self._thread = self._thread or ThreadPoolExecutor(1)
+            self._thread.submit(self._tell_stopped, self.name(trial.config, trial.trial_id))
+
+    def _tell_stopped(self, name: str) -> None:
+        try:
+            self.stopped(name)
+        except Exception as error:  # of any kind: the end of the sweep does it again
+            log.warning("Trial %s is still shown as running (%s); the sweep goes on", name, error)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Show that a trial failed."""
@@ -60,6 +96,8 @@ class Progress(Callback):
         """Leave the terminal in order."""
         if self._bar is not None:
             self._bar.close()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
     def _ended(self, trial: Any, how: str) -> None:
         self.done.add(trial.trial_id)
@@ -86,17 +124,18 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def table(trials: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines of a table of trials, in their order.
+def table(result: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table of the trials, in their order.
 
     Args:
-        trials: as ``tune.sweep`` returns them.
+        result: as ``tune.sweep`` returns it.
     """
+    trials, objective = result["trials"], Objective(**result["objective"])
     names = list(trials[0]["config"])
-    head = ["trial", "quality", "images", "", *names]
+    head = ["trial", objective.name, "images", "", *names]
     rows = [
-        [t["trial"], f"{t[SCORE]:.4f}", f"{t['images_seen']:,}", t["state"]]
-        + [shown(t["config"][name]) for name in names]
+        [t["trial"], _score(t[objective.metric], 4), f"{t['images_seen']:,}", t["state"]]
+        + [shown(t["config"].get(name, "")) for name in names]
         for t in trials
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -109,6 +148,10 @@ def table(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _score(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def render(result: Mapping[str, Any], command: str) -> tuple[bytes, str]:
     """Return (PNG, HTML page) of a finished sweep.
 
@@ -116,33 +159,36 @@ def render(result: Mapping[str, Any], command: str) -> tuple[bytes, str]:
         result: as ``tune.sweep`` returns it.
         command: that trains the best configuration.
     """
-    trials = result["trials"]
+    trials, objective = result["trials"], Objective(**result["objective"])
+    metric = objective.metric
     names = [k for k, v in trials[0]["config"].items() if isinstance(v, (int, float))]
     states = [t["state"] for t in trials]
     note = f"{len(trials)} trials of {result['length']:,} images: " + ", ".join(
         f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))
     )
-    drawn = [t for t in trials if t["curve"][SCORE] and t["state"] != "diverged"]
+    drawn = [t for t in trials if t[metric] is not None]
     image = figures.search(
-        [(t["curve"]["images_seen"], t["curve"][SCORE]) for t in drawn],
+        [(t["curve"]["images_seen"], t["curve"][metric]) for t in drawn],
         {name: [t["config"][name] for t in drawn] for name in names},
         result["length"],
         f"{result['preset']}: sweep {result['sweep_id']}",
+        score=objective.name,
         note=note,
     )
-    parts = sorted(k for k in trials[0] if k.startswith("valid/") and k != SCORE)
+    parts = sorted(k for k in trials[0] if k.startswith("valid/") and k != metric)
     settings = list(trials[0]["config"])
-    head = ["trial", "quality", *(p.removeprefix("valid/") for p in parts), "images", "", *settings]
+    scores = [p.removeprefix("valid/") for p in (metric, *parts)]
+    head = ["trial", *scores, "images", "", *settings]
     rows = "".join(
         "<tr>"
         + "".join(
             f"<td>{text(cell)}</td>"
             for cell in (
                 t["trial"],
-                *(f"{t[k]:.3f}" if k in t else "" for k in (SCORE, *parts)),
+                *(_score(t.get(k), 3) for k in (metric, *parts)),
                 f"{t['images_seen']:,}",
                 t["state"],
-                *(shown(t["config"][name]) for name in settings),
+                *(shown(t["config"].get(name, "")) for name in settings),
             )
         )
         + "</tr>"
@@ -154,5 +200,5 @@ def render(result: Mapping[str, Any], command: str) -> tuple[bytes, str]:
         + "".join(f"<th>{text(cell)}</th>" for cell in head)
         + f"</tr></thead><tbody>{rows}</tbody></table>"
     )
-    lead = f"{note} · chosen by quality on the validation split, never by a loss"
+    lead = f"{note} · chosen by {objective.name} on the validation split, never by a loss"
     return figures.png(image), page(f"Sweep of {result['preset']}", lead, body)

@@ -262,9 +262,27 @@ def end_children(
         if run.info.status == "RUNNING"
     ]
     for run_id in left:
-        tracked.log_batch(run_id, tags=[RunTag(_ENDED, note)])
-        tracked.set_terminated(run_id, "KILLED")
+        _end_from_outside(tracked, run_id, note)
     return len(left)
+
+
+def end_stopped(run_uri: str, note: str) -> None:
+    """End the run whose journal is kept in a folder, if it runs, as ``end_children`` would.
+
+    Raises:
+        MlflowException, OSError, UserError: the server does not answer.
+    """
+    with _journals(run_uri) as found:
+        for journal in found:
+            tracked = client(journal.uri)
+            run_id = find_run(tracked, journal.run_id)
+            if run_id is not None and tracked.get_run(run_id).info.status == "RUNNING":
+                _end_from_outside(tracked, run_id, note)
+
+
+def _end_from_outside(tracked: MlflowClient, run_id: str, note: str) -> None:
+    tracked.log_batch(run_id, tags=[RunTag(_ENDED, note)])
+    tracked.set_terminated(run_id, "KILLED")
 
 
 def set_tags(

@@ -119,6 +119,8 @@ class Plan:
     cache_dir: str
     tracking_uri: str
     journal: str
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of its MLflow run, beside those that every run has."""
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``--dry-run``."""
@@ -231,11 +233,12 @@ def fit(plan: Plan, *, show: Emit | None = None, measure: Measure | None = None)
         measure: called with every checkpoint's URI; what it returns is tracked with the losses.
 
     Raises:
-        UserError: the run id exists, the data do not fit, or the cluster is too small.
+        UserError: the run id exists, the data do not fit or are no longer the same, or the cluster
+            is too small.
         NonFiniteLossError: training diverged.
     """
     dataset_hash = check_data(plan)
-    known = _earlier_start(plan)
+    known = _earlier_start(plan, dataset_hash)
     with contextlib.ExitStack() as stack:
         if plan.run.workers:
             stack.enter_context(ray_cluster())
@@ -281,19 +284,24 @@ def _tracked(
 
     def handle(event: Event) -> None:
         """Pass one event on to MLflow and to whoever watches."""
+        nonlocal show
         if measure is not None and "checkpoint" in event:
             event["metrics"] |= measure(event["checkpoint"])
         if "metrics" in event:
             tracker.log(event["metrics"], event["images_seen"])
         for name, png in event.get("figures", {}).items():
             tracker.figure(name, png, event["images_seen"])
-        if show is not None:
-            show(event)
+        try:
+            if show is not None:
+                show(event)
+        except OSError as error:  # a closed pipe, a full disk: no reason to stop training
+            show = None
+            log.warning("Nothing more is shown (%s); training goes on", error)
 
     status = "FAILED"
     fit_somewhere = _fit_ray if plan.run.workers else work
     try:
-        with _terminated_by_signal(), tracking.system_metrics(tracker):
+        with terminated_by_signal(), tracking.system_metrics(tracker):
             result = fit_somewhere(plan, facts, handle)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit, Terminated):
@@ -310,7 +318,7 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def _terminated_by_signal() -> Iterator[None]:
+def terminated_by_signal() -> Iterator[None]:
     """Turn SIGTERM into ``Terminated`` while training; only the main thread can do so."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -324,6 +332,18 @@ def _terminated_by_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def stopped(stop: BaseException, flags: str) -> NoReturn:
+    """End a command that a signal stopped, with a shell's status for it.
+
+    Args:
+        stop: KeyboardInterrupt or Terminated.
+        flags: that continue what was stopped.
+    """
+    print(f"stopped; continue with {flags}", file=sys.stderr)
+    by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    raise SystemExit(128 + by) from None
 
 
 def check_data(plan: Plan) -> str:
@@ -348,11 +368,11 @@ def check_data(plan: Plan) -> str:
     return manifest.hash
 
 
-def _earlier_start(plan: Plan) -> dict[str, Any] | None:
+def _earlier_start(plan: Plan, dataset_hash: str) -> dict[str, Any] | None:
     """Return what an earlier start of this run id wrote down, or None.
 
     Raises:
-        UserError: the id is taken and ``--resume`` not given, or the settings are not the same.
+        UserError: the id is taken and ``--resume`` not given, or settings or data are not the same.
     """
     where = storage.join(plan.run_uri, "run.json")
     if not storage.exists(where):
@@ -370,7 +390,26 @@ def _earlier_start(plan: Plan) -> dict[str, Any] | None:
     if changed:
         told = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
         raise UserError(f"The run {plan.run_id} cannot be resumed with other settings: {told}.")
+    check_same_data(f"The run {plan.run_id}", plan, earlier["dataset_hash"], dataset_hash)
     return earlier
+
+
+def check_same_data(what: str, plan: Plan, before: str, now: str) -> None:
+    """Return if the data are those that a run or sweep was begun on.
+
+    Args:
+        what: it is, as the sentence begins.
+        plan: of it.
+        before, now: hashes of the data set.
+
+    Raises:
+        UserError: they are others.
+    """
+    if before != now:
+        raise UserError(
+            f"{what} was begun on other data: {plan.data_uri} had the hash {before[:12]} then and "
+            f"has {now[:12]} now; give --data as it was, or begin anew under another name."
+        )
 
 
 def _write_down(plan: Plan, facts: dict[str, Any]) -> None:
@@ -392,6 +431,7 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], journal: tracking.Journal
             **{k: facts[k] for k in HOW},
         },
         tags={
+            **plan.tags,
             "checkpoints": plan.run_uri,
             **{k: facts[k] for k in ("preset", "git_commit", "config_hash", "dataset_hash")},
         },
@@ -415,7 +455,8 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
     from ray.util.queue import Queue
 
     queue = Queue(actor_options={"num_cpus": 0})
-    listener = threading.Thread(target=_listen, args=(queue, handle), daemon=True)
+    failures: list[Exception] = []
+    listener = threading.Thread(target=_listen, args=(queue, handle, failures), daemon=True)
     listener.start()
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = TorchTrainer(
@@ -435,13 +476,15 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
         ),
     )
     try:
-        result = _in_a_thread(trainer.fit)
+        result = in_a_thread(trainer.fit)
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     finally:
         queue.put(None)
         listener.join()
         queue.shutdown(force=True)
+    if failures:
+        raise failures[0]
     outcome = result.return_value
     assert isinstance(outcome, dict), "rank 0 returns the outcome"
     if "diverged" in outcome:
@@ -449,7 +492,7 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
     return outcome
 
 
-def _in_a_thread(call: Callable[[], T]) -> T:
+def in_a_thread(call: Callable[[], T]) -> T:
     """Return what a call returns that is made in another thread.
 
     In the main one Ray Train would take Ctrl-C over, and an exception that a signal raises inside
@@ -467,10 +510,14 @@ def _in_a_thread(call: Callable[[], T]) -> T:
     return outcome.result()
 
 
-def _listen(queue: Any, handle: Callable[[Event], None]) -> None:
-    """Handle events until None comes."""
+def _listen(queue: Any, handle: Emit, failures: list[Exception]) -> None:
+    """Handle events until None comes; after the first failure, which is noted, only take them."""
     while (event := queue.get()) is not None:
-        handle(event)
+        if not failures:
+            try:
+                handle(event)
+            except Exception as error:  # of any kind: the driver raises it when the workers end
+                failures.append(error)
 
 
 def _cause(error: Exception) -> Exception:
@@ -517,7 +564,7 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     run, config = plan.run, plan.config
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.set_num_threads(run.threads)
-    state = create_state(config, _device(run), getattr(torch, run.precision))
+    state = create_state(config, device_of(run), getattr(torch, run.precision))
     state.parts = run.accumulate
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
@@ -615,7 +662,12 @@ class Clock:
         return self.steady_images / self.steady_seconds if self.steady_seconds else self.rate
 
 
-def _device(run: Run) -> torch.device:
+def device_of(run: Run) -> torch.device:
+    """Return where this process computes.
+
+    Raises:
+        UserError: on a GPU, but there is none.
+    """
     if not run.gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -635,6 +687,8 @@ def _agree(value: str | None) -> str | None:
 @contextlib.contextmanager
 def ray_cluster(dashboard: bool = False) -> Iterator[None]:
     """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed."""
+    # Where a signal ends a run, the thread that it ran in must not start Ray once more.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # read when ray is imported
     import ray
 
     if ray.is_initialized():
@@ -791,9 +845,7 @@ def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
     try:
         result = fit(plan, show=display)
     except (KeyboardInterrupt, Terminated) as stop:
-        print(f"stopped; continue with --run-id {plan.run_id} --resume", file=sys.stderr)
-        by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        raise SystemExit(128 + by) from None
+        stopped(stop, f"--run-id {plan.run_id} --resume")
     finally:
         display.close()
     print(

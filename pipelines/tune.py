@@ -7,7 +7,7 @@
 
 A trial is ``train.fit`` inside a Tune function: the same loop, checkpoints and tracking as a run of
 its own, under the name of sweep and trial. What decides is a score on the validation split
-(``ivegan.evaluate.quality``), never a loss of the game. ASHA ends weak trials early; MLflow shows
+(``space.Objective``), never a loss of the game. ASHA ends weak trials early; MLflow shows
 one parent run per sweep and one child per trial.
 
 All that a sweep is lies in ``STORAGE/SWEEP_ID/sweep.json`` before the first trial starts: its
@@ -17,9 +17,12 @@ own records, the same trial always has the same settings, name, checkpoints and 
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import json
 import logging
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,7 +40,11 @@ from pipelines import space, tracking, train
 
 log = logging.getLogger(__name__)
 
-SCORE = "valid/quality"
+_MARKER = "sweep.json"  # all that a sweep is
+_PAGE = "sweep.html"
+_SEED = 20_161_105
+"""Of all draws that a score is made of: another than an evaluation's, so that what chooses between
+trials is not what they are judged by in the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class Sweep(cli.Options):
     model.z_dim=", a range, a choice, and a setting left out."""
     search: Literal["random", "grid", "optuna"] = "random"
     """How trials are chosen; a grid takes every combination of the choices, ranges are drawn."""
+    score: str = ""
+    """What decides between trials, "valid/near" for instance; the preset's own by default."""
     search_seed: int = 0
     """Seed of the search; each trial's own seed is the setting ``seed``."""
     grace: int = 0
@@ -67,15 +76,24 @@ class Sweep(cli.Options):
     time_budget: float = 0.0
     """Seconds after which no trial goes on; 0 is no limit."""
     max_concurrent: int = 0
-    """Trials at once; 0 is as many as the cluster has CPUs for, or GPUs with --gpu."""
+    """Trials at once; 0 is as many as the cluster has CPUs for, or GPUs with --gpu, and with
+    --wait-for-nodes as many as its autoscaler can make room for."""
     workers: int = 1
     """DDP workers of each trial; a single one runs in the trial's own process."""
     threads: int = 1
     """CPU threads of each worker."""
     gpu: bool = False
     """Give each worker a GPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in while they are trained."""
+    wait_for_nodes: float = 0.0
+    """Seconds to wait for a cluster's autoscaler to add what is missing."""
     data: str | None = None
     """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
+    stream: bool = False
+    """Train on shards read over and over; scores keep train and validation images decoded."""
+    loaders: int = 1
+    """With --stream, processes per worker that read ahead; 0 is none."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
     sweep_id: str | None = None
@@ -99,10 +117,16 @@ class Sweep(cli.Options):
             "threads": 1,
             "reduction": 2,
             "grace": 0,
+            "time_budget": 0,
+            "max_concurrent": 0,
+            "retrain_images": 0,
+            "wait_for_nodes": 0,
+            "loaders": 0,
         }
         for name, least in lowest.items():
             if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} is {getattr(self, name)}, but must be {least} or more.")
 
 
 def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
@@ -114,115 +138,165 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         options: of the sweep.
 
     Raises:
-        UserError: settings that cannot be, a sweep that exists or does not, or not one score.
+        UserError: settings that cannot be, a sweep that exists or does not, other data than it was
+            begun on, or not one score.
     """
-    plan = _resolved(preset, config, options)
-    marker = storage.join(plan.run_uri, "sweep.json")
-    known = json.loads(storage.read_bytes(marker)) if storage.exists(marker) else None
     if options.restore:
-        if known is None:
-            raise UserError(f"There is no sweep {plan.run_id} in {plan.run_uri}: check --storage.")
-        preset, config = known["preset"], from_dict(known["config"])
-        options = dataclasses.replace(
-            options, **{**known["options"], "storage": options.storage, "dry_run": options.dry_run}
-        )
-        named = dataclasses.replace(options, restore=None, sweep_id=plan.run_id)
-        plan = _resolved(preset, config, named)  # its data are known now
+        preset, config, options = restored(options)
+    plan = _resolved(preset, config, options)
+    marker = storage.join(plan.run_uri, _MARKER)
+    known = json.loads(storage.read_bytes(marker)) if storage.exists(marker) else None
     begun = _begun(preset, config, options)
     for changes in begun["trials"] or ():  # so that an impossible trial is told at once
         train.resolve(preset, override(config, changes), plan.run)
     if known is not None:
         _check_same(known, begun, plan.run_id, options)
     if options.dry_run:
-        told = plan.describe() | {"space": begun["space"], "trials": begun["trials"]}
+        told = plan.describe() | {k: begun[k] for k in ("space", "objective", "trials")}
         print(json.dumps(told, indent=2))
         return told
-    if known is not None and "result" in known:
-        return known["result"]
+    result = known.get("result") if known else None
+    if result is not None and storage.exists(storage.join(plan.run_uri, _PAGE)):
+        return result
     begun["dataset_hash"] = train.check_data(plan)
     if known is None:  # nothing runs yet, so a wrong address is told at once
         tracking.check(plan.tracking_uri)
+    else:
+        before, now = known["dataset_hash"], begun["dataset_hash"]
+        train.check_same_data(f"The sweep {plan.run_id}", plan, before, now)
     key = known["run_key"] if known else tracking.new_key(plan.run_id)
     begun["run_key"] = key
-    storage.write_bytes(marker, json.dumps(begun, indent=2).encode())
+    if result is None:
+        storage.write_bytes(marker, json.dumps(begun, indent=2).encode())
     journal = tracking.Journal.open(Path(plan.journal), plan.tracking_uri, key, plan.run_uri)
     parent = _start_tracking(plan, begun, options, journal)
     status = "FAILED"
     try:
-        # With its dashboard: without it, a stopped trial's resources are never given back.
-        with train.ray_cluster(dashboard=True):
-            train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
+        if result is None:
             found = _search(train.at(plan, config, plan.run_id, parent), begun, options)
-        result = {**_result(plan, begun, found), "parent_run_id": parent}
-        try:  # what a trial had still to say when it was stopped
-            tracking.deliver(Path(plan.journal).parent)
-        except UserError as error:
-            log.warning("%s", error)
-        folder, _, _ = plan.run_uri.rpartition("/")
-        trials = [storage.join(folder, one["run_id"]) for one in result["trials"]]
-        note = "stopped early by the sweep"
-        tracking.end_children(plan.tracking_uri, parent, note, journal, trials)
+            result = {**_result(plan, begun, found), "parent_run_id": parent}
+            # Before the pictures: whatever is wrong with them, nothing is searched again.
+            storage.write_bytes(marker, json.dumps({**begun, "result": result}, indent=2).encode())
         _publish(plan, journal, result)
-        storage.write_bytes(marker, json.dumps({**begun, "result": result}, indent=2).encode())
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, train.Terminated):
         status = "KILLED"
         raise
     finally:
+        _end_trials(plan, begun, parent, status, journal)
         tracking.end_run(plan.tracking_uri, parent, status, journal)
     return result
 
 
+def restored(options: Sweep) -> tuple[str, Config, Sweep]:
+    """Return preset, configuration and options to go on with the sweep that --restore names.
+
+    All is as it was begun, whatever else is given, but for --storage and for a retraining, which
+    may be asked for then or now.
+
+    Raises:
+        UserError: there is no such sweep.
+    """
+    assert options.restore, "there is something to restore"
+    folder = storage.absolute(options.storage or train.runs_dir() / "checkpoints")
+    marker = storage.join(folder, options.restore, _MARKER)
+    if not storage.exists(marker):
+        raise UserError(f"There is no sweep {options.restore} in {folder}: check --storage.")
+    known = json.loads(storage.read_bytes(marker))
+    then = {
+        **known["options"],
+        "retrain": options.retrain or known["options"]["retrain"],
+        "retrain_images": options.retrain_images or known["options"]["retrain_images"],
+    }
+    options = dataclasses.replace(
+        options, **then, restore=None, sweep_id=options.restore, resume=True
+    )
+    return known["preset"], from_dict(known["config"]), options
+
+
 def _resolved(preset: str, config: Config, options: Sweep) -> train.Plan:
     """Return the plan that all trials share."""
-    name = (
-        options.restore
-        or options.sweep_id
-        or f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
-    )
-    known_by_name = options.restore is not None and options.data is None
     run = train.Run(
-        data="unknown" if known_by_name and not config.is_points else options.data,
+        data=options.data,
+        stream=options.stream,
+        loaders=options.loaders,
         storage=options.storage,
         workers=options.workers if options.workers > 1 else 0,
         threads=options.threads,
         gpu=options.gpu,
+        precision=options.precision,
+        wait_for_nodes=options.wait_for_nodes,
         save_every=-(-config.total_images // options.scores),
-        run_id=name,
+        run_id=options.sweep_id or _new_id(preset),
         resume=True,
     )
     return train.resolve(preset, config, run)
 
 
+def _new_id(preset: str) -> str:
+    return f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
 def _begun(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
-    """Return what ``sweep.json`` holds when a sweep begins."""
+    """Return what ``sweep.json`` holds when a sweep begins.
+
+    Raises:
+        UserError: a space or a score that is not known, or Optuna where it is not installed.
+    """
     searched = space.space_of(config, options.space)
     trials = None
     if options.search != "optuna":
         grid = options.search == "grid"
         trials = space.draw(searched, options.samples, options.search_seed, grid=grid)
+    elif importlib.util.find_spec("optuna") is None:
+        raise UserError("--search optuna needs Optuna: pip install optuna.")
     mine = dataclasses.asdict(options)
     for name in ("dry_run", "json", "restore", "resume", "sweep_id", "storage"):
         del mine[name]
+    if options.data:  # the same from any folder
+        mine["data"] = storage.absolute(options.data)
     return {
         "preset": preset,
         "config": to_dict(config),
         "options": mine,
         "space": space.spelled(searched),
+        "objective": dataclasses.asdict(space.objective_of(config, options.score)),
         "trials": trials,
     }
 
 
 def _check_same(known: dict[str, Any], begun: dict[str, Any], name: str, options: Sweep) -> None:
     """See that an earlier sweep of this name may be gone on with."""
-    if not (options.restore or options.resume):
+    if not options.resume:
         raise UserError(f"The sweep {name} exists: give --restore {name}, or another --sweep-id.")
-    changed = [k for k in ("preset", "config", "space", "trials") if known[k] != begun[k]]
+    same = ("preset", "config", "space", "objective", "trials")
+    changed = [k for k in same if known.get(k) != begun[k]]
     if changed:
         raise UserError(
             f"The sweep {name} was begun with another {' and '.join(changed)}: --restore {name} "
             "goes on as it was begun; or choose another --sweep-id."
         )
+
+
+def _end_trials(
+    plan: train.Plan, begun: dict[str, Any], parent: str, status: str, journal: tracking.Journal
+) -> None:
+    """End the MLflow runs of trials that were stopped, with what they had still to say."""
+    if status == "FINISHED":
+        note = "stopped early by the sweep"
+    else:
+        note = f"the sweep was {'stopped' if status == 'KILLED' else 'ended by a failure'}"
+    try:
+        tracking.deliver(Path(plan.journal).parent)
+    except UserError as error:
+        log.warning("%s", error)
+    folder, _, _ = plan.run_uri.rpartition("/")
+    if begun["trials"] is None:
+        names = [one for one in storage.list_names(folder) if one.startswith(f"{plan.run_id}-")]
+    else:
+        names = [f"{plan.run_id}-{_place(place)}" for place in range(len(begun["trials"]))]
+    trials = [storage.join(folder, name) for name in names]
+    tracking.end_children(plan.tracking_uri, parent, note, journal, trials)
 
 
 def _start_tracking(
@@ -259,9 +333,10 @@ def trial(
     chosen: dict[str, Any],
     plan: train.Plan,
     trials: list[dict[str, Any]] | None,
+    objective: space.Objective,
     score_images: int,
 ) -> None:
-    """Train one point of the space, reporting its quality at every checkpoint.
+    """Train one point of the space, reporting its scores at every checkpoint.
 
     A trial that was cut off goes on from its last checkpoint, whose score it reports again.
 
@@ -269,6 +344,7 @@ def trial(
         chosen: what Tune hands over: the place in ``trials``, or the settings themselves.
         plan: that all trials share.
         trials: the settings of each, where they are known beforehand.
+        objective: what decides between trials.
         score_images: validation images that a score looks at; 0 is all.
     """
     from ray import tune
@@ -281,15 +357,18 @@ def trial(
     assert trial_id is not None, "this is a trial"
     name = trial_name(chosen, trial_id)
     own = train.at(plan, override(plan.config, changes), f"{plan.run_id}-{name}")
+    # Where DDP workers train, this process has no GPU of its own.
+    device = torch.device("cpu") if plan.run.workers else train.device_of(plan.run)
 
     def measure(at: str) -> dict[str, float]:
         config, encoder, generator, _ = checkpoint.load_networks(at)
         found = quality(
             config,
-            encoder,
-            generator,
+            encoder.to(device),
+            generator.to(device),
             plan.data_uri,
             Path(plan.cache_dir),
+            seed=_SEED,
             limit=score_images or None,
         )
         return {f"valid/{part}": value for part, value in found.items()}
@@ -308,16 +387,35 @@ def trial(
     with contextlib.suppress(NonFiniteLossError):
         train.fit(own, show=report, measure=measure)
         return
-    tune.report({SCORE: 0.0, "images_seen": 0, "diverged": True})
+    tune.report({objective.metric: objective.worst, "images_seen": 0, "diverged": True})
 
 
 def trial_name(chosen: dict[str, Any], trial_id: str) -> str:
     """Return a trial's place in the sweep, as text, or Tune's name for it."""
-    return f"{chosen['trial']:03d}" if "trial" in chosen else trial_id
+    return _place(chosen["trial"]) if "trial" in chosen else trial_id
+
+
+def _place(place: int) -> str:
+    return f"{place:03d}"
+
+
+def _folder_name(trial: Any) -> str:
+    """Return the name of Tune's own folder of a trial."""
+    return trial_name(trial.config, trial.trial_id)
 
 
 def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
+    # With its dashboard: without it, a stopped trial's resources are never given back.
+    with train.ray_cluster(dashboard=True), train.terminated_by_signal():
+        train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
+        tuner = _tuner(plan, begun, options)
+        # In the main thread Tune would take Ctrl-C over and return as if it had come to its end.
+        return train.in_a_thread(tuner.fit)
+
+
+def _tuner(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
+    """Return Tune's own sweep: the one that was cut off, or a new one."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -327,32 +425,41 @@ def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Tune's own records, for --restore
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Progress says all there is
     length = plan.config.total_steps * plan.config.batch_size
-    trials = begun["trials"]
+    trials, objective = begun["trials"], space.Objective(**begun["objective"])
     filesystem, path = storage.filesystem(plan.run_uri)
     trainable = tune.with_resources(
-        tune.with_parameters(trial, plan=plan, trials=trials, score_images=options.score_images),
+        tune.with_parameters(
+            trial,
+            plan=plan,
+            trials=trials,
+            objective=objective,
+            score_images=options.score_images,
+        ),
         _resources(options),
     )
-    if tune.Tuner.can_restore(f"{path}/tune", storage_filesystem=filesystem):
-        tuner = tune.Tuner.restore(
+    if _has_records(storage.join(plan.run_uri, "tune")):
+        return tune.Tuner.restore(
             f"{path}/tune", trainable, storage_filesystem=filesystem, resume_errored=True
         )
-        return tuner.fit()
+    # What a kill left of the first seconds, Tune cannot read. Our own checkpoints are elsewhere.
+    storage.delete_folder(storage.join(plan.run_uri, "tune"))
     if trials is None:
         searched = space.space_of(plan.config, options.space)
-        param_space, algorithm = {}, _optuna(searched, options.search_seed)
+        param_space, algorithm = {}, _optuna(searched, objective, options.search_seed)
     else:
         param_space = {"trial": tune.grid_search(list(range(len(trials))))}
         algorithm = None  # Tune's own, which goes through the grid and heeds the limit of trials
     count = options.samples if trials is None else len(trials)
-    tuner = tune.Tuner(
+    stopped = functools.partial(_end_stopped, plan.run_uri)
+    return tune.Tuner(
         trainable,
         param_space=param_space,
         tune_config=tune.TuneConfig(
-            metric=SCORE,
-            mode="max",
+            metric=objective.metric,
+            mode=objective.mode,
             num_samples=options.samples if trials is None else 1,
             max_concurrent_trials=options.max_concurrent or _slots(options),
+            trial_dirname_creator=_folder_name,
             time_budget_s=options.time_budget or None,
             search_alg=algorithm,
             scheduler=ASHAScheduler(
@@ -368,11 +475,21 @@ def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[Progress(count, length, trial_name)],
+            callbacks=[Progress(count, length, objective, trial_name, stopped)],
             failure_config=tune.FailureConfig(max_failures=2),  # of nodes: a trial goes on
         ),
     )
-    return tuner.fit()
+
+
+def _has_records(folder: str) -> bool:
+    """Return whether Tune wrote down both of what it needs to go on: the sweep and its trials."""
+    names = storage.list_names(folder)
+    return "tuner.pkl" in names and any(n.startswith("experiment_state-") for n in names)
+
+
+def _end_stopped(run_uri: str, name: str) -> None:
+    """End the MLflow run of a trial that was stopped early."""
+    tracking.end_stopped(f"{run_uri}-{name}", "stopped early by the sweep")
 
 
 def _resources(options: Sweep) -> dict[str, Any]:
@@ -382,10 +499,13 @@ def _resources(options: Sweep) -> dict[str, Any]:
     return {"cpu": options.threads} | ({"gpu": 1} if options.gpu else {})
 
 
-def _slots(options: Sweep) -> int:
-    """Return how many trials fit the cluster at once."""
+def _slots(options: Sweep) -> int | None:
+    """Return how many trials fit the cluster at once; None leaves it to Tune and an autoscaler."""
     import ray
 
+    # Not where trials have workers: one that waits for nodes would hold memory for its driver.
+    if options.wait_for_nodes and options.workers == 1 and os.environ.get("RAY_ADDRESS"):
+        return None
     there = ray.cluster_resources()
     slots = int(there.get("CPU", 1)) // (options.workers * options.threads)
     if options.gpu:
@@ -393,13 +513,10 @@ def _slots(options: Sweep) -> int:
     return max(1, slots)
 
 
-def _optuna(searched: space.Space, seed: int) -> Any:
-    """Return Optuna's search of a space.
-
-    Raises:
-        UserError: Optuna is not installed.
-    """
+def _optuna(searched: space.Space, objective: space.Objective, seed: int) -> Any:
+    """Return Optuna's search of a space."""
     from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
 
     domains: dict[str, Any] = {}
     for name, domain in searched.items():
@@ -409,12 +526,7 @@ def _optuna(searched: space.Space, seed: int) -> Any:
             domains[name] = tune.randint(int(domain.low), int(domain.high) + 1)
         else:
             domains[name] = tune.loguniform(domain.low, domain.high)
-    try:
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(domains, metric=SCORE, mode="max", seed=seed)
-    except (ImportError, AssertionError) as error:
-        raise UserError("--search optuna needs Optuna: pip install optuna.") from error
+    return OptunaSearch(domains, metric=objective.metric, mode=objective.mode, seed=seed)
 
 
 def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, Any]:
@@ -423,76 +535,115 @@ def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, An
     Raises:
         UserError: not one trial came as far as a score.
     """
+    objective = space.Objective(**begun["objective"])
     length = plan.config.total_steps * plan.config.batch_size
-    trials = []
-    for one in found:
-        last = one.metrics or {}
-        if SCORE not in last:
-            continue
-        history = one.metrics_dataframe
-        history = history[history["images_seen"] > 0].drop_duplicates("images_seen", keep="last")
-        diverged = bool(last.get("diverged"))
-        seen = int(history["images_seen"].iloc[-1]) if len(history) else 0
-        state = "done" if seen >= length else "failed" if one.error else "stopped early"
-        drawn, name = begun["trials"], trial_name(one.config, last["trial_id"])
-        # Ray forgets the reports of a trial that ended just before a kill; the journal does not.
-        folder = train.at(plan, plan.config, f"{plan.run_id}-{name}").run_uri
-        steps, scores = tracking.curve(folder, SCORE)
-        trials.append(
-            {
-                "trial": name,
-                "run_id": f"{plan.run_id}-{name}",
-                "config": drawn[one.config["trial"]] if drawn else dict(one.config),
-                **{k: float(v) for k, v in last.items() if k.startswith("valid/")},
-                "images_seen": seen,
-                "state": "diverged" if diverged else state,
-                "checkpoint": last.get("checkpoint"),
-                "curve": {"images_seen": steps, SCORE: scores},
-            }
-        )
-    if all(t["state"] == "diverged" for t in trials):
+    ends = {Path(one.path).name: one for one in found}
+    configs = {name: one.config or {} for name, one in ends.items()}
+    if (drawn := begun["trials"]) is not None:  # a time budget may leave some that Tune never saw
+        configs = {_place(place): settings for place, settings in enumerate(drawn)}
+    trials = [
+        _ended(plan, objective, length, name, configs[name], ends.get(name)) for name in configs
+    ]
+    trials.sort(key=lambda t: objective.rank(t[objective.metric]))
+    best = trials[0]
+    if best[objective.metric] is None:
         raise UserError(f"No trial of {plan.run_id} came as far as a score; see {plan.run_uri}.")
-    trials.sort(key=lambda t: -t[SCORE])
     return {
         "sweep_id": plan.run_id,
         "preset": plan.preset,
         "length": length,
-        "best_config": trials[0]["config"],
-        "best_metric": trials[0][SCORE],
+        "objective": begun["objective"],
+        "best_config": best["config"],
+        "best_metric": best[objective.metric],
         "trials": trials,
-        "report": storage.join(plan.run_uri, "sweep.html"),
-        "command": _command(plan, trials[0]["config"]),
+        "report": storage.join(plan.run_uri, _PAGE),
+        "command": _command(plan, best["config"]),
+    }
+
+
+def _ended(
+    plan: train.Plan,
+    objective: space.Objective,
+    length: int,
+    name: str,
+    settings: dict[str, Any],
+    end: Any,
+) -> dict[str, Any]:
+    """Return what came of a trial: of Tune's result, if there is one, and of the trial's journal.
+
+    Ray forgets reports of a trial that ended just before a kill, and the journal's copy in storage
+    may lack the last score of a trial that was stopped.
+    """
+    last = (end.metrics if end is not None else None) or {}
+    diverged = bool(last.get("diverged"))
+    folder = train.at(plan, plan.config, f"{plan.run_id}-{name}").run_uri
+    images, scores = tracking.curve(folder, objective.metric)
+    if objective.metric in last and last["images_seen"] > max(images, default=0):
+        images.append(last["images_seen"])
+        scores.append(last[objective.metric])
+    seen = max(images, default=0)
+    if diverged:
+        state = "diverged"
+    elif end is not None and end.error:
+        state = "failed"
+    elif not scores:
+        state = "not scored"
+    else:
+        state = "done" if seen >= length else "stopped early"
+    parts = {k: float(v) for k, v in last.items() if k.startswith("valid/") and not diverged}
+    return {
+        "trial": name,
+        "run_id": f"{plan.run_id}-{name}",
+        "config": settings,
+        **parts,
+        objective.metric: scores[-1] if scores and not diverged else None,
+        "images_seen": seen,
+        "state": state,
+        "checkpoint": last.get("checkpoint"),
+        "curve": {"images_seen": images, objective.metric: scores},
     }
 
 
 def _command(plan: train.Plan, best: dict[str, Any]) -> str:
-    """Return the command that trains a configuration at the preset's full length."""
+    """Return the command that trains a configuration at full length, as its trial was trained."""
     default = flatten(preset_of(plan.preset))
     settings = {k: v for k, v in flatten(plan.config).items() if v != default[k]} | best
     settings.pop("total_images", None)
-    flags = [f"--{name} {value}" for name, value in settings.items()]
-    if plan.run.data:
-        flags.append(f"--data {plan.data_uri}")
-    return " ".join([f"python pipelines/train.py {plan.preset}", *flags])
+    run = plan.run
+    settings["workers"] = max(1, run.workers)
+    usual = train.Run()
+    for name in ("threads", "precision", "loaders"):
+        if getattr(run, name) != getattr(usual, name):
+            settings[name] = getattr(run, name)
+    words = ["python", "pipelines/train.py", plan.preset]
+    words += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    words += [f"--{name}" for name in ("gpu", "stream") if getattr(run, name)]
+    if run.data and plan.data_uri:
+        words += ["--data", plan.data_uri]
+    if run.storage:
+        words += ["--storage", plan.run_uri.rpartition("/")[0]]
+    return shlex.join(words)
 
 
 def _publish(plan: train.Plan, journal: tracking.Journal, result: dict[str, Any]) -> None:
     """Write a sweep's picture and page into storage, and under its MLflow run."""
     from pipelines.sweep_report import render
 
+    objective = space.Objective(**result["objective"])
     image, html = render(result, result["command"])
     with tempfile.TemporaryDirectory() as tmp:
-        for name, content in (("sweep.png", image), ("sweep.html", html.encode())):
+        for name, content in (("sweep.png", image), (_PAGE, html.encode())):
             storage.write_bytes(storage.join(plan.run_uri, name), content)
             (Path(tmp) / name).write_bytes(content)
-        best = {SCORE: result["best_metric"]}
+        best = {objective.metric: result["best_metric"]}
         tracking.add_report(plan.tracking_uri, journal.run_id, best, 0, Path(tmp), journal)
     best = result["trials"][0]
+    score = best[objective.metric]
     told = {f"best.{k}": str(v) for k, v in best["config"].items()}
-    told |= {"best.run_id": best["run_id"], f"best.{SCORE}": str(best[SCORE])}
+    told |= {"best.run_id": best["run_id"], f"best.{objective.metric}": str(score)}
     told["mlflow.note.content"] = (
-        f"{len(result['trials'])} trials of {result['length']:,} images; the best has quality "
-        f"{best[SCORE]:.3f}. Train it with\n\n    {result['command']}"
+        f"{len(result['trials'])} trials of {result['length']:,} images; the best has "
+        f"{objective.name} {score:.3f}. Train it with\n\n    {result['command']}"
     )
     tracking.set_tags(plan.tracking_uri, journal.run_id, told, journal)
 
@@ -511,13 +662,18 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
     run = train.Run(
         data=options.data,
         storage=options.storage,
-        workers=options.workers if options.workers > 1 else 0,
+        stream=options.stream,
+        loaders=options.loaders,
+        workers=options.workers,
         threads=options.threads,
         gpu=options.gpu,
+        precision=options.precision,
+        wait_for_nodes=options.wait_for_nodes,
         run_id=f"{result['sweep_id']}-best",
         resume=True,
     )
     plan = train.resolve(preset, best, run)
+    plan = dataclasses.replace(plan, tags={"sweep": result["sweep_id"]})
     trained = train.fit(plan, show=train.Display(plan))
     out = train.runs_dir() / "reports" / plan.run_id
     evaluated = evaluate.evaluate_checkpoint(trained["checkpoint"], data=plan.data_uri, out=out)
@@ -527,12 +683,25 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
 
 def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Search as the command line says; print the table and the best; return the JSON object."""
-    from pipelines.sweep_report import table
+    if options.restore:
+        preset, config, options = restored(options)
+    name = options.sweep_id or _new_id(preset)
+    options = dataclasses.replace(options, sweep_id=name)
+    try:
+        return _searched(preset, config, options)
+    except (KeyboardInterrupt, train.Terminated) as stop:
+        where = f" --storage {shlex.quote(options.storage)}" if options.storage else ""
+        train.stopped(stop, f"--restore {name}{where}")
 
+
+def _searched(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
+    """Search, tell what was found, and train the best if that is asked for."""
     result = sweep(preset, config, options)
     if options.dry_run:
         return result
-    print("\n" + "\n".join(table(result["trials"])))
+    from pipelines.sweep_report import table
+
+    print("\n" + "\n".join(table(result)))
     print(f"\nPicture and table: {result['report']}")
     print(f"The best, at full length:\n  {result['command']}")
     if options.retrain:

@@ -13,6 +13,7 @@ shards by their manifest, and the finished sweep and training through ``pipeline
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 import subprocess
@@ -42,7 +43,8 @@ _TASK_CHATTER = {"Task is starting.", "Task finished successfully."}
 _FLOW_CHATTER = re.compile(r"^Done!$|\btasks? (is|are)\b|\bsteps? (is|are|has not|have not)\b")
 _STARTING = re.compile(r"Workflow starting \(run-id (\S+?)\)")
 _TITLES = {"start": "prepare"}
-_SWEPT = ("preset", "config_hash", "dataset_hash", "device")  # what a sweep shares with a training
+# What a sweep shares with a training.
+_SWEPT = ("preset", "config_hash", "dataset_hash", "device", "threads", "precision", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,9 @@ def plan_of(flow: Any) -> train.Plan:
         run_id=flow.run_id,
         resume=True,
     )
-    return train.resolve(flow.preset, override(config, searched.get("best_config", {})), run)
+    config = override(config, searched.get("best_config", {}))
+    tags = {"sweep": searched["sweep_id"]} if searched else {}
+    return dataclasses.replace(train.resolve(flow.preset, config, run), tags=tags)
 
 
 def prepare(plan: train.Plan, source: str) -> str | None:
@@ -161,11 +165,12 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
     The sweep of an earlier attempt is finished, and one with equal inputs that is finished in
     storage is taken as it is.
     """
-    from pipelines import finished, tune
+    from pipelines import finished, space, tune
 
     images = flow.sweep_images or plan.config.total_images
     config = override(plan.config, {"total_images": images})
     plan = train.at(plan, config, f"{plan.run_id}-sweep")
+    objective = space.objective_of(config)
     inputs = {
         # A trial has one worker, whatever the training has.
         **{
@@ -173,7 +178,8 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
         },
         "kind": "sweep",
         "samples": flow.sweep_samples,
-        "space": flow.sweep_space,
+        "space": space.spelled(space.space_of(config, flow.sweep_space)),
+        "score": objective.metric,
     }
     found = None if flow.anew else _reusable(lambda: finished.find(plan, inputs))
     name = found["outcome"]["sweep_id"] if found else plan.run_id
@@ -184,8 +190,12 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
     options = tune.Sweep(
         samples=flow.sweep_samples,
         space=flow.sweep_space,
+        threads=flow.threads,
         gpu=flow.gpu,
+        precision=flow.precision,
+        wait_for_nodes=flow.wait_for_nodes,
         data=plan.data_uri,
+        stream=flow.stream,
         storage=plan.run_uri.rpartition("/")[0],
         sweep_id=name,
         resume=True,
@@ -193,7 +203,8 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
     result = tune.sweep(plan.preset, config, options)
     finished.note(plan, inputs, {"sweep_id": name})
     told = ", ".join(f"{k} {v}" for k, v in result["best_config"].items())
-    print(f"the best of {len(result['trials'])} has quality {result['best_metric']:.3f}: {told}")
+    score = f"{objective.name} {result['best_metric']:.3f}"
+    print(f"the best of {len(result['trials'])} has {score}: {told}")
     trials = [{k: v for k, v in trial.items() if k != "curve"} for trial in result["trials"]]
     kept = ("best_config", "best_metric", "parent_run_id")
     return {"sweep_id": name, **{k: result[k] for k in kept}, "trials": trials}

@@ -1,4 +1,6 @@
+import fcntl
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def test_a_trained_classifier_is_kept_and_not_trained_again(
     squares: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = classifier_of(*squares, "hash", tmp_path, QUICK)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".lock"}
 
     def never(*_: object) -> None:
         raise AssertionError("trained again")
@@ -86,6 +88,36 @@ def test_a_trained_classifier_is_kept_and_not_trained_again(
         classifier_of(*squares, "other data", tmp_path, QUICK)
     with pytest.raises(AssertionError, match="trained again"):
         classifier_of(*squares, "hash", tmp_path, Settings(images=600, epochs=1, seed=1))
+
+
+def test_of_several_that_want_it_at_once_one_trains_it(
+    squares: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first holds a lock while it trains; who waited for that lock finds the weights there."""
+    train, flock = train_classifier, fcntl.flock
+
+    def train_locked(*arguments: Any) -> classifier.Classifier:
+        (lock,) = tmp_path.glob("*.lock")
+        with lock.open("w") as other, pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return train(*arguments)
+
+    monkeypatch.setattr(classifier, "train_classifier", train_locked)
+    first = classifier_of(*squares, "hash", tmp_path, QUICK)
+    (weights,) = tmp_path.glob("*.safetensors")
+    elsewhere = weights.rename(tmp_path / "kept")
+
+    def wait(*arguments: Any) -> None:
+        flock(*arguments)
+        elsewhere.rename(weights)  # by the process that held the lock until now
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(fcntl, "flock", wait)
+    monkeypatch.setattr(classifier, "train_classifier", never)
+    second = classifier_of(*squares, "hash", tmp_path, QUICK)
+    np.testing.assert_array_equal(classify(first, squares[0])[1], classify(second, squares[0])[1])
 
 
 def test_attributes_are_read_side_by_side(squares: tuple[np.ndarray, np.ndarray]) -> None:

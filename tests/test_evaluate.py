@@ -197,6 +197,7 @@ def test_quality_of_images_lies_between_nothing_and_one(
     assert found["quality"] == pytest.approx(
         (found["same_class"] + found["one_nn"] + found["near"]) / 3
     )
+    assert found["frechet"] > 0
     few = evaluate.quality(config, encoder, generator, digits_dataset, cache, limit=50)
     assert few != found
     assert few["quality"] == pytest.approx(found["quality"], abs=0.1)

@@ -52,6 +52,19 @@ def test_a_mistake_in_a_space_is_one_sentence(text, sentence):
         space.space_of(preset("ring"), text)
 
 
+def test_what_decides_is_quality_unless_told_otherwise_and_knows_its_direction():
+    ring, mnist = preset("ring"), preset("mnist")
+    assert space.objective_of(ring) == space.Objective("valid/quality", "max")
+    for score in ("valid/frechet", "frechet"):
+        assert space.objective_of(mnist, score) == space.Objective("valid/frechet", "min")
+    with pytest.raises(UserError, match=r"valid/frechet is not known for ring; .*valid/right_mode"):
+        space.objective_of(ring, "valid/frechet")
+    most, least = space.objective_of(mnist), space.objective_of(mnist, "frechet")
+    assert sorted([0.1, most.worst, 0.9], key=most.rank) == [0.9, 0.1, most.worst]
+    assert sorted([0.1, least.worst, 0.9], key=least.rank) == [0.1, 0.9, least.worst]
+    assert most.rank(None) == least.rank(None) == float("inf")
+
+
 def test_a_grid_has_every_combination_and_draws_ranges_anew():
     found = space.space_of(preset("mnist"), "model.noise_dim=4,8")
     trials = space.draw(found, 2, seed=0, grid=True)

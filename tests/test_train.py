@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,68 @@ def test_a_diverged_run_is_marked_failed(store, ring, mlflow_runs):
     with pytest.raises(train.NonFiniteLossError, match="loss"):
         ring(optim__lr_d=1e38, optim__lr_g=1e38)("wild")
     assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
+
+
+def test_a_terminal_that_is_gone_does_not_stop_training(store, ring, mlflow_runs, caplog):
+    shown = []
+
+    def show(event):
+        shown.append(event)
+        raise BrokenPipeError("the reader went away")
+
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
+    run = train.Run(workers=0, run_id="unwatched", log_every=64)
+    result = train.fit(train.resolve("ring", config, run), show=show)
+    assert result["images_seen"] == 640
+    assert len(shown) == 1
+    assert "the reader went away" in caplog.text
+    (tracked,) = mlflow_runs(store)
+    history = MlflowClient(store).get_metric_history(tracked.info.run_id, "loss/D")
+    assert len(history) == 10
+
+
+def test_a_listener_that_fails_goes_on_to_empty_the_queue_and_tells_what_it_met():
+    events = queue.SimpleQueue()
+    for event in ({"images_seen": 1}, {"images_seen": 2}, None):
+        events.put(event)
+    handled, failures = [], []
+
+    def handle(event):
+        handled.append(event)
+        raise RuntimeError("no room")
+
+    train._listen(events, handle, failures)
+    assert events.empty()
+    assert handled == [{"images_seen": 1}]
+    assert [str(failure) for failure in failures] == ["no room"]
+
+
+@pytest.mark.ray
+def test_what_the_listener_met_is_raised_when_the_workers_end(
+    home, store, ray_cluster, mlflow_runs
+):
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
+
+    def measure(at):
+        raise RuntimeError(f"cannot score {at}")
+
+    run = train.Run(workers=2, run_id="unscored")
+    with pytest.raises(RuntimeError, match="cannot score"):
+        train.fit(train.resolve("ring", config, run), measure=measure)
+    assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
+
+
+def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
+    data = home / "data"
+    shutil.copytree(digits_dataset, data)
+    config = override(preset("digits"), {"batch_size": 16, "total_images": 32})
+    run = train.Run(workers=0, run_id="moved", data=str(data), resume=True)
+    train.fit(train.resolve("digits", config, run))
+    manifest = json.loads((data / "manifest.json").read_text())
+    labels = manifest["label_names"]
+    (data / "manifest.json").write_text(json.dumps({**manifest, "label_names": labels[::-1]}))
+    with pytest.raises(UserError, match=r"run moved was begun on other data: .*hash"):
+        train.fit(train.resolve("digits", override(config, {"total_images": 64}), run))
 
 
 @pytest.mark.parametrize(

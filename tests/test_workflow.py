@@ -88,6 +88,8 @@ def test_a_new_run_with_equal_inputs_trains_nothing_unless_it_is_told_to(home, s
     first = json.loads(run(*words, "--run-id", "first", cwd=home).stdout.splitlines()[-1])
     assert first["sweep"]["sweep_id"] == "first-sweep"
     assert first["sweep"]["best_config"] == {"optim.lr_g": 1e-3}
+    best = MlflowClient(store).get_run(first["mlflow_run_id"])
+    assert best.data.tags["sweep"] == "first-sweep"
     assert not first["reused"]
     cards = home / "runs" / ".metaflow"
     (card,) = cards.rglob("steps/sweep/tasks/*/cards/*.html")
@@ -96,6 +98,8 @@ def test_a_new_run_with_equal_inputs_trains_nothing_unless_it_is_told_to(home, s
     assert facts["config"]["optim"]["lr_g"] == 1e-3  # trained with what the sweep found
     before = sorted((home / "runs" / "checkpoints").iterdir())
 
+    # The same space, written in another way.
+    words[words.index(space)] = "optim.lr_d= optim.lr_g=0.001 model.noise_dim= model.z_dim="
     done = run(*words, "--run-id", "second", cwd=home)
     second = json.loads(done.stdout.splitlines()[-1])
     assert "reusing the finished sweep first-sweep of equal settings" in done.stdout
