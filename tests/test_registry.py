@@ -1,6 +1,8 @@
 """Registered models: loadable by a stranger, moved in pairs, never changed unnoticed."""
 
+import bz2
 import contextlib
+import gzip
 import io
 import json
 import pickle
@@ -8,15 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
+from safetensors.numpy import save
 
 from ivegan import checkpoint
 from ivegan.artifact import check_sums, find_pickles, write_sums
@@ -398,15 +403,84 @@ def test_what_is_not_there_is_told(registered, call, sentence):
         call()
 
 
-def test_a_planted_pickle_is_found_however_deep(tmp_path):
-    inner, outer = io.BytesIO(), io.BytesIO()
-    with zipfile.ZipFile(inner, "w") as archive:
-        archive.writestr("harmless.bin", pickle.dumps({"a": 1}))
-    with zipfile.ZipFile(outer, "w") as archive:
-        archive.writestr("data/inner", inner.getvalue())
-    (tmp_path / "model.pt2").write_bytes(outer.getvalue())
-    (tmp_path / "text").write_text("nothing.")
-    assert find_pickles(tmp_path) == ["model.pt2!data/inner!harmless.bin"]
+PICKLE = pickle.dumps({"a": 1})
+
+
+def zipped(content: bytes, name: str = "inner", **how: Any) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", **how) as archive:
+        archive.writestr(name, content)
+    return out.getvalue()
+
+
+def tarred(content: bytes, mode: Literal["w", "w:gz", "w:xz"] = "w") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
+        member = tarfile.TarInfo("inner")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        *[pytest.param(pickle.dumps({"a": 1}, p), "", id=f"protocol {p}") for p in range(6)],
+        pytest.param(pickle.dumps({"a": 1}, 0) + b"and more", "", id="protocol 0 and more"),
+        pytest.param(pickle.dumps(print, 1) + b"and more", "", id="protocol 1 and more"),
+        pytest.param(b"cos\nsystem\n(S'id'\ntR and no end", "", id="a call without an end"),
+        pytest.param(PICKLE + zipped(b"harmless"), "", id="pickle before a zip"),
+        pytest.param(zipped(zipped(PICKLE), "data/x"), "!data/x!inner", id="zip in zip"),
+        pytest.param(tarred(PICKLE), "!inner", id="tar"),
+        pytest.param(tarred(PICKLE, "w:gz"), "!content!inner", id="tar.gz"),
+        pytest.param(tarred(PICKLE, "w:xz"), "!content!inner", id="tar.xz"),
+        pytest.param(tarred(PICKLE) + zipped(b"harmless"), "!inner", id="tar before a zip"),
+        pytest.param(gzip.compress(PICKLE), "!content", id="gzip"),
+        pytest.param(bz2.compress(zipped(PICKLE)), "!content!inner", id="zip in bzip2"),
+        pytest.param(npy(np.array([{}])), "", id="npy of objects"),
+        pytest.param(npy(np.zeros(1, [("a", "O")])), "", id="npy with a field of objects"),
+        pytest.param(gzip.compress(bytes(65 << 20)), "", id="gzip bomb"),
+        pytest.param(zipped(bytes(65 << 20), compression=8), "", id="zip bomb"),
+        pytest.param(gzip.compress(PICKLE)[:-9], "", id="broken gzip"),
+    ],
+)
+def test_a_planted_pickle_is_found_wherever_it_is(tmp_path, content, where):
+    """And so is what nobody can look into."""
+    (tmp_path / "planted").write_bytes(content)
+    assert find_pickles(tmp_path) == [f"planted{where}"]
+
+
+def test_what_is_no_pickle_is_not_taken_for_one(tmp_path):
+    """Among it are files that begin as one might."""
+    random = np.random.default_rng(0)
+    weights = {"a": random.standard_normal((99, 99)).astype(np.float32)}
+    png = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (9, 9), dtype=np.uint8)).save(png, "png")
+    for number, content in enumerate(
+        [
+            save(weights),
+            png.getvalue(),
+            npy(weights["a"]),
+            weights["a"].tobytes(),
+            zipped(b"}q."),
+            tarred(json.dumps({"a": 1}).encode()),
+            gzip.compress(b"a: 1\n"),
+            bytes(2000),
+            b"",
+            b"nothing.",
+            b"channels:\n- defaults\ndependencies:\n- python=3.11.\n",
+            b"(in words\nof two lines\n)",
+            b"c0ffee  MLmodel\nd00d  data/model.pt2\n",
+        ]
+    ):
+        (tmp_path / str(number)).write_bytes(content)
+    assert find_pickles(tmp_path) == []
 
 
 @pytest.mark.parametrize("spoil", ["change", "add", "remove", "list"])
