@@ -1,6 +1,5 @@
 """The workflow away from one's own machine: records in S3, a Ray job, Argo Workflows."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -67,8 +66,6 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
 
 @pytest.mark.s3
 def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home, s3):
-    if importlib.util.find_spec("kubernetes") is None:
-        pytest.skip("install kubernetes to compile for Argo Workflows")
     done = workflow(
         *("--datastore", f"{s3}/metaflow", "argo-workflows", "create", "--only-json"),
         cwd=home,
