@@ -40,8 +40,9 @@ def bounded(title: str) -> Callable[[Callable[[Any], None]], Callable[[Any], Non
             faulthandler.dump_traceback_later(TIMEOUT[title]["seconds"] + GRACE, exit=True)
             try:
                 body(flow)
-            except Unavailable:
-                raise  # of a store: that may be another at the next attempt
+            except Unavailable as away:
+                # At the next attempt that may be other. Its cause's text may hold a password.
+                raise away from None
             except UserError as mistake:
                 workflow.note_mistake(mistake)
                 sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)

@@ -36,6 +36,7 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from ivegan import checkpoint, cli, storage
 from ivegan.config import Config, config_hash, flatten, to_dict
@@ -517,9 +518,8 @@ def _asking(uri: str | None = None) -> Iterator[MlflowClient]:
             tracked = tracking.client(uri)
             chatty.setLevel(logging.ERROR)
             yield tracked
-        except MlflowException as error:
-            told = str(error).partition("\n")[0]
-            raise UserError(f"MLflow at {tracking.public(uri)} refuses: {told}") from error
+        except (MlflowException, RequestException) as error:
+            raise tracking.refusal(uri, error) from error
         finally:
             chatty.setLevel(level)
 

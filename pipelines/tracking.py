@@ -43,6 +43,7 @@ _LONGEST_PAUSE = 30.0  # seconds between two attempts
 _LAST_CHANCE = 20.0  # seconds that the end of a run waits for the server
 _NAME = "journal"  # of the copy in a run's folder
 _ENDED = "ended"  # the tag that says why a nested run was stopped from outside
+_BUSY = (408, 409, 425, 429)  # the statuses below 500 after which a request is made again
 _KEY = "run_key"  # the tag by which a run is found again
 
 DESCRIPTIONS = {
@@ -69,6 +70,7 @@ def client(uri: str) -> MlflowClient:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print a password in the URL
         **storage.environment(),
     }.items():
         os.environ.setdefault(name, value)
@@ -97,7 +99,7 @@ def check(uri: str) -> None:
     try:
         client(uri).search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        raise _no_answer(uri, error) from error
+        raise refusal(uri, error) from error
 
 
 def new_key(run_name: str) -> str:
@@ -155,7 +157,7 @@ def start_run(
             journal.keep()
             journal.send()
         except (MlflowException, OSError, UserError) as error:
-            log.warning("MLflow does not answer (%s); %s goes on", _first(error), run_name)
+            log.warning("MLflow does not answer (%s); %s goes on", first_line(error), run_name)
         return journal.run_id
     try:
         tracked = client(uri)
@@ -166,9 +168,9 @@ def start_run(
         _complete(tracked, new, start)
     except (MlflowException, OSError) as error:
         if run_id is not None:
-            log.warning("MLflow does not answer (%s); run %s goes on", _first(error), run_id)
+            log.warning("MLflow does not answer (%s); run %s goes on", first_line(error), run_id)
             return run_id
-        raise _no_answer(uri, error) from error
+        raise refusal(uri, error) from error
     return new
 
 
@@ -194,7 +196,7 @@ def end_run(uri: str, run_id: str, status: str, journal: "Journal | None" = None
             left,
             run_id,
             status,
-            _first(error),
+            first_line(error),
             "; `python pipelines/registry.py sync` brings them." if journal is not None else "",
         )
 
@@ -229,7 +231,7 @@ def add_report(
         tracked.log_batch(known, metrics=found)
         tracked.log_artifacts(known, str(folder), "evaluation")
     except (MlflowException, OSError, UserError) as error:
-        log.warning("MLflow did not take the evaluation of run %s: %s", run_id, _first(error))
+        log.warning("MLflow did not take the evaluation of run %s: %s", run_id, first_line(error))
         return False
     return True
 
@@ -293,7 +295,7 @@ def system_metrics(tracker: "Tracker") -> Iterator[None]:
                 for monitor in load.monitors:
                     monitor.clear_metrics()
         except Exception as error:  # whatever is wrong with it, training is worth more
-            log.warning("No system metrics: %s", _first(error))
+            log.warning("No system metrics: %s", first_line(error))
 
     thread = threading.Thread(target=watch, name="system metrics", daemon=True)
     thread.start()
@@ -401,7 +403,7 @@ class _Courier:
                 pause = self._rest * (time.monotonic() - began)
             except Exception as error:  # of any kind: this thread must live on
                 if not failures:
-                    log.warning(self._failing, _first(error))
+                    log.warning(self._failing, first_line(error))
                 failures += 1
                 pause = min(_LONGEST_PAUSE, 2.0 ** min(failures - 1, 9))
                 if time.monotonic() >= last_chance:
@@ -738,7 +740,7 @@ def deliver(where: str | Path) -> dict[str, int]:
             except (MlflowException, OSError, UserError) as error:
                 told = UserError(
                     f"MLflow at {public(journal.uri)} does not take the rest of run "
-                    f"{journal.run_id} ({_first(error)}): try sync again later."
+                    f"{journal.run_id} ({first_line(error)}): try sync again later."
                 )
                 told.__cause__ = error
                 failed = failed or told
@@ -861,17 +863,28 @@ def _complete(tracked: MlflowClient, run_id: str, start: Mapping[str, Any]) -> N
     tracked.log_dict(run_id, start["config"], "config.json")
 
 
-def _no_answer(uri: str, error: Exception) -> UserError:
-    return UserError(
-        f"No MLflow store answers at {public(uri)} ({_first(error)}): start it, or set "
-        "MLFLOW_TRACKING_URI."
-    )
+def refusal(uri: str, error: Exception) -> UserError:
+    """Return what to tell about an error of MLflow: ``Unavailable`` if it may be gone later."""
+    if is_away(error):
+        return storage.Unavailable(
+            f"No MLflow store answers at {public(uri)} ({first_line(error)}): start it, or set "
+            "MLFLOW_TRACKING_URI."
+        )
+    return UserError(f"MLflow at {public(uri)} refuses: {first_line(error)}")
 
 
-def public(uri: str) -> str:
-    """Return a URI without the user and password that it may carry."""
-    scheme, slashes, rest = uri.partition("://")
-    return scheme + slashes + rest.rpartition("@")[2]
+def is_away(error: Exception) -> bool:
+    """Return whether a server did not answer, or said that it cannot now."""
+    if isinstance(error, MlflowException):  # without an answer its status is 500
+        status = error.get_http_status_code()
+    else:
+        status = getattr(getattr(error, "response", None), "status_code", 500)
+    return status in _BUSY or (status >= 500 and status != 501)
+
+
+def public(text: str) -> str:
+    """Return a URI, or a text with URIs, without the user and password that they may carry."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def _note(params: Mapping[str, object]) -> dict[str, str]:
@@ -895,5 +908,6 @@ def _user() -> str:
     return next((v for n in ("USER", "USERNAME", "LOGNAME") if (v := os.environ.get(n))), "unknown")
 
 
-def _first(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
+def first_line(error: Exception) -> str:
+    """Return what people may see of an error's text, which can hold a server's whole URI."""
+    return public(str(error).partition("\n")[0])[:200]

@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +17,9 @@ from mlflow.exceptions import MlflowException
 from mlflow_server import MlflowServer
 
 from ivegan import storage
+from ivegan.config import preset
 from ivegan.errors import UserError
-from pipelines import tracking
+from pipelines import registry, tracking, train
 
 DATASET = ("ring", "abc", "ring")
 
@@ -152,6 +155,61 @@ def test_no_password_is_written_down(tmp_path):
     tracking.Journal.open(path, "https://user:secret@mlflow.example/x", "run").add({"file": "f"})
     assert "secret" not in path.read_text()
     assert "https://mlflow.example/x" in path.read_text()
+
+
+PROGRAMS = Path(__file__).resolve().parents[1] / "pipelines"
+
+
+def test_no_password_is_shown_when_no_server_answers(home, monkeypatch, caplog, capfd):
+    """MLflow's own errors hold the whole URI."""
+    uri = "http://user:sesame@127.0.0.1:9/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_LAST_CHANCE", 0.0)
+    journal = tracking.Journal.open(home / "journal" / "a.jsonl", uri, "a")
+    assert started(uri, journal=journal) == "a"
+    tracking.Tracker(journal).close()
+    tracking.end_run(uri, "a", "FINISHED", journal)
+    calls = (lambda: tracking.check(uri), lambda: tracking.deliver(home / "journal"))
+    for call in (*calls, registry.overview):
+        with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x") as told:
+            call()
+        assert "sesame" not in str(told.value)
+    for words in (["--dry-run", "--json"], ["--total-images", "64"]):
+        subprocess.run(
+            [sys.executable, str(PROGRAMS / "train.py"), "ring", *words, "--workers", "0"],
+            check=False,
+        )
+    plan = train.resolve("ring", preset("ring"), train.Run(workers=0))
+    assert plan.tracking_uri == uri
+    assert "MLflow does not answer (API request to http://127.0.0.1:9/x/" in caplog.text
+    out, err = capfd.readouterr()
+    assert '"tracking_uri": "http://127.0.0.1:9/x"' in out
+    assert "No MLflow store answers at http://127.0.0.1:9/x" in err
+    shown = out + err + caplog.text + repr(plan)
+    assert "sesame" not in shown + "".join(p.read_text() for p in home.rglob("*") if p.is_file())
+
+
+@pytest.mark.fault
+def test_no_password_is_shown_by_a_server_that_answers(server, capfd):
+    """MLflow would print where to see a run that ends."""
+    server.start()
+    uri = server.uri.replace("://", "://user:sesame@")
+    tracking.end_run(uri, started(uri), "FINISHED")
+    assert MlflowClient(server.uri).search_runs(["1"])[0].info.status == "FINISHED"
+    assert "sesame" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:p@ss@host/x@y", "https://host/x@y"),
+        ("no http://u:p@a:1/x or s3://k:s@b/y", "no http://a:1/x or s3://b/y"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ],
+)
+def test_what_may_be_shown_of_a_uri(text, shown):
+    assert tracking.public(text) == shown
 
 
 def test_an_evaluation_goes_under_its_run_and_nowhere_else(store, tmp_path):
