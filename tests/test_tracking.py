@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from fault_proxy import Fault, FaultProxy, Request
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, get_error_code
 from mlflow_server import MlflowServer
 
 from ivegan import storage
@@ -212,16 +213,138 @@ def test_what_may_be_shown_of_a_uri(text, shown):
     assert tracking.public(text) == shown
 
 
-def test_an_evaluation_goes_under_its_run_and_nowhere_else(store, tmp_path):
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Callable[..., bool]:
+    """Return a function that puts an evaluation under a run."""
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.html").write_text("<p>")
+    (report / "samples.png").write_bytes(b"png")
+
+    def add(uri: str, run_id: str, value: float = 0.5, node: str = "1") -> bool:
+        return tracking.add_evaluation(
+            uri,
+            run_id,
+            {"eval/one_nn": value, "eval/none": float("nan")},
+            640,
+            report,
+            journals=tmp_path / node / "journal",
+            run_uri=str(tmp_path / "far" / "a"),
+        )
+
+    return add
+
+
+def check_evaluated(uri: str, run_id: str) -> None:
+    assert points(uri, run_id, "eval/one_nn") == [(640, 0.5)]
+    kept = {f.path for f in MlflowClient(uri).list_artifacts(run_id, "evaluation")}
+    assert kept == {"evaluation/report.html", "evaluation/samples.png"}
+
+
+def test_an_evaluation_goes_under_its_run_and_nowhere_else(store, evaluated):
     run_id = started(store)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "report.html").write_text("<p>")
-    folder, found = tmp_path / "report", {"eval/one_nn": 0.5}
-    assert tracking.add_report(store, run_id, found, 640, folder)
+    assert evaluated(store, run_id)
+    check_evaluated(store, run_id)
+    assert not evaluated(store, "0" * 32)
+
+
+def test_an_evaluation_made_again_adds_no_second_point(store, evaluated):
+    """Here, on another node, and with numbers that differ in their last digits."""
+    run_id = started(store)
+    assert evaluated(store, run_id)
+    assert evaluated(store, run_id, 0.5000001)
+    assert evaluated(store, run_id, node="2")
+    check_evaluated(store, run_id)
+
+
+def test_an_evaluation_that_was_killed_is_ended_by_the_next(store, evaluated, monkeypatch):
+    """Between two of its files, the points being sent; on a node that is gone."""
+    run_id = started(store)
+    with monkeypatch.context() as patch:
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(tracking.Journal, "_tell_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(store, run_id)
     assert points(store, run_id, "eval/one_nn") == [(640, 0.5)]
-    kept = [f.path for f in MlflowClient(store).list_artifacts(run_id, "evaluation")]
-    assert kept == ["evaluation/report.html"]
-    assert not tracking.add_report(store, "0" * 32, found, 640, folder)
+    assert evaluated(store, run_id, node="2")
+    check_evaluated(store, run_id)
+
+
+@pytest.mark.parametrize("where", ["1/journal", "far", "far/a"])
+def test_an_evaluation_in_an_outage_is_delivered_later(store, tmp_path, evaluated, away, where):
+    """With its run, which began in the outage too; from here and from what storage keeps."""
+    path = tmp_path / "1" / "journal" / "a.jsonl"
+    journal = tracking.Journal.open(path, store, "a-key", str(tmp_path / "far" / "a"))
+    with away():
+        started(store, journal=journal)
+        tracking.end_run(store, "a-key", "FINISHED", journal)
+        assert not evaluated(store, "a-key")
+    assert tracking.waiting(tmp_path / where) == {"a-key": 3}
+    tracking.deliver(tmp_path / where)
+    assert tracking.waiting(tmp_path / where) == {}
+    run_id = tracking.find_run(MlflowClient(store), "a-key")
+    assert run_id is not None
+    check_evaluated(store, run_id)
+
+
+def test_an_evaluation_of_somebody_elses_run_needs_no_place_in_its_folder(store, evaluated, home):
+    run_id = started(store)
+    (home / "far").write_text("in the way")
+    assert evaluated(store, run_id)
+    check_evaluated(store, run_id)
+
+
+@pytest.mark.fault
+def test_what_is_refused_for_good_holds_nothing_up(server, tmp_path, caplog):
+    """A point, a setting, and a file that the store of artifacts does not take."""
+
+    def plan(request: Request) -> Fault | None:
+        refused = request.method == "PUT" and "refused.png" in request.path
+        return Fault(refuse="AccessDenied") if refused else None
+
+    server.start()
+    with FaultProxy(server.uri, plan) as proxy:
+        uri = proxy.endpoint
+        journal = tracking.Journal.open(tmp_path / "a.jsonl", uri, "a")
+        run_id = started(uri, journal=journal)
+        for step in range(50):
+            journal.add_metrics({"loss": float(step), "what?": 1.0 if step == 7 else 2.0}, step)
+        tracking.set_tags(uri, run_id, {"no\nname": "x"}, journal)
+        journal.add_file("figures/refused.png", b"png")
+        journal.add_file("figures/taken.png", b"png")
+        tracking.end_run(uri, run_id, "FINISHED", journal)
+        assert proxy.injected["refuse"] == 1
+    assert tracking.waiting(tmp_path) == {}
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert set(run.data.metrics) == {"loss"}
+    assert len(points(server.uri, run_id, "loss")) == 9
+    kept = [f.path for f in MlflowClient(server.uri).list_artifacts(run_id, "figures")]
+    assert kept == ["figures/taken.png"]
+    assert caplog.text.count("MLflow refuses what? at") == 9
+    for what in ("what? at 7 images", "tags", "figures/refused.png"):
+        assert f"MLflow refuses {what} of run {run_id} (" in caplog.text
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 409, 429, 500, 503, 504])
+def test_what_may_be_mended_is_sent_again(status, store, tmp_path, monkeypatch):
+    """A login among it, which fails for all alike."""
+    run_id = started(store)
+    journal = tracking.Journal.open(tmp_path / "a.jsonl", store, run_id)
+    journal.add_metrics({"loss": 1.0}, 1)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise MlflowException("no", error_code=get_error_code(status))
+
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        tracking.end_run(store, run_id, "FINISHED", journal)
+    assert journal.unsent == 2
+    tracking.deliver(tmp_path)
+    assert points(store, run_id, "loss") == [(1, 1.0)]
 
 
 @pytest.mark.fault
