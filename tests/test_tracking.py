@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException, get_error_code
 from mlflow_server import MlflowServer
 
 from ivegan import storage
-from ivegan.config import preset
+from ivegan.config import PRESETS, flatten, preset
 from ivegan.errors import UserError
 from pipelines import registry, tracking, train
 
@@ -104,6 +104,28 @@ def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypa
     assert run.info.status == "FINISHED"
     kept = [f.path for f in MlflowClient(uri).list_artifacts(run_id, "figures")]
     assert kept == ["figures/samples-0000000020.png"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_experiment_and_run_says_to_people_what_it_is(name, store):
+    config = preset(name)
+    run_id = tracking.start_run(
+        store,
+        experiment=f"ivegan-{config.dataset}",
+        run_name="a",
+        params=flatten(config),
+        tags={},
+        config={},
+        dataset=DATASET,
+    )
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name(f"ivegan-{config.dataset}")
+    assert experiment is not None
+    note = experiment.tags["mlflow.note.content"]
+    assert len(note.split()) > 8
+    assert note == tracking.DESCRIPTIONS[config.dataset]
+    told = client.get_run(run_id).data.tags["mlflow.note.content"]
+    assert told.startswith(f"{config.total_images:,} images, batches of {config.batch_size}, ")
 
 
 def test_a_resumed_run_repeats_no_point(store, tmp_path):

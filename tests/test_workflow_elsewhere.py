@@ -107,6 +107,27 @@ def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home,
     assert storage.exists(of_train["METAFLOW_CODE_URL"])
 
 
+@pytest.mark.parametrize(
+    ("preset", "missing"),
+    [("ring", "storage, out, MLFLOW_TRACKING_URI"), ("digits", "data, storage, out, MLFLOW_")],
+)
+def test_a_pod_without_places_outside_it_is_refused_before_it_works(home, preset, missing):
+    """As Argo Workflows starts it: without our command, which fills in places of this machine."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "flow.py"), "run", "--preset", preset],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"METAFLOW_KUBERNETES_WORKLOAD": "1", "METAFLOW_USER": "test"},
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode != 0, told
+    assert f"gone with it: set {missing}" in told
+    assert "Traceback" not in told
+    assert not (home / "runs").exists()
+
+
 @pytest.fixture
 def head(tmp_path):
     """A Ray head of its own; yields what `ray job submit` needs to reach it."""

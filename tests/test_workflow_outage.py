@@ -49,5 +49,8 @@ def test_a_step_is_tried_again_when_mlflow_was_away_and_tells_no_password(home, 
         assert "sesame" not in told
         found = MlflowClient(server.uri).search_model_versions("name='ivegan-ring-encoder'")
         assert len(found) == 1
+        (card,) = (home / "runs" / ".metaflow").rglob("steps/evaluate/tasks/*/cards/*.html")
+        figures = list((home / "runs" / "reports").rglob("*.png"))
+        assert card.read_text().count("data:image/png;base64,") == len(figures) > 0
     finally:
         server.kill()
