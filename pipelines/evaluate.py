@@ -7,6 +7,7 @@ Digits take half a minute on two cores the first time, when the classifier that 
 trained, and less after that.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: as for ``ivegan.evaluate.evaluate``.
     """
-    from pipelines.train import cache_dir  # here: --help needs neither Ray nor MLflow
+    from pipelines.train import cache_dir, runs_dir  # here: --help needs neither Ray nor MLflow
 
     at = _resolve(uri)
     found = evaluate(
@@ -75,10 +76,20 @@ def evaluate_checkpoint(
     about = checkpoint.read_facts(at)
     if about.get("mlflow_run_id") and limit is None:  # a part of the data says less
         from pipelines.registry import store_of
-        from pipelines.tracking import add_report
+        from pipelines.tracking import add_evaluation
 
-        run_id, seen = about["mlflow_run_id"], about["images_seen"]
-        add_report(store_of(about), run_id, found["metrics"], seen, Path(out))
+        journals = cache_dir() / "journal"
+        with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
+            journals = runs_dir() / "journal"
+        add_evaluation(
+            store_of(about),
+            about["mlflow_run_id"],
+            found["metrics"],
+            about["images_seen"],
+            Path(out),
+            journals=journals,
+            run_uri=at.rpartition("/")[0],
+        )
     return found["metrics"]
 
 

@@ -12,6 +12,7 @@ from one to the next are places and ids, never models.
 import faulthandler
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -40,8 +41,9 @@ def bounded(title: str) -> Callable[[Callable[[Any], None]], Callable[[Any], Non
             faulthandler.dump_traceback_later(TIMEOUT[title]["seconds"] + GRACE, exit=True)
             try:
                 body(flow)
-            except Unavailable:
-                raise  # of a store: that may be another at the next attempt
+            except Unavailable as away:
+                # At the next attempt that may be other. Its cause's text may hold a password.
+                raise away from None
             except UserError as mistake:
                 workflow.note_mistake(mistake)
                 sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
@@ -51,6 +53,26 @@ def bounded(title: str) -> Callable[[Callable[[Any], None]], Callable[[Any], Non
         return run
 
     return decorate
+
+
+def need_places(flow: Any) -> None:
+    """See that everything has a place outside a pod, whose disk goes when its step ends.
+
+    Raises:
+        UserError: something has none.
+    """
+    from ivegan.config import preset
+
+    if "METAFLOW_KUBERNETES_WORKLOAD" not in os.environ:
+        return
+    names = ("storage", "out") if preset(flow.preset).is_points else ("data", "storage", "out")
+    missing = [name for name in names if not getattr(flow, name)]
+    missing += [] if os.environ.get("MLFLOW_TRACKING_URI") else ["MLFLOW_TRACKING_URI"]
+    if missing:
+        raise UserError(
+            "Each step is a pod, and what it writes to its disk is gone with it: set "
+            f"{', '.join(missing)} to places outside it."
+        )
 
 
 class IveGanFlow(FlowSpec):
@@ -83,6 +105,7 @@ class IveGanFlow(FlowSpec):
         """Build the shards, or see that they are there."""
         from pipelines import workflow
 
+        need_places(self)
         self.run_id = self.run_name or f"{self.preset}-{current.run_id}"
         self.data_uri = workflow.prepare(workflow.plan_of(self), self.source)
         self.searched: dict[str, Any] = {}

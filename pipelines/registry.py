@@ -36,6 +36,7 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from ivegan import checkpoint, cli, storage
 from ivegan.config import Config, config_hash, flatten, to_dict
@@ -210,14 +211,22 @@ def _examine(
     """
     from pipelines.train import cache_dir
 
-    preset, holder = halves[0].preset, None
+    preset, holder, unlike = halves[0].preset, None, _unlike_checkpoint(pair, halves)
     if before is not None:
-        holder = _contender(map(_loaded, _pair(tracked, preset, str(before.version))))
+        try:
+            holder = _contender(map(_loaded, _pair(tracked, preset, str(before.version))))
+        except storage.Unavailable:
+            raise
+        except (MlflowException, RequestException, UserError) as error:
+            if not isinstance(error, UserError) and tracking.is_away(error):
+                raise
+            # Damaged or deleted: it must not stay in production for that.
+            unlike.append(
+                f"the pair in production cannot be measured ({tracking.first_line(error)})"
+            )
     where = None if data is None else storage.absolute(data)
     verdict = gate.examine(_contender(halves), holder, data=where, cache_dir=cache_dir())
-    verdict = dataclasses.replace(
-        verdict, faults=(*_unlike_checkpoint(pair, halves), *verdict.faults)
-    )
+    verdict = dataclasses.replace(verdict, faults=(*unlike, *verdict.faults))
     if verdict.faults and not force:
         raise UserError(
             f"The {preset} of run {halves[0].facts.get('run_id')} does not go to production: "
@@ -248,9 +257,7 @@ def _unlike_checkpoint(pair: Pair, halves: list[models.Half]) -> list[str]:
 def _loaded(version: ModelVersion) -> models.Half:
     """Return one half of a pair, from its own files, verified."""
     with tempfile.TemporaryDirectory() as tmp:
-        return models.load(
-            models.fetch(f"models:/{version.name}/{version.version}", _digest(version), Path(tmp))
-        )
+        return models.load(_fetched(version, Path(tmp)))
 
 
 def _contender(halves: Iterable[models.Half]) -> gate.Contender:
@@ -367,10 +374,25 @@ def _follow(tracked: MlflowClient, preset: str) -> list[str]:
     done: list[str] = []
     encoders, generators = (models.model_name(preset, kind) for kind in models.KINDS)
     truth = _aliases(tracked, encoders)
-    if "staging" in truth and truth["staging"] == truth.get("production"):
+    emptied = "staging" in truth and truth["staging"] == truth.get("production")
+    if emptied:
         tracked.delete_registered_model_alias(encoders, "staging")
         truth = _aliases(tracked, encoders)
         done.append(f"{encoders}@staging emptied")
+    # MLflow deletes an alias whichever version has got it meanwhile, and `register` can be cut
+    # before it gives one: in both cases the newest is a candidate without its word.
+    lost = (None, "staging") if emptied else (None,)
+    newest = next(iter(_versions(tracked, encoders)), None)
+    if (
+        newest is not None
+        and "partner_version" in newest.tags
+        and newest.tags.get("stage") in lost
+        and "staging" not in truth
+        and str(newest.version) not in truth.values()
+    ):
+        _set_alias(tracked, newest, "staging")
+        truth = _aliases(tracked, encoders)
+        done.append(f"{encoders}@staging -> {newest.version}")
     present = _aliases(tracked, generators)
     for word in WORDS:
         partner = None
@@ -455,9 +477,7 @@ def pull(name: str, *, stage: str = "production", to: Path) -> dict[str, Any]:
         try:
             to.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=to, prefix=".pull-") as tmp:
-                folder = models.fetch(
-                    f"models:/{name}/{version.version}", _digest(version), Path(tmp)
-                )
+                folder = _fetched(version, Path(tmp))
                 for extra in (models.WEIGHTS, models.CONFIG, models.CARD):
                     shutil.copyfile(folder / extra, Path(tmp) / extra)
                     (Path(tmp) / extra).replace(to / extra)
@@ -467,6 +487,23 @@ def pull(name: str, *, stage: str = "production", to: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{to} cannot be written ({error}): choose another --to.") from error
     return {**facts, "to": str(to)}
+
+
+def _fetched(version: ModelVersion, into: Path) -> Path:
+    """Return the folder of a version, fetched and verified.
+
+    Raises:
+        UserError: it is not as it was registered, or cannot be read.
+    """
+    try:
+        return models.fetch(f"models:/{version.name}/{version.version}", _digest(version), into)
+    except RequestException:
+        raise  # a server's answer, or none
+    except OSError as error:
+        raise UserError(
+            f"Version {version.version} of {version.name} cannot be copied to {into} ({error}): "
+            "see that its files are still in MLflow's store, and that there is space."
+        ) from error
 
 
 def checkpoint_of(model_uri: str) -> str:
@@ -517,9 +554,8 @@ def _asking(uri: str | None = None) -> Iterator[MlflowClient]:
             tracked = tracking.client(uri)
             chatty.setLevel(logging.ERROR)
             yield tracked
-        except MlflowException as error:
-            told = str(error).partition("\n")[0]
-            raise UserError(f"MLflow at {tracking.public(uri)} refuses: {told}") from error
+        except (MlflowException, RequestException) as error:
+            raise tracking.refusal(uri, error) from error
         finally:
             chatty.setLevel(level)
 

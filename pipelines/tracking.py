@@ -28,6 +28,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -42,7 +44,12 @@ _BATCH = 100  # points of the journal in one request
 _LONGEST_PAUSE = 30.0  # seconds between two attempts
 _LAST_CHANCE = 20.0  # seconds that the end of a run waits for the server
 _NAME = "journal"  # of the copy in a run's folder
+_EVALUATION = "evaluation-"  # and images seen: where an evaluation's journal is kept
+# All that MLflow raises of servers; where artifacts go to S3 directly, boto3's errors come through.
+_TROUBLE_OF_MLFLOW = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
+_TROUBLE = (*_TROUBLE_OF_MLFLOW, UserError)
 _ENDED = "ended"  # the tag that says why a nested run was stopped from outside
+_BUSY = (408, 409, 425, 429)  # the statuses below 500 after which a request is made again
 _KEY = "run_key"  # the tag by which a run is found again
 
 DESCRIPTIONS = {
@@ -69,6 +76,7 @@ def client(uri: str) -> MlflowClient:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print a password in the URL
         **storage.environment(),
     }.items():
         os.environ.setdefault(name, value)
@@ -96,8 +104,8 @@ def check(uri: str) -> None:
     """
     try:
         client(uri).search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise _no_answer(uri, error) from error
+    except _TROUBLE_OF_MLFLOW as error:
+        raise refusal(uri, error) from error
 
 
 def new_key(run_name: str) -> str:
@@ -154,8 +162,8 @@ def start_run(
         try:
             journal.keep()
             journal.send()
-        except (MlflowException, OSError, UserError) as error:
-            log.warning("MLflow does not answer (%s); %s goes on", _first(error), run_name)
+        except _TROUBLE as error:
+            log.warning("MLflow does not answer (%s); %s goes on", first_line(error), run_name)
         return journal.run_id
     try:
         tracked = client(uri)
@@ -164,11 +172,11 @@ def start_run(
             return run_id
         new = _create(tracked, uri, start, {})
         _complete(tracked, new, start)
-    except (MlflowException, OSError) as error:
+    except _TROUBLE_OF_MLFLOW as error:
         if run_id is not None:
-            log.warning("MLflow does not answer (%s); run %s goes on", _first(error), run_id)
+            log.warning("MLflow does not answer (%s); run %s goes on", first_line(error), run_id)
             return run_id
-        raise _no_answer(uri, error) from error
+        raise refusal(uri, error) from error
     return new
 
 
@@ -187,14 +195,14 @@ def end_run(uri: str, run_id: str, status: str, journal: "Journal | None" = None
         else:
             journal.add({"status": status})
             journal.send_all()
-    except (MlflowException, OSError, UserError) as error:
+    except _TROUBLE as error:
         left = journal.unsent if journal is not None else 1
         log.warning(
             "MLflow did not take %d entries of run %s, the last of them that it is %s (%s)%s",
             left,
             run_id,
             status,
-            _first(error),
+            first_line(error),
             "; `python pipelines/registry.py sync` brings them." if journal is not None else "",
         )
 
@@ -205,31 +213,69 @@ def add_report(
     metrics: Mapping[str, float],
     images_seen: int,
     folder: Path,
-    journal: "Journal | None" = None,
-) -> bool:
-    """Put an evaluation's numbers and files under a run; return whether the store has that run.
+    journal: "Journal",
+) -> None:
+    """Write an evaluation's numbers and files into a run's journal, but for those that it holds.
 
-    An outage is logged, never raised: the report is on disk. With a journal all is only written
-    down, for the run's end to deliver.
+    Trouble is logged, never raised: the report is on disk.
     """
     finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
     try:
-        if journal is not None:
-            journal.add_metrics(finite, images_seen)
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                name = f"evaluation/{path.relative_to(folder).as_posix()}"
-                journal.add_file(name, path.read_bytes())
-            return True
-        tracked = client(uri)
-        known = find_run(tracked, run_id)
-        if known is None:
-            return False
-        now = time.time_ns() // 1_000_000
-        found = [Metric(k, v, now, images_seen) for k, v in finite.items()]
-        tracked.log_batch(known, metrics=found)
-        tracked.log_artifacts(known, str(folder), "evaluation")
-    except (MlflowException, OSError, UserError) as error:
-        log.warning("MLflow did not take the evaluation of run %s: %s", run_id, _first(error))
+        journal.add_metrics(finite, images_seen)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = f"evaluation/{path.relative_to(folder).as_posix()}"
+            journal.add_file(name, path.read_bytes())
+    except (OSError, UserError) as error:
+        log.warning("%s will not have all of %s: %s", public(uri), run_id, first_line(error))
+
+
+def add_evaluation(
+    uri: str,
+    run_id: str,
+    metrics: Mapping[str, float],
+    images_seen: int,
+    folder: Path,
+    *,
+    journals: Path,
+    run_uri: str,
+) -> bool:
+    """Put an evaluation's numbers and files under a run that ended; return whether MLflow has them.
+
+    An outage is logged, never raised. All goes through a journal of its own, for ``deliver`` to
+    bring; and so a checkpoint that is evaluated again, be it on another node, adds no second point.
+
+    Args:
+        uri: of the tracking store.
+        run_id: MLflow's, or the run's key.
+        metrics: under their full names.
+        images_seen: by the checkpoint.
+        folder: with the report and its pictures.
+        journals: folder of journals.
+        run_uri: the run's folder in storage, where a copy is kept, if it can be written.
+    """
+    name = f"{_EVALUATION}{images_seen:010d}"
+    path = journals / f"{run_uri.rpartition('/')[2]}.{name}.jsonl"
+    try:
+        with contextlib.suppress(*_TROUBLE_OF_MLFLOW):  # away, so it may have the run
+            # One that began in an outage has only a key, and may wait in its own journal.
+            if _is_id(run_id) and find_run(client(uri), run_id) is None:
+                return False
+        journal = Journal.open(path, uri, run_id, storage.join(run_uri, name))
+        add_report(uri, run_id, metrics, images_seen, folder, journal)
+        try:
+            journal.keep()
+        except storage.Unavailable:
+            raise
+        except UserError:  # it is the folder of somebody else's run
+            journal = Journal.open(path, uri, run_id)
+        journal.send_all()
+    except _TROUBLE as error:
+        log.warning(
+            "MLflow did not take all of the evaluation of run %s (%s); "
+            "`python pipelines/registry.py sync` brings the rest.",
+            run_id,
+            first_line(error),
+        )
         return False
     return True
 
@@ -311,7 +357,7 @@ def system_metrics(tracker: "Tracker") -> Iterator[None]:
                 for monitor in load.monitors:
                     monitor.clear_metrics()
         except Exception as error:  # whatever is wrong with it, training is worth more
-            log.warning("No system metrics: %s", _first(error))
+            log.warning("No system metrics: %s", first_line(error))
 
     thread = threading.Thread(target=watch, name="system metrics", daemon=True)
     thread.start()
@@ -419,7 +465,7 @@ class _Courier:
                 pause = self._rest * (time.monotonic() - began)
             except Exception as error:  # of any kind: this thread must live on
                 if not failures:
-                    log.warning(self._failing, _first(error))
+                    log.warning(self._failing, first_line(error))
                 failures += 1
                 pause = min(_LONGEST_PAUSE, 2.0 ** min(failures - 1, 9))
                 if time.monotonic() >= last_chance:
@@ -660,9 +706,11 @@ class Journal:
                 for key, value in entry.get("metrics", {}).items()
             ]
             for start in range(0, len(metrics), 1000):  # MLflow's limit of one request
-                tracked.log_batch(run_id, metrics=metrics[start : start + 1000])
+                self._tell_points(tracked, run_id, metrics[start : start + 1000])
             for entry in part:
-                self._tell(tracked, run_id, entry)
+                what = entry.get("file") or " and ".join(entry.keys() - {"timestamp"})
+                with self._unless_refused(tracked, run_id, what):
+                    self._tell(tracked, run_id, entry)
             self._sent += len(part)
             note.truncate(0)
             note.write(_tell_sent(run_id, self._sent))
@@ -676,11 +724,46 @@ class Journal:
             if run_id is None:
                 begin = next((e for e in self._entries if "start" in e), None)
                 if begin is None:
-                    raise UserError(f"{public(self.uri)} has no run {self.key}.")
+                    raise UserError(f"it has no run {self.key}; without it {self.path} can go")
                 start = {**begin["start"], "timestamp": begin["timestamp"]}
                 run_id = _create(tracked, self.uri, start, {_KEY: self.key})
             self._run_id, self._found = run_id, True
         return self._run_id
+
+    def _tell_points(self, tracked: MlflowClient, run_id: str, points: list[Metric]) -> None:
+        """Bring points, but for those that MLflow refuses for good, which are found by halving."""
+        if len(points) == 1:
+            what = f"{points[0].key} at {points[0].step:,} images"
+            with self._unless_refused(tracked, run_id, what):
+                tracked.log_batch(run_id, metrics=points)
+            return
+        try:
+            tracked.log_batch(run_id, metrics=points)
+        except MlflowException as error:
+            if not _is_refused(error):
+                raise
+            half = len(points) // 2
+            self._tell_points(tracked, run_id, points[:half])
+            self._tell_points(tracked, run_id, points[half:])
+
+    @contextlib.contextmanager
+    def _unless_refused(self, tracked: MlflowClient, run_id: str, what: str) -> Iterator[None]:
+        """Leave out, with a warning, what MLflow refuses for good: the rest is not to wait."""
+        try:
+            yield
+        except _TROUBLE as error:
+            if not _is_refused(error):
+                raise
+            if find_run(tracked, run_id) is None:  # somebody deleted the run: it is made again
+                self._found = False
+                raise
+            log.warning(
+                "MLflow refuses %s of run %s (%s); it is left out, and stays in %s",
+                what,
+                run_id,
+                first_line(error),
+                self.path,
+            )
 
     def _tell(self, tracked: MlflowClient, run_id: str, entry: Mapping[str, Any]) -> None:
         """Bring an entry, points aside."""
@@ -753,10 +836,10 @@ def deliver(where: str | Path) -> dict[str, int]:
                 continue
             try:
                 journal.send_all()
-            except (MlflowException, OSError, UserError) as error:
+            except _TROUBLE as error:
                 told = UserError(
                     f"MLflow at {public(journal.uri)} does not take the rest of run "
-                    f"{journal.run_id} ({_first(error)}): try sync again later."
+                    f"{journal.run_id} ({first_line(error)}): try sync again later."
                 )
                 told.__cause__ = error
                 failed = failed or told
@@ -787,7 +870,7 @@ def _journals(where: str | Path) -> Iterator[list[Journal]]:
     names = [
         name
         for name in sorted(storage.list_files(place))
-        if re.fullmatch(rf"[^/]+\.jsonl|[^/]+/{_NAME}\.jsonl", name)
+        if re.fullmatch(rf"[^/]+\.jsonl|([^/]+/)?({_EVALUATION}\d+/)?{_NAME}\.jsonl", name)
     ]
     with tempfile.TemporaryDirectory() as tmp:
         found = []
@@ -797,8 +880,10 @@ def _journals(where: str | Path) -> Iterator[list[Journal]]:
             elif name.endswith(f"{_NAME}.jsonl"):
                 folder = storage.join(place, name).rpartition("/")[0]
                 found.append(Journal.stored(Path(tmp, str(number), f"{_NAME}.jsonl"), folder))
-        # A nested run needs the one above it, which brings those below it before it ends.
-        yield sorted((one for one in found if one is not None), key=lambda one: one.nested)
+        # A nested run needs the one above it, which brings those below it before it ends; and an
+        # evaluation needs the run, which its journal does not begin.
+        there = (one for one in found if one is not None)
+        yield sorted(there, key=lambda one: (not one.begun, one.nested))
 
 
 def _experiment(tracked: MlflowClient, name: str, uri: str) -> str:
@@ -879,17 +964,45 @@ def _complete(tracked: MlflowClient, run_id: str, start: Mapping[str, Any]) -> N
     tracked.log_dict(run_id, start["config"], "config.json")
 
 
-def _no_answer(uri: str, error: Exception) -> UserError:
-    return UserError(
-        f"No MLflow store answers at {public(uri)} ({_first(error)}): start it, or set "
-        "MLFLOW_TRACKING_URI."
-    )
+def refusal(uri: str, error: Exception) -> UserError:
+    """Return what to tell about an error of MLflow: ``Unavailable`` if it may be gone later."""
+    if is_away(error):
+        return storage.Unavailable(
+            f"No MLflow store answers at {public(uri)} ({first_line(error)}): start it, or set "
+            "MLFLOW_TRACKING_URI."
+        )
+    return UserError(f"MLflow at {public(uri)} refuses: {first_line(error)}")
 
 
-def public(uri: str) -> str:
-    """Return a URI without the user and password that it may carry."""
-    scheme, slashes, rest = uri.partition("://")
-    return scheme + slashes + rest.rpartition("@")[2]
+def is_away(error: Exception) -> bool:
+    """Return whether a server did not answer, or said that it cannot now."""
+    status = _status(error)
+    return status in _BUSY or (status >= 500 and status != 501)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Return whether it would be refused for ever; of other errors too many may be mended."""
+    if isinstance(error, MlflowException):
+        return error.error_code == "INVALID_PARAMETER_VALUE"
+    return _status(error) in (403, 413)  # of a file, by the store of artifacts
+
+
+def _status(error: Exception) -> int:
+    """Return the HTTP status that a server answered with; 500 where none did."""
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code()
+    for one in (error, error.__context__):  # boto3 hides the answer behind an error of its own
+        answer = getattr(one, "response", None)
+        if isinstance(answer, dict):
+            return answer["ResponseMetadata"]["HTTPStatusCode"]
+        if answer is not None:
+            return answer.status_code
+    return 500
+
+
+def public(text: str) -> str:
+    """Return a URI, or a text with URIs, without the user and password that they may carry."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def _note(params: Mapping[str, object]) -> dict[str, str]:
@@ -913,5 +1026,6 @@ def _user() -> str:
     return next((v for n in ("USER", "USERNAME", "LOGNAME") if (v := os.environ.get(n))), "unknown")
 
 
-def _first(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
+def first_line(error: Exception) -> str:
+    """Return what people may see of an error's text, which can hold a server's whole URI."""
+    return public(str(error).partition("\n")[0])[:200]

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -117,7 +117,7 @@ class Plan:
     run_uri: str
     data_uri: str | None
     cache_dir: str
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # it may hold a password
     journal: str
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of its MLflow run, beside those that every run has."""
@@ -129,7 +129,7 @@ class Plan:
             "run_id": self.run_id,
             "run_uri": self.run_uri,
             "data": self.data_uri,
-            "tracking_uri": self.tracking_uri,
+            "tracking_uri": tracking.public(self.tracking_uri),
             "workers": self.run.workers,
             "gpu": self.run.gpu,
             "steps": self.config.total_steps,

@@ -23,7 +23,12 @@ from processes import free_ports, kill
 
 SERVER = Path(__file__).resolve().parents[1] / "infra" / "s3_server.py"
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-_REFUSALS = {"SlowDown": 503, "NotImplemented": 501, "ConditionalRequestConflict": 409}
+_REFUSALS = {
+    "AccessDenied": 403,
+    "SlowDown": 503,
+    "NotImplemented": 501,
+    "ConditionalRequestConflict": 409,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,9 @@ class Fault:
     A place behind a body's end is no fault, and is not counted as one.
     """
 
-    refuse: Literal["SlowDown", "NotImplemented", "ConditionalRequestConflict"] | None = None
+    refuse: (
+        Literal["AccessDenied", "SlowDown", "NotImplemented", "ConditionalRequestConflict"] | None
+    ) = None
     """The store is not asked; the answer is an error of this code."""
     drop: bool = False
     """The store is not asked; the connection ends without an answer."""

@@ -1,6 +1,9 @@
 """Registered models: loadable by a stranger, moved in pairs, never changed unnoticed."""
 
+import bz2
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -8,17 +11,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
+from safetensors.numpy import save
 
-from ivegan import checkpoint
+from ivegan import checkpoint, storage
 from ivegan.artifact import check_sums, find_pickles, write_sums
 from ivegan.config import override, preset, to_dict
 from ivegan.errors import UserError
@@ -83,6 +89,110 @@ def test_pairs_move_and_come_back_together(registered, store):
     registry.rollback("digits")
     for name in (ENCODER, GENERATOR):
         assert words(store, name) == {"1": ("production", "Production"), "2": ("", "Archived")}
+
+
+def test_a_rollback_brings_back_the_very_same_files(registered, home):
+    def sums(to: Path) -> dict[str, str]:
+        for name in (ENCODER, GENERATOR):
+            registry.pull(name, to=to / name)
+        files = (path for path in to.rglob("*") if path.is_file())
+        return {
+            str(path.relative_to(to)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+            if path.name != "registered_model_meta"  # MLflow's note of the download
+        }
+
+    before = sums(home / "before")
+    registry.promote("digits")
+    between = sums(home / "between")
+    registry.rollback("digits")
+    assert sums(home / "after") == before
+    assert len(before) == len(between) > 10
+    weights = f"{ENCODER}/weights.safetensors"
+    assert between[weights] != before[weights]
+
+
+@pytest.mark.parametrize("damage", ["change", "delete"])
+def test_a_damaged_pair_in_production_can_be_replaced(registered, store, damage):
+    where = MlflowClient(store).get_model_version_download_uri(GENERATOR, "1")
+    folder = Path(urlparse(where).path)
+    if damage == "delete":
+        shutil.rmtree(folder)
+    else:
+        (folder / "weights.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"the pair in production cannot be measured \(.*--force"):
+        registry.promote("digits")
+    done = registry.promote("digits", force="its files are lost")
+    (fault,) = done["overruled"]
+    assert fault.startswith("the pair in production cannot be measured (")
+    assert done["replaced"] == 1
+    assert words(store, GENERATOR)["2"] == ("production", "Production")
+
+
+def test_a_pair_that_is_out_of_reach_is_no_damaged_one(registered, store, monkeypatch):
+    def away(*_: object) -> None:
+        raise storage.Unavailable("The object store does not answer.")
+
+    monkeypatch.setattr(registry, "_loaded", away)
+    with pytest.raises(storage.Unavailable):
+        registry.promote("digits", force="now")
+    assert words(store, ENCODER)["1"] == ("production", "Production")
+
+
+def test_a_candidate_keeps_its_word_when_a_promotion_comes_between(registered, store, home):
+    """It is registered just before the promotion empties staging, and so takes its word."""
+    third = saved(home, "third", seed=3)
+    delete = MlflowClient.delete_registered_model_alias
+    with pytest.MonkeyPatch.context() as patch:
+
+        def register_first(client: MlflowClient, name: str, alias: str) -> None:
+            patch.undo()
+            registry.register(third)
+            delete(client, name, alias)
+
+        patch.setattr(MlflowClient, "delete_registered_model_alias", register_first)
+        registry.promote("digits")
+    assert words(store, ENCODER)["2"] == ("production", "Production")
+    for name in (ENCODER, GENERATOR):
+        assert words(store, name)["3"] == ("staging", "Staging")
+    # One that is taken back by hand stays so.
+    delete(MlflowClient(store), ENCODER, "staging")
+    registry.overview()
+    assert words(store, ENCODER)["3"] == ("", "Archived")
+
+
+def test_list_gives_a_candidate_the_word_that_it_never_got(registered, store, home, monkeypatch):
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    registry.promote("digits")
+    with monkeypatch.context() as broken:
+        broken.setattr(registry, "_set_alias", die)
+        with pytest.raises(KeyboardInterrupt):
+            registry.register(saved(home, "third", seed=3))
+    assert f"{ENCODER}@staging -> 3" in registry.overview()["repaired"]
+    for name in (ENCODER, GENERATOR):
+        assert words(store, name)["3"] == ("staging", "Staging")
+
+
+def test_pull_blames_the_place_that_is_at_fault(registered, home, monkeypatch):
+    (home / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/got cannot be written .* choose another --to"):
+        registry.pull(ENCODER, to=home / "file" / "got")
+
+    def unreadable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/store/model")
+
+    monkeypatch.setattr(models, "fetch", unreadable)
+    with pytest.raises(UserError, match=r"Version 1 of .* cannot be copied .*/store/model"):
+        registry.pull(ENCODER, to=home / "got")
+
+
+def test_the_card_of_faces_tells_what_its_licence_allows():
+    facts = {"config": to_dict(preset("celeba")), "images_seen": 1}
+    card = model_card.render("a", "generator", "", facts, {}, [])
+    assert "**Its licence allows non-commercial research only, and so for what is made" in card
+    assert "must not be used to recognise or to depict anybody" in card
 
 
 def test_list_repairs_what_an_interruption_left_half_done(registered, store, monkeypatch):
@@ -398,15 +508,84 @@ def test_what_is_not_there_is_told(registered, call, sentence):
         call()
 
 
-def test_a_planted_pickle_is_found_however_deep(tmp_path):
-    inner, outer = io.BytesIO(), io.BytesIO()
-    with zipfile.ZipFile(inner, "w") as archive:
-        archive.writestr("harmless.bin", pickle.dumps({"a": 1}))
-    with zipfile.ZipFile(outer, "w") as archive:
-        archive.writestr("data/inner", inner.getvalue())
-    (tmp_path / "model.pt2").write_bytes(outer.getvalue())
-    (tmp_path / "text").write_text("nothing.")
-    assert find_pickles(tmp_path) == ["model.pt2!data/inner!harmless.bin"]
+PICKLE = pickle.dumps({"a": 1})
+
+
+def zipped(content: bytes, name: str = "inner", **how: Any) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", **how) as archive:
+        archive.writestr(name, content)
+    return out.getvalue()
+
+
+def tarred(content: bytes, mode: Literal["w", "w:gz", "w:xz"] = "w") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
+        member = tarfile.TarInfo("inner")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        *[pytest.param(pickle.dumps({"a": 1}, p), "", id=f"protocol {p}") for p in range(6)],
+        pytest.param(pickle.dumps({"a": 1}, 0) + b"and more", "", id="protocol 0 and more"),
+        pytest.param(pickle.dumps(print, 1) + b"and more", "", id="protocol 1 and more"),
+        pytest.param(b"cos\nsystem\n(S'id'\ntR and no end", "", id="a call without an end"),
+        pytest.param(PICKLE + zipped(b"harmless"), "", id="pickle before a zip"),
+        pytest.param(zipped(zipped(PICKLE), "data/x"), "!data/x!inner", id="zip in zip"),
+        pytest.param(tarred(PICKLE), "!inner", id="tar"),
+        pytest.param(tarred(PICKLE, "w:gz"), "!content!inner", id="tar.gz"),
+        pytest.param(tarred(PICKLE, "w:xz"), "!content!inner", id="tar.xz"),
+        pytest.param(tarred(PICKLE) + zipped(b"harmless"), "!inner", id="tar before a zip"),
+        pytest.param(gzip.compress(PICKLE), "!content", id="gzip"),
+        pytest.param(bz2.compress(zipped(PICKLE)), "!content!inner", id="zip in bzip2"),
+        pytest.param(npy(np.array([{}])), "", id="npy of objects"),
+        pytest.param(npy(np.zeros(1, [("a", "O")])), "", id="npy with a field of objects"),
+        pytest.param(gzip.compress(bytes(65 << 20)), "", id="gzip bomb"),
+        pytest.param(zipped(bytes(65 << 20), compression=8), "", id="zip bomb"),
+        pytest.param(gzip.compress(PICKLE)[:-9], "", id="broken gzip"),
+    ],
+)
+def test_a_planted_pickle_is_found_wherever_it_is(tmp_path, content, where):
+    """And so is what nobody can look into."""
+    (tmp_path / "planted").write_bytes(content)
+    assert find_pickles(tmp_path) == [f"planted{where}"]
+
+
+def test_what_is_no_pickle_is_not_taken_for_one(tmp_path):
+    """Among it are files that begin as one might."""
+    random = np.random.default_rng(0)
+    weights = {"a": random.standard_normal((99, 99)).astype(np.float32)}
+    png = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (9, 9), dtype=np.uint8)).save(png, "png")
+    for number, content in enumerate(
+        [
+            save(weights),
+            png.getvalue(),
+            npy(weights["a"]),
+            weights["a"].tobytes(),
+            zipped(b"}q."),
+            tarred(json.dumps({"a": 1}).encode()),
+            gzip.compress(b"a: 1\n"),
+            bytes(2000),
+            b"",
+            b"nothing.",
+            b"channels:\n- defaults\ndependencies:\n- python=3.11.\n",
+            b"(in words\nof two lines\n)",
+            b"c0ffee  MLmodel\nd00d  data/model.pt2\n",
+        ]
+    ):
+        (tmp_path / str(number)).write_bytes(content)
+    assert find_pickles(tmp_path) == []
 
 
 @pytest.mark.parametrize("spoil", ["change", "add", "remove", "list"])

@@ -3,20 +3,24 @@
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from fault_proxy import Fault, FaultProxy, Request
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, get_error_code
 from mlflow_server import MlflowServer
 
 from ivegan import storage
+from ivegan.config import PRESETS, flatten, preset
 from ivegan.errors import UserError
-from pipelines import tracking
+from pipelines import registry, tracking, train
 
 DATASET = ("ring", "abc", "ring")
 
@@ -102,6 +106,28 @@ def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypa
     assert kept == ["figures/samples-0000000020.png"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_experiment_and_run_says_to_people_what_it_is(name, store):
+    config = preset(name)
+    run_id = tracking.start_run(
+        store,
+        experiment=f"ivegan-{config.dataset}",
+        run_name="a",
+        params=flatten(config),
+        tags={},
+        config={},
+        dataset=DATASET,
+    )
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name(f"ivegan-{config.dataset}")
+    assert experiment is not None
+    note = experiment.tags["mlflow.note.content"]
+    assert len(note.split()) > 8
+    assert note == tracking.DESCRIPTIONS[config.dataset]
+    told = client.get_run(run_id).data.tags["mlflow.note.content"]
+    assert told.startswith(f"{config.total_images:,} images, batches of {config.batch_size}, ")
+
+
 def test_a_resumed_run_repeats_no_point(store, tmp_path):
     run_id = started(store)
     for steps in (range(5), range(3, 8)):  # the second starts from an earlier checkpoint
@@ -154,16 +180,193 @@ def test_no_password_is_written_down(tmp_path):
     assert "https://mlflow.example/x" in path.read_text()
 
 
-def test_an_evaluation_goes_under_its_run_and_nowhere_else(store, tmp_path):
+PROGRAMS = Path(__file__).resolve().parents[1] / "pipelines"
+
+
+def test_no_password_is_shown_when_no_server_answers(home, monkeypatch, caplog, capfd):
+    """MLflow's own errors hold the whole URI."""
+    uri = "http://user:sesame@127.0.0.1:9/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_LAST_CHANCE", 0.0)
+    journal = tracking.Journal.open(home / "journal" / "a.jsonl", uri, "a")
+    assert started(uri, journal=journal) == "a"
+    tracking.Tracker(journal).close()
+    tracking.end_run(uri, "a", "FINISHED", journal)
+    calls = (lambda: tracking.check(uri), lambda: tracking.deliver(home / "journal"))
+    for call in (*calls, registry.overview):
+        with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x") as told:
+            call()
+        assert "sesame" not in str(told.value)
+    for words in (["--dry-run", "--json"], ["--total-images", "64"]):
+        subprocess.run(
+            [sys.executable, str(PROGRAMS / "train.py"), "ring", *words, "--workers", "0"],
+            check=False,
+        )
+    plan = train.resolve("ring", preset("ring"), train.Run(workers=0))
+    assert plan.tracking_uri == uri
+    assert "MLflow does not answer (API request to http://127.0.0.1:9/x/" in caplog.text
+    out, err = capfd.readouterr()
+    assert '"tracking_uri": "http://127.0.0.1:9/x"' in out
+    assert "No MLflow store answers at http://127.0.0.1:9/x" in err
+    shown = out + err + caplog.text + repr(plan)
+    assert "sesame" not in shown + "".join(p.read_text() for p in home.rglob("*") if p.is_file())
+
+
+@pytest.mark.fault
+def test_no_password_is_shown_by_a_server_that_answers(server, capfd):
+    """MLflow would print where to see a run that ends."""
+    server.start()
+    uri = server.uri.replace("://", "://user:sesame@")
+    tracking.end_run(uri, started(uri), "FINISHED")
+    assert MlflowClient(server.uri).search_runs(["1"])[0].info.status == "FINISHED"
+    assert "sesame" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:p@ss@host/x@y", "https://host/x@y"),
+        ("no http://u:p@a:1/x or s3://k:s@b/y", "no http://a:1/x or s3://b/y"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ],
+)
+def test_what_may_be_shown_of_a_uri(text, shown):
+    assert tracking.public(text) == shown
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Callable[..., bool]:
+    """Return a function that puts an evaluation under a run."""
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.html").write_text("<p>")
+    (report / "samples.png").write_bytes(b"png")
+
+    def add(uri: str, run_id: str, value: float = 0.5, node: str = "1") -> bool:
+        return tracking.add_evaluation(
+            uri,
+            run_id,
+            {"eval/one_nn": value, "eval/none": float("nan")},
+            640,
+            report,
+            journals=tmp_path / node / "journal",
+            run_uri=str(tmp_path / "far" / "a"),
+        )
+
+    return add
+
+
+def check_evaluated(uri: str, run_id: str) -> None:
+    assert points(uri, run_id, "eval/one_nn") == [(640, 0.5)]
+    kept = {f.path for f in MlflowClient(uri).list_artifacts(run_id, "evaluation")}
+    assert kept == {"evaluation/report.html", "evaluation/samples.png"}
+
+
+def test_an_evaluation_goes_under_its_run_and_nowhere_else(store, evaluated):
     run_id = started(store)
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "report.html").write_text("<p>")
-    folder, found = tmp_path / "report", {"eval/one_nn": 0.5}
-    assert tracking.add_report(store, run_id, found, 640, folder)
+    assert evaluated(store, run_id)
+    check_evaluated(store, run_id)
+    assert not evaluated(store, "0" * 32)
+
+
+def test_an_evaluation_made_again_adds_no_second_point(store, evaluated):
+    """Here, on another node, and with numbers that differ in their last digits."""
+    run_id = started(store)
+    assert evaluated(store, run_id)
+    assert evaluated(store, run_id, 0.5000001)
+    assert evaluated(store, run_id, node="2")
+    check_evaluated(store, run_id)
+
+
+def test_an_evaluation_that_was_killed_is_ended_by_the_next(store, evaluated, monkeypatch):
+    """Between two of its files, the points being sent; on a node that is gone."""
+    run_id = started(store)
+    with monkeypatch.context() as patch:
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(tracking.Journal, "_tell_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(store, run_id)
     assert points(store, run_id, "eval/one_nn") == [(640, 0.5)]
-    kept = [f.path for f in MlflowClient(store).list_artifacts(run_id, "evaluation")]
-    assert kept == ["evaluation/report.html"]
-    assert not tracking.add_report(store, "0" * 32, found, 640, folder)
+    assert evaluated(store, run_id, node="2")
+    check_evaluated(store, run_id)
+
+
+@pytest.mark.parametrize("where", ["1/journal", "far", "far/a"])
+def test_an_evaluation_in_an_outage_is_delivered_later(store, tmp_path, evaluated, away, where):
+    """With its run, which began in the outage too; from here and from what storage keeps."""
+    path = tmp_path / "1" / "journal" / "a.jsonl"
+    journal = tracking.Journal.open(path, store, "a-key", str(tmp_path / "far" / "a"))
+    with away():
+        started(store, journal=journal)
+        tracking.end_run(store, "a-key", "FINISHED", journal)
+        assert not evaluated(store, "a-key")
+    assert tracking.waiting(tmp_path / where) == {"a-key": 3}
+    tracking.deliver(tmp_path / where)
+    assert tracking.waiting(tmp_path / where) == {}
+    run_id = tracking.find_run(MlflowClient(store), "a-key")
+    assert run_id is not None
+    check_evaluated(store, run_id)
+
+
+def test_an_evaluation_of_somebody_elses_run_needs_no_place_in_its_folder(store, evaluated, home):
+    run_id = started(store)
+    (home / "far").write_text("in the way")
+    assert evaluated(store, run_id)
+    check_evaluated(store, run_id)
+
+
+@pytest.mark.fault
+def test_what_is_refused_for_good_holds_nothing_up(server, tmp_path, caplog):
+    """A point, a setting, and a file that the store of artifacts does not take."""
+
+    def plan(request: Request) -> Fault | None:
+        refused = request.method == "PUT" and "refused.png" in request.path
+        return Fault(refuse="AccessDenied") if refused else None
+
+    server.start()
+    with FaultProxy(server.uri, plan) as proxy:
+        uri = proxy.endpoint
+        journal = tracking.Journal.open(tmp_path / "a.jsonl", uri, "a")
+        run_id = started(uri, journal=journal)
+        for step in range(50):
+            journal.add_metrics({"loss": float(step), "what?": 1.0 if step == 7 else 2.0}, step)
+        tracking.set_tags(uri, run_id, {"no\nname": "x"}, journal)
+        journal.add_file("figures/refused.png", b"png")
+        journal.add_file("figures/taken.png", b"png")
+        tracking.end_run(uri, run_id, "FINISHED", journal)
+        assert proxy.injected["refuse"] == 1
+    assert tracking.waiting(tmp_path) == {}
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert set(run.data.metrics) == {"loss"}
+    assert len(points(server.uri, run_id, "loss")) == 9
+    kept = [f.path for f in MlflowClient(server.uri).list_artifacts(run_id, "figures")]
+    assert kept == ["figures/taken.png"]
+    assert caplog.text.count("MLflow refuses what? at") == 9
+    for what in ("what? at 7 images", "tags", "figures/refused.png"):
+        assert f"MLflow refuses {what} of run {run_id} (" in caplog.text
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 409, 429, 500, 503, 504])
+def test_what_may_be_mended_is_sent_again(status, store, tmp_path, monkeypatch):
+    """A login among it, which fails for all alike."""
+    run_id = started(store)
+    journal = tracking.Journal.open(tmp_path / "a.jsonl", store, run_id)
+    journal.add_metrics({"loss": 1.0}, 1)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise MlflowException("no", error_code=get_error_code(status))
+
+        patch.setattr(MlflowClient, "log_batch", refuse)
+        tracking.end_run(store, run_id, "FINISHED", journal)
+    assert journal.unsent == 2
+    tracking.deliver(tmp_path)
+    assert points(store, run_id, "loss") == [(1, 1.0)]
 
 
 @pytest.mark.fault

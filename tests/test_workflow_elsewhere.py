@@ -1,6 +1,5 @@
 """The workflow away from one's own machine: records in S3, a Ray job, Argo Workflows."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -67,8 +66,6 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
 
 @pytest.mark.s3
 def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home, s3):
-    if importlib.util.find_spec("kubernetes") is None:
-        pytest.skip("install kubernetes to compile for Argo Workflows")
     done = workflow(
         *("--datastore", f"{s3}/metaflow", "argo-workflows", "create", "--only-json"),
         cwd=home,
@@ -108,6 +105,27 @@ def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home,
     of_train = {one["name"]: one["value"] for one in parts["train"]["container"]["env"]}
     assert of_train["METAFLOW_CODE_URL"].startswith(f"{s3}/metaflow/IveGanFlow/")
     assert storage.exists(of_train["METAFLOW_CODE_URL"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "missing"),
+    [("ring", "storage, out, MLFLOW_TRACKING_URI"), ("digits", "data, storage, out, MLFLOW_")],
+)
+def test_a_pod_without_places_outside_it_is_refused_before_it_works(home, preset, missing):
+    """As Argo Workflows starts it: without our command, which fills in places of this machine."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "flow.py"), "run", "--preset", preset],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"METAFLOW_KUBERNETES_WORKLOAD": "1", "METAFLOW_USER": "test"},
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode != 0, told
+    assert f"gone with it: set {missing}" in told
+    assert "Traceback" not in told
+    assert not (home / "runs").exists()
 
 
 @pytest.fixture

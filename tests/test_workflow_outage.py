@@ -1,0 +1,56 @@
+"""A workflow whose MLflow server is away for a moment: the step is tried again, and that is all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fault_proxy import Fault, FaultProxy, Request, times
+from mlflow import MlflowClient
+from mlflow_server import MlflowServer
+
+PROGRAM = Path(__file__).resolve().parents[1] / "pipelines" / "workflow.py"
+
+
+@pytest.mark.fault
+def test_a_step_is_tried_again_when_mlflow_was_away_and_tells_no_password(home, store):
+    """The first look of the training and of the registration at the server get no answer."""
+    plans = [
+        times(1, Fault(drop=True), lambda request, part=part: part in request.path)
+        for part in ("experiments/search", "model-versions/search")
+    ]
+
+    def plan(request: Request) -> Fault | None:
+        return next((fault for one in plans if (fault := one(request))), None)
+
+    server = MlflowServer(home, store, str(home / "artifacts"))
+    server.start()
+    try:
+        with FaultProxy(server.uri, plan) as proxy:
+            words = ["run", "ring", "--batch-size", "64", "--total-images", "1280", "--workers"]
+            done = subprocess.run(
+                [sys.executable, PROGRAM, *words, "0"],
+                cwd=home,
+                capture_output=True,
+                text=True,
+                check=False,
+                env=os.environ
+                | {
+                    "MLFLOW_TRACKING_URI": proxy.endpoint.replace("://", "://user:sesame@"),
+                    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+                },
+            )
+            assert proxy.injected == {"drop": 2}
+        told = done.stdout + done.stderr
+        assert done.returncode == 0, told[-3000:]
+        assert told.count("Task is starting (retry).") == 2
+        assert told.count("No MLflow store answers at http://127.0.0.1") >= 2
+        assert "sesame" not in told
+        found = MlflowClient(server.uri).search_model_versions("name='ivegan-ring-encoder'")
+        assert len(found) == 1
+        (card,) = (home / "runs" / ".metaflow").rglob("steps/evaluate/tasks/*/cards/*.html")
+        figures = list((home / "runs" / "reports").rglob("*.png"))
+        assert card.read_text().count("data:image/png;base64,") == len(figures) > 0
+    finally:
+        server.kill()
