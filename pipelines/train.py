@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,14 +37,22 @@ from ivegan.config import PRESETS, Config, config_hash, flatten, from_dict, to_d
 from ivegan.data import CACHE_LIMIT
 from ivegan.errors import UserError
 from ivegan.figures import progress_figures
+from ivegan.layers import keep_freed_memory
 from ivegan.shards import Manifest, read_manifest
 from ivegan.step import NonFiniteLossError, create_state, distribute, train
-from pipelines import tracking
+
+if TYPE_CHECKING:  # it brings MLflow, which takes seconds to import: the driver's business alone
+    from pipelines import tracking
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-HOW = ("stream", "precision", "accumulate")  # no settings of the method, but numbers depend on them
+HOW = (
+    "stream",
+    "precision",
+    "accumulate",
+    "compile",
+)  # no settings of the method, but numbers depend on them
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 Measure = Callable[[str], dict[str, float]]
@@ -76,6 +84,8 @@ class Run(cli.Options):
     """CPU threads of each worker."""
     gpu: bool = False
     """Give each worker a GPU."""
+    compile: bool = False
+    """Let torch.compile make the networks faster, in a minute that only long runs win back."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; bfloat16 is faster where the machine has units for it."""
     accumulate: int = 1
@@ -124,6 +134,8 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``--dry-run``."""
+        from pipelines import tracking
+
         return {
             "preset": self.preset,
             "run_id": self.run_id,
@@ -167,6 +179,8 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
     Raises:
         UserError: settings that cannot work together, or a place that is missing.
     """
+    from pipelines import tracking
+
     share = max(1, run.workers)
     if config.batch_size % (2 * share):
         raise UserError(
@@ -254,6 +268,8 @@ def _tracked(
     measure: Measure | None,
 ) -> dict[str, Any]:
     """Train under an MLflow run that ends as the training does."""
+    from pipelines import tracking
+
     facts = {
         "preset": plan.preset,
         "run_id": plan.run_id,
@@ -267,6 +283,7 @@ def _tracked(
         "stream": plan.run.stream,
         "precision": plan.run.precision,
         "accumulate": plan.run.accumulate,
+        "compile": plan.run.compile,
         "versions": {"torch": torch.__version__},
     }
     if known is None:
@@ -385,7 +402,8 @@ def _earlier_start(plan: Plan, dataset_hash: str) -> dict[str, Any] | None:
     earlier = json.loads(storage.read_bytes(where))
     before, now = flatten(from_dict(earlier["config"])), flatten(plan.config)
     for name in HOW:
-        before[name], now[name] = earlier[name], getattr(plan.run, name)
+        now[name] = getattr(plan.run, name)
+        before[name] = earlier.get(name, getattr(Run, name))
     changed = [k for k in now if now[k] != before[k] and k != "total_images"]
     if changed:
         told = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
@@ -418,8 +436,10 @@ def _write_down(plan: Plan, facts: dict[str, Any]) -> None:
     storage.write_bytes(storage.join(plan.run_uri, "run.json"), marker.encode())
 
 
-def _start_tracking(plan: Plan, facts: dict[str, Any], journal: tracking.Journal) -> str:
+def _start_tracking(plan: Plan, facts: dict[str, Any], journal: "tracking.Journal") -> str:
     """Return the id of the MLflow run: the earlier one of this run id, or a new one."""
+    from pipelines import tracking
+
     return tracking.start_run(
         plan.tracking_uri,
         experiment=f"ivegan-{plan.config.dataset}",
@@ -564,11 +584,16 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     run, config = plan.run, plan.config
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.set_num_threads(run.threads)
+    if not run.gpu:
+        keep_freed_memory()
     state = create_state(config, device_of(run), getattr(torch, run.precision))
     state.parts = run.accumulate
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
         checkpoint.restore(state, start)
+    if run.compile:
+        for network in (state.players, state.judges):
+            network.compile(dynamic=False)
     distribute(state)
     source = _training_data(plan)
     pictured = data.first_images(source, 10) if source is not None and rank == 0 else None

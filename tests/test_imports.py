@@ -39,6 +39,13 @@ def test_mlflow_is_imported_in_three_places_only():
     assert users == {"tracking.py", "registry.py", "models.py"}
 
 
+def test_a_training_worker_does_not_import_mlflow():
+    """It takes seconds on each of a node's workers, and only the driver talks to MLflow."""
+    code = "import sys, pipelines.train; print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_training_needs_nothing_but_torch_numpy_pillow_and_safetensors():
     """Run in a process where everything else cannot be imported."""
     code = f"""

@@ -410,6 +410,23 @@ def test_a_batch_may_be_computed_in_parts(digits):
         digits("odd", workers=0, accumulate=3)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_computes_the_same(home, store):
+    """In processes of their own: torch.compile cannot look into what checks shapes in tests."""
+    sizes = ["digits", "--batch_size", "16", "--model.width", "0.25", "--total-images", "192"]
+    found = []
+    for flags in ([], ["--compile"]):
+        name = ["--run-id", f"run{len(flags)}", "--workers", "0", "--json"]
+        out, _ = command(*sizes, *name, *flags, cwd=home)
+        found.append(json.loads(out.splitlines()[-1])["metrics"])
+        del found[-1]["rate/images_per_second"]
+    whole, compiled = found
+    assert compiled != whole  # fused operations round less often
+    assert compiled == pytest.approx(whole, rel=1e-3, abs=1e-3)
+    _, told = command(*sizes, "--run-id", "run1", "--workers", "0", "--resume", cwd=home, status=2)
+    assert "compile was True and is False" in told
+
+
 def test_more_workers_than_lanes_are_a_sentence_before_anything_starts(digits, home):
     with pytest.raises(UserError, match=r"has 10 shards of train.*streamed by 1 to 8 workers"):
         digits("many", workers=16, stream=True, batch_size=64)
