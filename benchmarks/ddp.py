@@ -43,6 +43,7 @@ def plan_of(options: argparse.Namespace, workers: int, threads: int) -> train.Pl
         threads=threads,
         precision=options.precision,
         run_id=f"{workers}x{threads}-{uuid.uuid4().hex[:8]}",
+        log_every=preset(options.preset).total_images // 100,  # as often as in a whole run
         save_every=options.images,
     )
     return train.resolve(options.preset, config, run)

@@ -269,9 +269,10 @@ def _logits(state: State, judges: nn.Module, *images: Tensor, **which: bool) -> 
     return Logits(*(cast(Tensor, None if part is None else part.float()) for part in logits))
 
 
-def _autocast(state: State) -> torch.autocast:
-    on = state.precision != torch.float32
-    return torch.autocast(state.device.type, state.precision if on else None, enabled=on)
+def _autocast(state: State) -> AbstractContextManager[object]:
+    if state.precision == torch.float32:
+        return nullcontext()
+    return torch.autocast(state.device.type, state.precision)
 
 
 @torch.no_grad()

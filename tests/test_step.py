@@ -149,14 +149,15 @@ def test_every_switch_trains_and_matters(changes):
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "celeba"])
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(name):
-    config = tiny(name)
+    # Fresh networks draw nearly equal images, whose small differences batch norm would multiply,
+    # the roundings of bfloat16 among them.
+    config = tiny(name, model__norm="group")
     plain, half = (create_state(config, precision=p) for p in (torch.float32, torch.bfloat16))
     x, draws = next(batches(config))
     one, other = (train_step(state, x, draws) for state in (plain, half))
     for key, value in one.items():
         assert other[key].dtype == torch.float32
-        # Batch norm over so few samples multiplies roundings, by how much depends on the CPU.
-        assert other[key] == pytest.approx(float(value), rel=0.15, abs=0.15), key
+        assert other[key] == pytest.approx(float(value), rel=0.05, abs=0.05), key
     assert any(not torch.equal(one[key], other[key]) for key in one)  # it did compute in bfloat16
     assert weights(half).dtype == torch.float32
     assert weights(half).isfinite().all()
