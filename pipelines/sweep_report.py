@@ -58,12 +58,12 @@ class Progress(Callback):
         self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any
     ) -> None:
         """Show a score."""
-        metric, rank = self.objective.metric, self.objective.rank
+        metric = self.objective.metric
         if metric not in result or result.get("diverged"):
             return
+        self._catch_up(trials)
+        self._compare(trial, result)
         name, score = self.name(trial.config, trial.trial_id), result[metric]
-        if rank(score) < rank(self.best[1]):
-            self.best = (name, score)
         self._write(
             f"trial {name}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
             f"{self.objective.name} {score:.3f}  (best {self.best[1]:.3f}, trial {self.best[0]})"
@@ -73,11 +73,11 @@ class Progress(Callback):
         """Show the end of a trial."""
         last = trial.last_result
         if last.get("diverged"):
-            self._ended(trial, "diverged")
+            self._ended(trials, trial, "diverged")
         elif last.get("images_seen", 0) >= self.length:
-            self._ended(trial, "is done")
+            self._ended(trials, trial, "is done")
         else:
-            self._ended(trial, "stops early")
+            self._ended(trials, trial, "stops early")
             self._thread = self._thread or ThreadPoolExecutor(1)
             self._thread.submit(self._tell_stopped, self.name(trial.config, trial.trial_id))
 
@@ -90,7 +90,7 @@ class Progress(Callback):
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Show that a trial failed."""
         error = trial.get_pickled_error() or "no word of why"
-        self._ended(trial, f"failed ({str(error).strip().splitlines()[-1][:200]})")
+        self._ended(trials, trial, f"failed ({str(error).strip().splitlines()[-1][:200]})")
 
     def on_experiment_end(self, trials: Any, **_: Any) -> None:
         """Leave the terminal in order."""
@@ -99,7 +99,21 @@ class Progress(Callback):
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def _ended(self, trial: Any, how: str) -> None:
+    def _catch_up(self, trials: Any) -> None:
+        """Take in the trials that ended before a kill: Tune does not tell of them again."""
+        for trial in trials:
+            if trial.is_finished() and trial.trial_id not in self.done:
+                self.done.add(trial.trial_id)
+                self._compare(trial, trial.last_result)
+
+    def _compare(self, trial: Any, result: Mapping[str, Any]) -> None:
+        """Keep the best score so far."""
+        score = None if result.get("diverged") else result.get(self.objective.metric)
+        if self.objective.rank(score) < self.objective.rank(self.best[1]):
+            self.best = (self.name(trial.config, trial.trial_id), score)
+
+    def _ended(self, trials: Any, trial: Any, how: str) -> None:
+        self._catch_up(trials)
         self.done.add(trial.trial_id)
         name = self.name(trial.config, trial.trial_id)
         self._write(f"trial {name} {how}; {len(self.done)} of {self.total} have ended")

@@ -252,7 +252,12 @@ def test_the_end_of_a_trial_is_told_in_a_thread_that_may_fail(capsys, caplog):
     objective = space.objective_of(preset("digits"), "frechet")
     shown = sweep_report.Progress(3, 1000, objective, tune.trial_name, tell)
     trials = [
-        SimpleNamespace(config={"trial": i}, trial_id=str(i), last_result={"images_seen": seen})
+        SimpleNamespace(
+            config={"trial": i},
+            trial_id=str(i),
+            last_result={"images_seen": seen},
+            is_finished=lambda: False,
+        )
         for i, seen in enumerate((500, 1000, 600))
     ]
     for trial, score in zip(trials, (5.0, 3.0, 4.0), strict=True):
@@ -268,6 +273,27 @@ def test_the_end_of_a_trial_is_told_in_a_thread_that_may_fail(capsys, caplog):
     assert told == [("000", False), ("002", False)]
     assert "Trial 000 is still shown as running (MLflow is away)" in caplog.text
     assert shown.__getstate__()["_thread"] is None
+
+
+def test_a_restored_sweep_counts_what_ended_before(capsys):
+    """Tune tells of no trial twice, and what is shown begins anew in every process."""
+    objective = space.objective_of(preset("ring"), "")
+    before = SimpleNamespace(
+        config={"trial": 0},
+        trial_id="a",
+        last_result={"images_seen": 1000, objective.metric: 0.75},
+        is_finished=lambda: True,
+    )
+    now = SimpleNamespace(
+        config={"trial": 1}, trial_id="b", last_result={}, is_finished=lambda: False
+    )
+    shown = sweep_report.Progress(2, 1000, objective, tune.trial_name, lambda name: None)
+    now.last_result = {"images_seen": 1000, objective.metric: 0.5}
+    shown.on_trial_result(0, [before, now], now, now.last_result)
+    shown.on_trial_complete(0, [before, now], now)
+    out = capsys.readouterr().out
+    assert "0.500  (best 0.750, trial 000)" in out
+    assert "trial 001 is done; 2 of 2 have ended" in out
 
 
 def test_a_stopped_trial_is_killed_in_mlflow_and_a_finished_one_is_left(home, store, mlflow_runs):
