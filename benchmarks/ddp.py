@@ -23,20 +23,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step import processor
+from common import configured, device_name, in_turns, ratio
 
-from ivegan.config import PRESETS, override, preset
+from ivegan.config import PRESETS, preset
 from pipelines import train
 
 
 def plan_of(options: argparse.Namespace, workers: int, threads: int) -> train.Plan:
     """Return the plan of one run, below the benchmark's own folder."""
-    changes = {
-        "batch_size": options.batch_size,
-        "model.width": options.width,
-        "total_images": options.images,
-    }
-    config = override(preset(options.preset), {k: v for k, v in changes.items() if v is not None})
+    config = configured(options, total_images=options.images)
     run = train.Run(
         data=options.data,
         workers=workers,
@@ -114,26 +109,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "torchrun, 2 processes": lambda: by_torchrun(options),
         "Ray, 1 worker of 2 threads": lambda: by_ray(options, 1, 2),
     }
-    found: dict[str, list[float]] = {name: [] for name in runs}
     with train.ray_cluster():
-        for number in range(options.rounds):
-            for name in runs if number % 2 == 0 else reversed(runs):
-                found[name].append(runs[name]())
-            print("  ".join(f"{k} {v[-1]:,.0f} images/s" for k, v in found.items()), flush=True)
-    ratios = {}
-    for other in ("torchrun, 2 processes", "Ray, 1 worker of 2 threads"):
-        pairs = zip(found["Ray, 2 workers"], found[other], strict=True)
-        each = [a / b for a, b in pairs]
-        ratios[other] = {"ratio": statistics.median(each), "range": [min(each), max(each)]}
+        found = in_turns(runs, options.rounds, "images/s")
+    ours, *others = runs
     return {
         "preset": options.preset,
         "images": options.images,
         "rounds": options.rounds,
         "precision": options.precision,
-        "device": processor(),
+        "device": device_name("cpu"),
         "torch": torch.__version__,
         "images_per_second": {name: statistics.median(v) for name, v in found.items()},
-        "two_workers_to": ratios,
+        "two_workers_to": {other: ratio(found[ours], found[other]) for other in others},
     }
 
 

@@ -12,15 +12,14 @@ operation's caches can make it move less, so the share by bytes is a bound that 
 The last line is one JSON object.
 """
 
-import argparse
 import json
-import platform
 import statistics
 import time
 from collections import defaultdict
 from typing import Any
 
 import torch
+from common import arguments, configured, facts
 from flop import of_networks, of_step, rates, wait
 from step import our_steps, samples_of
 from torch import Tensor
@@ -28,8 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-
-from ivegan.config import PRESETS, override, preset
 
 GROUPS = {
     "convolutions, backward": ("convolution_backward", "ConvolutionBackward"),
@@ -86,16 +83,10 @@ def lost_to(steps: Any, device: str) -> dict[str, float]:
 
 def main() -> None:
     """Print a report and one JSON object."""
-    parser = argparse.ArgumentParser(description="How near the step is to the machine's limit")
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--model.width", dest="width", type=float)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser = arguments("How near the step is to the machine's limit")
     parser.add_argument("--steps", type=int, default=7)
     options = parser.parse_args()
-    changes = {"batch_size": options.batch_size, "model.width": options.width}
-    config = override(preset(options.preset), {k: v for k, v in changes.items() if v is not None})
+    config = configured(options)
     samples = samples_of(config, 512)
     device, n = options.device, config.batch_size
     of = of_networks(config)
@@ -116,13 +107,7 @@ def main() -> None:
     flop_rate, byte_rate = rates(device, getattr(torch, options.precision))
     seconds, flop = statistics.median(took), n * of_step(of)
     report = {
-        "preset": options.preset,
-        "width": config.model.width,
-        "batch_size": n,
-        "precision": options.precision,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **facts(options, config),
         "flop_per_image": of,
         "step_flop_per_image": flop / n,
         "step_flop_per_image_by_counter": counter.get_total_flops() / n,

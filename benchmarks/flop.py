@@ -1,6 +1,7 @@
 """Floating-point operations of the networks and of a step, and the machine's rates beside them."""
 
 import time
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ivegan.config import Config
+from ivegan.layers import plain
 from ivegan.networks import Discriminators, EncoderGenerator, sample_shape
 
 
@@ -19,6 +21,7 @@ def wait(device: str) -> None:
 
 def flop_by_formula(network: nn.Module, *inputs: Tensor) -> int:
     """Return multiplications and additions of one forward pass, from the shapes of its layers."""
+    network = plain(deepcopy(network))  # layers of ours hide theirs from hooks
     total = 0
 
     def count(layer: Any, given: tuple[Tensor, ...], out: Tensor) -> None:

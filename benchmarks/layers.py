@@ -9,11 +9,10 @@ JSON object.
 import argparse
 import copy
 import json
-import statistics
 import time
 
 import torch
-from step import processor
+from common import device_name, spread
 from torch import Tensor, nn
 
 from ivegan import layers
@@ -63,9 +62,13 @@ def main() -> None:
             took = {id(layer): seconds(layer, x, precision) for layer in pair}
             ratios.append(took[id(own)] / took[id(ours)])
         del ratios[:2]  # warm-up
-        report[name] = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+        report[name] = spread(ratios)
         print(f"{name:32} {report[name]['ratio']:5.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
-    facts = {"precision": options.precision, "device": processor(), "torch": torch.__version__}
+    facts = {
+        "precision": options.precision,
+        "device": device_name("cpu"),
+        "torch": torch.__version__,
+    }
     print(json.dumps({**facts, "own_to_ours": report}), flush=True)
 
 

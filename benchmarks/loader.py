@@ -9,7 +9,7 @@ random images are read, from a file that is mapped into memory as a node's cache
 is one JSON object.
 """
 
-import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import arguments, configured, facts, in_turns, ratio, spread
 from flop import wait
-from step import processor, rate, samples_of
+from step import rate, samples_of
 
-from ivegan.config import PRESETS, Config, override, preset
+from ivegan.config import PRESETS, Config
 from ivegan.data import Split, batches, load_split
 from ivegan.step import State, create_state, train_step
 
@@ -41,18 +42,13 @@ def cached(config: Config, data: str | None, folder: Path) -> Split:
 
 def main() -> None:
     """Print a line per round and one JSON object."""
-    parser = argparse.ArgumentParser(description="Time the loader beside the step")
-    parser.add_argument("preset", choices=[k for k, v in PRESETS.items() if not v.is_points])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    images = [name for name, config in PRESETS.items() if not config.is_points]
+    parser = arguments("Time the loader beside the step", images)
     parser.add_argument("--data", help="shards; random images without it")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--model.width", dest="width", type=float)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    changes = {"batch_size": options.batch_size, "model.width": options.width}
-    config = override(preset(options.preset), {k: v for k, v in changes.items() if v is not None})
+    config = configured(options)
     device = torch.device(options.device)
     state = create_state(config, device, getattr(torch, options.precision))
     with tempfile.TemporaryDirectory() as folder:
@@ -62,41 +58,29 @@ def main() -> None:
             "step": step(config, split, state),
         }
         together = batches(config, split, 0, 0, 1, device)
-        found: dict[str, list[float]] = {"loader": [], "step": [], "waiting": []}
-        for number in range(options.rounds):
-            for name in loops if number % 2 == 0 else reversed(loops):
-                next(loops[name])
-                found[name].append(
-                    rate(loops[name], config.batch_size, options.seconds, options.device)
-                )
-            found["waiting"].append(waiting(together, state, options.seconds))
-            print(
-                f"loader {found['loader'][-1]:,.0f} images/s  step {found['step'][-1]:,.0f} "
-                f"images/s  waiting {found['waiting'][-1]:.2%} of the step",
-                flush=True,
+        turns = {
+            name: functools.partial(
+                steady, loop, config.batch_size, options.seconds, options.device
             )
+            for name, loop in loops.items()
+        }
+        turns["waiting"] = functools.partial(waiting, together, state, options.seconds)
+        found = in_turns(turns, options.rounds, "")
         together.close()  # pyright: ignore[reportAttributeAccessIssue]
         loops["loader"].close()  # pyright: ignore[reportAttributeAccessIssue]
-    ratios = [a / b for a, b in zip(found["loader"], found["step"], strict=True)]
     report = {
-        "preset": options.preset,
-        "width": config.model.width,
-        "batch_size": config.batch_size,
-        "precision": options.precision,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "images_per_second": {k: statistics.median(found[k]) for k in ("loader", "step")},
-        "loader_to_step": {
-            "ratio": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-        },
-        "waiting": {
-            "ratio": statistics.median(found["waiting"]),
-            "range": [min(found["waiting"]), max(found["waiting"])],
-        },
+        **facts(options, config),
+        "images_per_second": {k: statistics.median(found[k]) for k in loops},
+        "loader_to_step": ratio(found["loader"], found["step"]),
+        "waiting": spread(found["waiting"]),
     }
     print(json.dumps(report), flush=True)
+
+
+def steady(loop: Iterator[int], batch_size: int, seconds: float, device: str) -> float:
+    """Return a loop's rate, without what it made ready while others had their turn."""
+    next(loop)
+    return rate(loop, batch_size, seconds, device)
 
 
 def loader(config: Config, split: Split, device: torch.device) -> Iterator[int]:

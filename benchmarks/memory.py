@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 import torch
-from step import our_steps, processor, samples_of
+from common import arguments, configured, facts
+from step import our_steps, samples_of
 from textbook import steps as textbook_steps
-
-from ivegan.config import PRESETS, override, preset
 
 
 def held(name: str) -> int:
@@ -30,17 +29,11 @@ def held(name: str) -> int:
 
 def main() -> None:
     """Print two lines and one JSON object."""
-    parser = argparse.ArgumentParser(description="Measure the train step's memory")
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--model.width", dest="width", type=float)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser = arguments("Measure the train step's memory")
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch")
     parser.add_argument("--loop", choices=("ours", "textbook"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    changes = {"batch_size": options.batch_size, "model.width": options.width}
-    config = override(preset(options.preset), {k: v for k, v in changes.items() if v is not None})
+    config = configured(options)
     if options.loop:
         samples = samples_of(config, 2 * config.batch_size)
         before = held("VmRSS")
@@ -62,13 +55,8 @@ def main() -> None:
         peaks[loop] = int(told.stdout.split()[-1]) / 1e9
         print(f"{loop}: {peaks[loop]:.2f} GB", flush=True)
     report = {
-        "preset": options.preset,
-        "width": config.model.width,
-        "batch_size": config.batch_size,
-        "precision": options.precision,
+        **facts(options, config),
         "accumulate": options.accumulate,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
-        "torch": torch.__version__,
         "peak_gb": peaks,
         "ours_to_textbook": peaks["ours"] / peaks["textbook"],
     }

@@ -10,7 +10,6 @@ The last line is one JSON object.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
-from step import processor
+from common import device_name, in_turns, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,23 +60,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         subprocess.run(train("--workers", "0"), check=True, stdout=subprocess.DEVNULL)
-        found: dict[str, list[float]] = {name: [] for name in cases}
-        for number in range(options.rounds):
-            for name in cases if number % 2 == 0 else reversed(cases):
-                found[name].append(cases[name]())
-            print("  ".join(f"{k} {v[-1]:.1f} s" for k, v in found.items()), flush=True)
+        found = in_turns(cases, options.rounds, "s")
         os.chdir("/")
-    print(
-        json.dumps(
-            {
-                "rounds": options.rounds,
-                "device": processor(),
-                "seconds": {name: statistics.median(v) for name, v in found.items()},
-                "range": {name: [min(v), max(v)] for name, v in found.items()},
-            }
-        ),
-        flush=True,
-    )
+    report = {name: spread(seconds) for name, seconds in found.items()}
+    facts = {"rounds": options.rounds, "device": device_name("cpu")}
+    print(json.dumps({**facts, "seconds": report}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,21 @@ little on a machine that is shared. ``--variant NAME`` adds our step with one th
 Needs no more than ``import ivegan`` does. The last line is one JSON object.
 """
 
-import argparse
 import dataclasses
+import functools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import arguments, configured, facts, in_turns, ratio
 from flop import of_networks, of_step, rates, wait
 from textbook import steps as textbook_steps
 
 from ivegan import order, seeds
-from ivegan.config import PRESETS, Config, override, preset
+from ivegan.config import Config
 from ivegan.data import Split, batches
 from ivegan.layers import keep_freed_memory, plain
 from ivegan.networks import sample_shape
@@ -122,14 +120,9 @@ def many_seeds(config: Config, count: int, device: str) -> dict[str, Iterator[in
 
 def main() -> None:
     """Print a line per round and one JSON object."""
-    parser = argparse.ArgumentParser(description="Time the train step")
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--model.width", dest="width", type=float)
+    parser = arguments("Time the train step")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--reference", action="store_true", help="time the textbook loop instead")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, help="alternate both loops, and report the ratio")
     parser.add_argument(
         "--variant",
@@ -141,9 +134,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of points: so many games, at once or one by one")
     parser.add_argument("--loader-workers", type=int, default=2, help="of the textbook's loader")
     options = parser.parse_args()
-    changes = {"batch_size": options.batch_size, "model.width": options.width}
-    config = preset(options.preset)
-    config = override(config, {k: v for k, v in changes.items() if v is not None})
+    if options.reference:
+        options.precision = "float32"
+    config = configured(options)
     samples = samples_of(config)
     device, workers = options.device, options.loader_workers
     if options.seeds and not config.is_points:
@@ -162,51 +155,32 @@ def main() -> None:
         for _ in range(WARM_UP):
             next(steps)
     images = config.batch_size * (options.seeds or 1)
-    found: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(options.rounds or 1):
-        for name in loops if number % 2 == 0 else reversed(loops):
-            found[name].append(rate(loops[name], images, options.seconds, device))
-        print("  ".join(f"{k} {v[-1]:,.0f} images/s" for k, v in found.items()), flush=True)
-    medians = {name: statistics.median(v) for name, v in found.items()}
-    main_one = medians[next(iter(loops))]
-    reference = options.reference or options.precision == "float32"
-    flop, (peak, _) = of_step(of_networks(config)), rates(device, precision_of(reference))
-    report = {
-        "preset": options.preset,
-        "loop": next(iter(loops)),
-        "images_per_second": main_one,
-        "flop_per_image": flop,
-        "share_of_peak": main_one * flop / peak,
-        "batch_size": config.batch_size,
-        "width": config.model.width,
-        "precision": "float32" if options.reference else options.precision,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "torch": torch.__version__,
-        "loops": medians,
-        "ours_to": {},
+    turns = {
+        name: functools.partial(rate, steps, images, options.seconds, device)
+        for name, steps in loops.items()
     }
-    for name, theirs in found.items():
-        if name != "ours" and "ours" in found:
-            ratios = [a / b for a, b in zip(found["ours"], theirs, strict=True)]
-            middle, ends = statistics.median(ratios), [min(ratios), max(ratios)]
-            report["ours_to"][name] = {"ratio": middle, "range": ends}
-            print(f"ours / {name}: {middle:.2f} ({ends[0]:.2f} to {ends[1]:.2f})")
+    found = in_turns(turns, options.rounds or 1, "images/s")
+    medians = {name: statistics.median(v) for name, v in found.items()}
+    first = next(iter(loops))
+    flop = of_step(of_networks(config))
+    peak, _ = rates(device, getattr(torch, options.precision))
+    report = {
+        **facts(options, config),
+        "loop": first,
+        "images_per_second": medians[first],
+        "flop_per_image": flop,
+        "share_of_peak": medians[first] * flop / peak,
+        "loops": medians,
+        "ours_to": {
+            name: ratio(found["ours"], theirs)
+            for name, theirs in found.items()
+            if name != "ours" and "ours" in found
+        },
+    }
+    for name, measured in report["ours_to"].items():
+        least, most = measured["range"]
+        print(f"ours / {name}: {measured['ratio']:.2f} ({least:.2f} to {most:.2f})")
     print(json.dumps(report), flush=True)
-
-
-def precision_of(float32: bool) -> torch.dtype:
-    """Return the precision whose matrix rate is the limit."""
-    return torch.float32 if float32 else torch.bfloat16
-
-
-def processor() -> str:
-    """Return the name of the CPU and how many of its cores there are."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = Path("/proc/cpuinfo")
-    names = found.read_text().splitlines() if found.exists() else []
-    name = next((n.partition(": ")[2] for n in names if n.startswith("model name")), "")
-    return f"{cores} cores, {name or platform.machine()}"
 
 
 if __name__ == "__main__":

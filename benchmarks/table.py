@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from step import processor
+from common import device_name
 
 HERE = Path(__file__).resolve().parent
 Report = dict[str, Any]
@@ -131,16 +131,13 @@ CASES: list[tuple[list[str], list[Row]]] = [
             Row(
                 "seconds to the first step, 2 workers",
                 "",
-                lambda r: (r["seconds"]["train.py, 2 workers"], r["range"]["train.py, 2 workers"]),
+                to("seconds", "train.py, 2 workers"),
                 "",
             ),
             Row(
                 "seconds to the first step, plain loop",
                 "",
-                lambda r: (
-                    r["seconds"]["train.py --workers 0"],
-                    r["range"]["train.py --workers 0"],
-                ),
+                to("seconds", "train.py --workers 0"),
                 "",
             ),
         ],
@@ -158,7 +155,7 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"{datetime.now(UTC):%Y-%m-%d}, {processor()}, Python {platform.python_version()}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {device_name('cpu')}, Python {platform.python_version()}, "
         f"torch {version('torch')}",
         "",
         "| what | beside | ratio | least to largest | aim |",
