@@ -75,13 +75,13 @@ def of_step(of: dict[str, dict[str, float]]) -> float:
     """Return the operations per image of a step, as the mathematics needs them.
 
     A backward pass costs twice a forward pass, once per operand; once, where weights are frozen.
-    D's phase sees four batches through the trunk and trains it, E's and G's phase sees them again
-    and takes gradients through those two that G made. G makes two batches, E one code.
+    D's phase sees four batches through the trunk and trains it. E's and G's phase sees three of
+    them again, x and the two that G made, and takes gradients through the latter. G makes two
+    batches, E one code. (Batch norm wants T(x) in that phase too, for its statistics.)
     """
     E, G, trunk, pair, sample = (of[k]["formula"] for k in ("E", "G", "trunk", "D head", "D' head"))
-    heads = 2 * pair + 2 * sample
-    judged = 3 * (4 * trunk + heads) + (4 + 2) * trunk + heads + pair + sample
-    return 3 * (E + 2 * G) + judged
+    heads = pair + sample
+    return 3 * (E + 2 * G) + 3 * (4 * trunk + 2 * heads) + (3 + 2) * trunk + 2 * heads
 
 
 def rates(device: str, precision: torch.dtype) -> tuple[float, float]:

@@ -269,8 +269,7 @@ def main(options: Build) -> dict[str, Any]:
     """Build, or tell the plan, and return the JSON object."""
     if options.out is None:
         raise UserError("build.py needs --out, a folder or s3:// URI for the data set.")
-    if options.workers < 0:
-        raise UserError(f"--workers is {options.workers}, but must be 0 or more.")
+    options.at_least(workers=0)
     choice: dict[str, Any] = {
         "shard_size": options.shard_size,
         "name": options.name,

@@ -7,7 +7,6 @@ generator's images look like, and always on one CPU thread, so that its weights 
 many cores a machine has. Trained once per data set, then kept in the cache.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
 
 from ivegan.config import Transform
+from ivegan.data import lock
 from ivegan.errors import UserError
 from ivegan.shapes import Float, UInt8
 from ivegan.transforms import to_float, transform
@@ -107,8 +107,7 @@ def classifier_of(
     path = cache_dir / f"classifier-{key[:16]}.safetensors"
     cache_dir.mkdir(parents=True, exist_ok=True)
     # Of several processes that want it at once, the trials of a sweep say, one trains it.
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(path.with_suffix(".lock")):
         if not path.exists():
             log.info("training the classifier that judges the images, once per data set")
             model = train_classifier(images, labels, settings)

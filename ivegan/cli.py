@@ -55,6 +55,17 @@ class Options:
     json: bool = False
     """Make the last line of stdout one JSON object."""
 
+    def at_least(self, **lowest: int) -> None:
+        """Return if each of these options has so large a value.
+
+        Raises:
+            UserError: one has not.
+        """
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} is {getattr(self, name)}, but must be {least} or more.")
+
 
 def run(
     main: Callable[[T], Mapping[str, Any] | None],

@@ -205,7 +205,7 @@ def load_split(
     root = Path(cache_dir).absolute()
     root.mkdir(parents=True, exist_ok=True)
     of_set = root / manifest.hash
-    with _lock(root / f"{manifest.hash}.lock"):
+    with lock(root / f"{manifest.hash}.lock"):
         of_set.mkdir(exist_ok=True)
         # A folder appears by one renaming: where it is, it is whole.
         folder = of_set / split
@@ -308,7 +308,7 @@ def _make_room(root: Path, keep: str, needed: int, limit: int) -> None:
                 "--stream, give --cache-gb, or set IVEGAN_CACHE to a folder of a larger disk."
             )
         oldest = others.pop(0)
-        with _lock(root / f"{oldest.name}.lock", wait=False) as free_to_go:
+        with lock(root / f"{oldest.name}.lock", wait=False) as free_to_go:
             if free_to_go:  # whoever has its arrays open keeps them
                 log.info("deleting %s from the cache to make room", oldest)
                 shutil.rmtree(oldest)
@@ -471,7 +471,7 @@ def _label(sample: shards.Sample, shard: str) -> object:
 
 
 @contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+def lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock that ends with the process, however it ends; yield whether it is held."""
     with path.open("w") as file:
         try:

@@ -7,7 +7,6 @@ Digits take half a minute on two cores the first time, when the classifier that 
 trained, and less after that.
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: as for ``ivegan.evaluate.evaluate``.
     """
-    from pipelines.train import cache_dir, runs_dir  # here: --help needs neither Ray nor MLflow
+    from pipelines.train import cache_dir, journal_dir  # here: --help needs neither Ray nor MLflow
 
     at = _resolve(uri)
     found = evaluate(
@@ -78,16 +77,13 @@ def evaluate_checkpoint(
         from pipelines.registry import store_of
         from pipelines.tracking import add_evaluation
 
-        journals = cache_dir() / "journal"
-        with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
-            journals = runs_dir() / "journal"
         add_evaluation(
             store_of(about),
             about["mlflow_run_id"],
             found["metrics"],
             about["images_seen"],
             Path(out),
-            journals=journals,
+            journals=journal_dir(),
             run_uri=at.rpartition("/")[0],
         )
     return found["metrics"]

@@ -208,12 +208,7 @@ def end_run(uri: str, run_id: str, status: str, journal: "Journal | None" = None
 
 
 def add_report(
-    uri: str,
-    run_id: str,
-    metrics: Mapping[str, float],
-    images_seen: int,
-    folder: Path,
-    journal: "Journal",
+    journal: "Journal", metrics: Mapping[str, float], images_seen: int, folder: Path
 ) -> None:
     """Write an evaluation's numbers and files into a run's journal, but for those that it holds.
 
@@ -226,7 +221,8 @@ def add_report(
             name = f"evaluation/{path.relative_to(folder).as_posix()}"
             journal.add_file(name, path.read_bytes())
     except (OSError, UserError) as error:
-        log.warning("%s will not have all of %s: %s", public(uri), run_id, first_line(error))
+        told = (public(journal.uri), journal.run_id, first_line(error))
+        log.warning("%s will not have all of %s: %s", *told)
 
 
 def add_evaluation(
@@ -261,7 +257,7 @@ def add_evaluation(
             if _is_id(run_id) and find_run(client(uri), run_id) is None:
                 return False
         journal = Journal.open(path, uri, run_id, storage.join(run_uri, name))
-        add_report(uri, run_id, metrics, images_seen, folder, journal)
+        add_report(journal, metrics, images_seen, folder)
         try:
             journal.keep()
         except storage.Unavailable:

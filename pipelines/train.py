@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -47,12 +47,8 @@ if TYPE_CHECKING:  # it brings MLflow, which takes seconds to import: the driver
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-HOW = (
-    "stream",
-    "precision",
-    "accumulate",
-    "compile",
-)  # no settings of the method, but numbers depend on them
+# No settings of the method, but numbers depend on them.
+HOW = ("stream", "precision", "accumulate", "compile")
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 Measure = Callable[[str], dict[str, float]]
@@ -104,11 +100,7 @@ class Run(cli.Options):
     """MLflow run to nest this one under."""
 
     def __post_init__(self) -> None:
-        lowest = {"workers": 0, "threads": 1, "loaders": 0, "log_every": 0, "save_every": 0}
-        lowest["accumulate"] = 1
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be {least} or more.")
+        self.at_least(workers=0, threads=1, loaders=0, log_every=0, save_every=0, accumulate=1)
 
     @property
     def skip_bad(self) -> bool:
@@ -127,7 +119,7 @@ class Plan:
     run_uri: str
     data_uri: str | None
     cache_dir: str
-    tracking_uri: str = field(repr=False)  # it may hold a password
+    tracking_uri: str = dataclasses.field(repr=False)  # it may hold a password
     journal: str
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of its MLflow run, beside those that every run has."""
@@ -173,6 +165,23 @@ def cache_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"
 
 
+def journal_dir() -> Path:
+    """Return this node's folder of journals."""
+    with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
+        return runs_dir() / "journal"
+    return cache_dir() / "journal"
+
+
+def checkpoints_uri(where: str | None) -> str:
+    """Return the absolute place of run folders: the one of ``--storage``, or the local default."""
+    return storage.absolute(where or runs_dir() / "checkpoints")
+
+
+def new_id(what: str) -> str:
+    """Return a name that no other run or sweep has."""
+    return f"{what}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
 def resolve(preset: str, config: Config, run: Run) -> Plan:
     """Return the plan of a run; nothing is written or started.
 
@@ -194,10 +203,9 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
         )
     if config.model.norm == "sync" and not run.gpu:
         raise UserError("model.norm sync needs --gpu; choose batch, group or none on a CPU.")
-    run_id = run.run_id or f"{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    run_id = run.run_id or new_id(preset)
     if not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise UserError(f"--run-id {run_id!r} may hold letters, digits, '-', '_' and '.' only.")
-    where = run.storage or str(runs_dir() / "checkpoints")
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(runs_dir())
     data_uri = run.data
     if data_uri is None and config.dataset == "digits":
@@ -207,20 +215,16 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
             f"The preset {preset} needs --data, a folder or s3:// URI that "
             f"`python data_prep/build.py {config.dataset}` has written."
         )
-    cache = cache_dir()
-    journals = cache / "journal"
-    with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
-        journals = runs_dir() / "journal"
     return Plan(
         preset=preset,
         config=config,
         run=run,
         run_id=run_id,
-        run_uri=storage.join(storage.absolute(where), run_id),
+        run_uri=storage.join(checkpoints_uri(run.storage), run_id),
         data_uri=None if data_uri is None else storage.absolute(data_uri),
-        cache_dir=str(cache),
+        cache_dir=str(cache_dir()),
         tracking_uri=tracking_uri,
-        journal=str(journals / f"{run_id}.jsonl"),
+        journal=str(journal_dir() / f"{run_id}.jsonl"),
     )
 
 

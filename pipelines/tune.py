@@ -25,7 +25,6 @@ import os
 import shlex
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,24 +108,9 @@ class Sweep(cli.Options):
     """Length of that training; 0 is the preset's own."""
 
     def __post_init__(self) -> None:
-        lowest = {
-            "samples": 1,
-            "scores": 1,
-            "score_images": 0,
-            "workers": 1,
-            "threads": 1,
-            "reduction": 2,
-            "grace": 0,
-            "time_budget": 0,
-            "max_concurrent": 0,
-            "retrain_images": 0,
-            "wait_for_nodes": 0,
-            "loaders": 0,
-        }
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} is {getattr(self, name)}, but must be {least} or more.")
+        self.at_least(samples=1, scores=1, workers=1, threads=1, reduction=2)
+        self.at_least(score_images=0, grace=0, time_budget=0, max_concurrent=0)
+        self.at_least(retrain_images=0, wait_for_nodes=0, loaders=0)
 
 
 def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
@@ -198,7 +182,7 @@ def restored(options: Sweep) -> tuple[str, Config, Sweep]:
         UserError: there is no such sweep.
     """
     assert options.restore, "there is something to restore"
-    folder = storage.absolute(options.storage or train.runs_dir() / "checkpoints")
+    folder = train.checkpoints_uri(options.storage)
     marker = storage.join(folder, options.restore, _MARKER)
     if not storage.exists(marker):
         raise UserError(f"There is no sweep {options.restore} in {folder}: check --storage.")
@@ -216,25 +200,31 @@ def restored(options: Sweep) -> tuple[str, Config, Sweep]:
 
 def _resolved(preset: str, config: Config, options: Sweep) -> train.Plan:
     """Return the plan that all trials share."""
-    run = train.Run(
-        data=options.data,
-        stream=options.stream,
-        loaders=options.loaders,
-        storage=options.storage,
-        workers=options.workers if options.workers > 1 else 0,
-        threads=options.threads,
-        gpu=options.gpu,
-        precision=options.precision,
-        wait_for_nodes=options.wait_for_nodes,
+    run = _run(
+        options,
+        options.sweep_id or train.new_id(f"sweep-{preset}"),
+        options.workers if options.workers > 1 else 0,
         save_every=-(-config.total_images // options.scores),
-        run_id=options.sweep_id or _new_id(preset),
-        resume=True,
     )
     return train.resolve(preset, config, run)
 
 
-def _new_id(preset: str) -> str:
-    return f"sweep-{preset}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+def _run(options: Sweep, run_id: str, workers: int, save_every: int = 0) -> train.Run:
+    """Return where and how fast a run of a sweep is made."""
+    return train.Run(
+        data=options.data,
+        stream=options.stream,
+        loaders=options.loaders,
+        storage=options.storage,
+        workers=workers,
+        threads=options.threads,
+        gpu=options.gpu,
+        precision=options.precision,
+        wait_for_nodes=options.wait_for_nodes,
+        save_every=save_every,
+        run_id=run_id,
+        resume=True,
+    )
 
 
 def _begun(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
@@ -636,7 +626,7 @@ def _publish(plan: train.Plan, journal: tracking.Journal, result: dict[str, Any]
             storage.write_bytes(storage.join(plan.run_uri, name), content)
             (Path(tmp) / name).write_bytes(content)
         best = {objective.metric: result["best_metric"]}
-        tracking.add_report(plan.tracking_uri, journal.run_id, best, 0, Path(tmp), journal)
+        tracking.add_report(journal, best, 0, Path(tmp))
     best = result["trials"][0]
     score = best[objective.metric]
     told = {f"best.{k}": str(v) for k, v in best["config"].items()}
@@ -659,19 +649,7 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
 
     images = options.retrain_images or preset_of(preset).total_images
     best = override(config, {**result["best_config"], "total_images": images})
-    run = train.Run(
-        data=options.data,
-        storage=options.storage,
-        stream=options.stream,
-        loaders=options.loaders,
-        workers=options.workers,
-        threads=options.threads,
-        gpu=options.gpu,
-        precision=options.precision,
-        wait_for_nodes=options.wait_for_nodes,
-        run_id=f"{result['sweep_id']}-best",
-        resume=True,
-    )
+    run = _run(options, f"{result['sweep_id']}-best", options.workers)
     plan = train.resolve(preset, best, run)
     plan = dataclasses.replace(plan, tags={"sweep": result["sweep_id"]})
     trained = train.fit(plan, show=train.Display(plan))
@@ -685,7 +663,7 @@ def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Search as the command line says; print the table and the best; return the JSON object."""
     if options.restore:
         preset, config, options = restored(options)
-    name = options.sweep_id or _new_id(preset)
+    name = options.sweep_id or train.new_id(f"sweep-{preset}")
     options = dataclasses.replace(options, sweep_id=name)
     try:
         return _searched(preset, config, options)

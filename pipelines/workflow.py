@@ -362,10 +362,7 @@ def _need_places(config: Config, options: Workflow) -> None:
 
 def _check_sweep(config: Config, options: Workflow) -> None:
     """See that a sweep can be made as it is asked for."""
-    for flag in ("sweep_samples", "sweep_images"):
-        if getattr(options, flag) < 0:
-            told = f"--{flag.replace('_', '-')}"
-            raise UserError(f"{told} is {getattr(options, flag)}, but must be 0 or more.")
+    options.at_least(sweep_samples=0, sweep_images=0)
     if options.sweep_samples:
         from pipelines import space
 

@@ -1,6 +1,7 @@
-"""Servers that tests start: free ports for them, patience with them, and their end."""
+"""Servers and commands that tests start: ports for them, patience with them, and their end."""
 
 import contextlib
+import signal
 import socket
 import subprocess
 import time
@@ -30,6 +31,32 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) ->
             return
         time.sleep(0.2)  # between two looks
     pytest.fail(f"not ready:\n{log.read_text()[-2000:]}")
+
+
+def interrupted(words: list[str], cwd: Path, after: str, by: signal.Signals) -> tuple[int, str]:
+    """Give a command a signal once it has printed a line; return its exit status and its stderr.
+
+    It ends by itself or is killed: it would go on for days.
+    """
+    started = subprocess.Popen(
+        words,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and all that it starts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert started.stdout is not None
+        for line in started.stdout:
+            if after in line:
+                break
+        started.send_signal(by)
+        _, err = started.communicate(timeout=180)
+    finally:
+        kill(started)
+    return started.returncode, err
 
 
 def kill(process: subprocess.Popen) -> None:

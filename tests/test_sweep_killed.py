@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from processes import kill
+from processes import interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "tune.py")]
@@ -38,25 +38,8 @@ def weights_of(home: Path, trial: str) -> dict[str, int]:
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, mlflow_runs, by):
     words = [*SWEEP[:-1], "--samples", "3", "--max-concurrent", "2", "--sweep-id", "cut"]
-    started = subprocess.Popen(
-        [*PROGRAM, *words],
-        cwd=home,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C, and all that it starts would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert started.stdout is not None
-        for line in started.stdout:
-            if "(best " in line:
-                break
-        started.send_signal(by)
-        _, err = started.communicate(timeout=180)
-    finally:
-        kill(started)
-    assert started.returncode == 128 + by, err[-3000:]
+    status, err = interrupted([*PROGRAM, *words], home, "(best ", by)
+    assert status == 128 + by, err[-3000:]
     assert "stopped; continue with --restore cut" in err
     assert "Traceback" not in err
     runs = mlflow_runs(store)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
-from processes import free_ports, kill, wait_for
+from processes import free_ports, interrupted, kill, wait_for
 from safetensors.torch import load_file
 
 from data_prep.build import build
@@ -280,25 +280,9 @@ def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(h
 def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_runs, workers, by):
     words = ["ring", "--batch-size", "64", "--run-id", "x"]
     endless = ["--total-images", "64000000", "--log-every", "64000", "--save-every", "64000"]
-    started = subprocess.Popen(
-        [sys.executable, TRAIN, *words, *endless, "--workers", workers],
-        cwd=home,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C, and all that it starts would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        assert started.stdout is not None
-        for line in started.stdout:
-            if "saved checkpoint-" in line:
-                break
-        started.send_signal(by)
-        _, err = started.communicate(timeout=180)
-    finally:
-        kill(started)  # where it did not end by itself, it would train on for days
-    assert started.returncode == 128 + by
+    endless = [sys.executable, TRAIN, *words, *endless, "--workers", workers]
+    status, err = interrupted(endless, home, "saved checkpoint-", by)
+    assert status == 128 + by
     assert "--run-id x --resume" in err
     (run,) = mlflow_runs(store)
     assert run.info.status == "KILLED"
