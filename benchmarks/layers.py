@@ -26,8 +26,6 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     ),
     "ImageConv2d, grey": (layers.ImageConv2d(64, 1, 5, padding=2), (128, 64, 32, 32)),
     "ImageConv2d, colour": (layers.ImageConv2d(64, 3, 5, padding=2), (8, 64, 128, 128)),
-    "TanhMlp, ring's generator": (layers.TanhMlp(6, 128, 2), (2048, 6)),
-    "TanhMlp, ring's D": (layers.TanhMlp(4, 128, 1), (2048, 4)),
 }
 
 

@@ -247,7 +247,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, order.Draws]]:
     """Yield a rank's samples, floats in [0, 1] or points, and draws of one step after the other.
 
-    They are prepared in the background, some steps ahead.
+    They are prepared in the background, some steps ahead, where there is something to wait for.
 
     Args:
         config: says batch size, seed and data set.
@@ -275,7 +275,9 @@ def batches(
                 x, draws = x.pin_memory(), order.Draws(*(part.pin_memory() for part in draws))
             yield x, draws
 
-    for x, draws in _ahead(prepared(), _BATCHES_AHEAD):
+    # Points on a CPU wait for nothing: another thread would only take the interpreter from the step.
+    at_once = source is None and device.type == "cpu"
+    for x, draws in prepared() if at_once else _ahead(prepared(), _BATCHES_AHEAD):
         x = x.to(device, non_blocking=True)
         yield (x if source is None else to_float(x)), draws.to(device)
 

@@ -7,9 +7,7 @@ each alone.
 
 import contextlib
 import ctypes
-import functools
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,65 +80,6 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             cast(tuple[int, int], self.output_padding),
         )
         return out if self.bias is None else out.add_(self.bias.to(out.dtype)[:, None, None])
-
-
-class Tanh(nn.Tanh):
-    """tanh(x) = 2 sigmoid(2x) - 1, to 1e-7, where MKL's own tanh takes several times as long."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * torch.sigmoid(2 * input) - 1 if _slow_tanh() else super().forward(input)
-
-
-class TanhMlp(nn.Sequential):
-    """Dense, tanh, dense: the networks of points, as one operation of few passes over memory.
-
-    On so few inputs and outputs a layer is bound by memory and by the number of operations. A bias
-    is a column of the weights here, thin products are made in the order that MKL is fast in, and
-    the gradient of tanh is computed in place.
-    """
-
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
-        super().__init__(nn.Linear(inputs, hidden), Tanh(), nn.Linear(hidden, outputs))
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return super().forward(input)
-        weights = (self[0].weight, self[0].bias, self[2].weight, self[2].bias)
-        return cast(Tensor, _TanhMlp.apply(input, *weights))
-
-
-class _TanhMlp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        x1, w = pad(x, (0, 1), value=1.0), torch.cat((w1, b1[:, None]), dim=1)
-        h = x1 @ w.t()
-        h = h.mul_(2).sigmoid_().mul_(2).sub_(1) if _slow_tanh() else h.tanh_()
-        ctx.save_for_backward(x, w1, b1, w2, x1, w, h)
-        return torch.addmm(b2, h, w2.t()) if len(w2) == 1 else (w2 @ h.t()).t() + b2
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = gradients
-        x, w1, b1, w2, x1, w, h = ctx.saved_tensors
-        for_x, for_weights = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # for gradients of gradients, as penalties have them
-            h = torch.addmm(b1, x, w1.t()).tanh()
-            du = (dy @ w2) * (1 - h.square())
-            return du @ w1, du.t() @ x, du.sum(0), dy.t() @ h, dy.sum(0)
-        du = dy @ w2
-        torch.ops.aten.tanh_backward.grad_input(du, h, grad_input=du)
-        dx = (w[:, :-1].t().contiguous() @ du.t()).t() if for_x else None
-        if not for_weights:
-            return dx, None, None, None, None
-        dw = (x1.t() @ du).t()
-        return dx, dw[:, :-1], dw[:, -1], dy.t() @ h, dy.sum(0)
-
-
-@functools.cache
-def _slow_tanh() -> bool:
-    """Return whether this is a CPU on which MKL's tanh takes a way of its own, a slow one."""
-    found = Path("/proc/cpuinfo")
-    return found.exists() and "AuthenticAMD" in found.read_text()
 
 
 def keep_freed_memory() -> None:

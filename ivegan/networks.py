@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         if table.convs:
             self.body = _conv_body(model, table, last=model.z_dim)
         else:
-            self.body = fast.TanhMlp(2, _wide(128, model), model.z_dim)
+            self.body = _tanh_mlp([2, _wide(128, model), model.z_dim])
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
         return self.body(x).tanh()
@@ -150,7 +150,7 @@ class Generator(nn.Module):
         inputs = model.noise_dim + model.z_dim
         filters, side = _wide(table.base[0], model), table.base[1]
         if not table.deconvs:
-            self.body = nn.Sequential(fast.TanhMlp(inputs, filters, 2), nn.Tanh())
+            self.body = nn.Sequential(_tanh_mlp([inputs, filters, 2]), nn.Tanh())
             return
         units = filters * side * side
         norm = _norm1d(model, units)
@@ -236,7 +236,7 @@ class Discriminators(nn.Module):
             width, self.trunk = table.trunk_dim, nn.Identity()
         pair = [2 * width, *(_wide(n, model) for n in table.pair_head), 1]
         sample = [width, *(_wide(n, model) for n in table.sample_head), 1]
-        head = _dense if table.convs else lambda sizes: fast.TanhMlp(*sizes)
+        head = _dense if table.convs else _tanh_mlp
         self.pair_head = head(pair)
         self.sample_head = head(sample)
 
@@ -297,6 +297,12 @@ def _dense(sizes: list[int]) -> nn.Sequential:
     for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.LeakyReLU(SLOPE, inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+def _tanh_mlp(sizes: list[int]) -> nn.Sequential:
+    """Return a network of points; ``points.py`` differentiates it by hand."""
+    inputs, hidden, outputs = sizes
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
 
 
 def _conv_body(model: Model, table: Architecture, last: int) -> nn.Sequential:

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ivegan import order
+from ivegan import order, points
 from ivegan.config import Config
-from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty
+from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty, pair_loss
 from ivegan.networks import Discriminators, EncoderGenerator, Logits, initialise
 from ivegan.transforms import transform
 
@@ -153,10 +153,20 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
         x: this rank's real samples, on the state's device.
         draws: the random numbers that go with them, on the same device.
     """
-    config, objective = state.config, state.config.objective
+    config = state.config
     if config.transform.condition:
         x = transform(x, draws.condition, config.transform)
     tx = transform(x, draws.transform, config.transform)
+    update = points.update if points.possible(state) else _update
+    scalars = update(state, x, tx, draws)
+    state.step += 1
+    _update_average(state)
+    return {name: value.detach() for name, value in scalars.items()}
+
+
+def _update(state: State, x: Tensor, tx: Tensor, draws: order.Draws) -> dict[str, Tensor]:
+    """Update the networks of a state, and return the scalars."""
+    objective = state.config.objective
     # The gradients are means over parts: one, unless memory is too small for the whole batch.
     tensors = (x, tx, draws.noise, draws.z_prior, draws.noise_prior)
     parts = [_Part(*some) for some in zip(*(t.chunk(state.parts) for t in tensors), strict=True)]
@@ -202,12 +212,9 @@ def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]
     state.optimizer_g.step()
     D.requires_grad_(True)
 
-    state.step += 1
-    _update_average(state)
-    scalars = [{k: v.detach() for k, v in one.items()} for one in scalars]
     if count == 1:
         return scalars[0]
-    return {k: torch.stack([one[k] for one in scalars]).mean(0) for k in scalars[0]}
+    return {k: torch.stack([one[k].detach() for one in scalars]).mean(0) for k in scalars[0]}
 
 
 class _Part(NamedTuple):
@@ -242,18 +249,14 @@ def _judge(
         x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
     mismatched = bool(objective.mismatched)
     logits = _logits(state, state.judges, x, tx, x_hat, x_prior, mismatched=mismatched)
-    assert logits.pair_real is not None, "real samples are looked at unless told otherwise"
-    assert logits.sample_real is not None, "real samples are looked at unless told otherwise"
-    loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
-    if logits.pair_mismatched is not None:
-        loss_D = loss_D + objective.mismatched * discriminator_loss(
-            logits.pair_real, logits.pair_mismatched, objective.loss
-        )
-    loss_D_prime = discriminator_loss(logits.sample_real, logits.sample_fake, objective.loss)
+    real, single = logits.pair_real, logits.sample_real
+    assert real is not None, "real samples are looked at unless told otherwise"
+    assert single is not None, "real samples are looked at unless told otherwise"
+    loss_D = pair_loss(real, logits.pair_fake, logits.pair_mismatched, objective=objective)
+    loss_D_prime = discriminator_loss(single, logits.sample_fake, objective.loss)
     penalty = torch.zeros_like(loss_D)
     if objective.r1:
-        real = logits.pair_real + logits.sample_real
-        penalty = penalty + objective.r1 * gradient_penalty(real, (x, tx))
+        penalty = penalty + objective.r1 * gradient_penalty(real + single, (x, tx))
     if objective.r2:
         fake = logits.pair_fake + logits.sample_fake
         penalty = penalty + objective.r2 * gradient_penalty(fake, (x_hat, x_prior))

@@ -17,8 +17,6 @@ CASES = {
     "grey image of few channels": (layers.ImageConv2d(8, 1, 5, padding=2), (16, 8, 32, 32)),
     "image of an odd side": (layers.ImageConv2d(16, 1, 3, padding=1), (3, 16, 7, 7)),
     "transposed conv": (layers.ConvTranspose2d(4, 3, 5, 2, 2, 1), (6, 4, 5, 5)),
-    "networks of points": (layers.TanhMlp(4, 32, 2), (10, 4)),
-    "heads of points": (layers.TanhMlp(4, 32, 1), (10, 4)),
 }
 
 
@@ -62,15 +60,3 @@ def test_in_training_precision_too(case, precision):
     assert ours.dtype == theirs.dtype
     near = 1e-5 if precision == torch.float32 else 2e-2
     torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
-
-
-@pytest.mark.parametrize("slow", [False, True])
-def test_tanh_is_torchs_own_on_any_cpu(slow, monkeypatch):
-    monkeypatch.setattr(layers, "_slow_tanh", lambda: slow)
-    x = torch.linspace(-20, 20, 100_001)[:, None]
-    difference = layers.Tanh()(x).double() - x.double().tanh()
-    assert difference.abs().max() < 2e-7
-    torch.manual_seed(0)
-    layer = layers.TanhMlp(4, 32, 2)
-    x = torch.randn(10, 4)
-    torch.testing.assert_close(layer(x), torchs_own(layer)(x), rtol=1e-5, atol=1e-6)

@@ -37,6 +37,7 @@ def test_games_at_once_are_the_games_alone(name):
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_networks_with_batch_norm_cannot_be_stacked():
-    with pytest.raises(AssertionError, match="batch norm"):
-        seeds.Stack([create_state(preset("mnist")).players])
+@pytest.mark.parametrize("changes", [{"objective.r1": 0.1}, {"objective.loss": "relativistic"}])
+def test_what_cannot_be_played_at_once_is_told(changes):
+    with pytest.raises(AssertionError, match="not played at once"):
+        seeds.stack(override(preset("ring"), changes), SEEDS)

@@ -55,7 +55,7 @@ def test_a_step_changes_every_network(name):
 
 
 def test_the_discriminator_phase_gives_the_players_no_gradient_and_the_other_way_round():
-    config = tiny("ring")
+    config = tiny("digits")
     state = create_state(config)
     seen = {}
     for name in ("d", "g"):
