@@ -275,7 +275,7 @@ def batches(
                 x, draws = x.pin_memory(), order.Draws(*(part.pin_memory() for part in draws))
             yield x, draws
 
-    # Points on a CPU wait for nothing: another thread would only take the interpreter from the step.
+    # Points on a CPU wait for nothing; another thread would take the interpreter from the step.
     at_once = source is None and device.type == "cpu"
     for x, draws in prepared() if at_once else _ahead(prepared(), _BATCHES_AHEAD):
         x = x.to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,11 +21,18 @@ _CAPTION = (
 )
 
 
+class Cut(BaseException):
+    """Ends Tune's loop. After an Exception Tune would wait for its trials, which may go on."""
+
+
 class Progress(Callback):
     """Shows the scores of a sweep as they come: a bar in a terminal, plain lines elsewhere.
 
     What is to be done about a trial that stops early is done in a thread: Tune waits for nothing.
     """
+
+    cut = threading.Event()
+    """Ends the sweep where it is. Of the class: a restored sweep has unpickled callbacks."""
 
     def __init__(
         self,
@@ -53,6 +61,11 @@ class Progress(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what lives in this process: Tune pickles this with the sweep."""
         return {**self.__dict__, "_bar": None, "_thread": None}
+
+    def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
+        """Leave Tune's loop if the sweep is cut."""
+        if self.cut.is_set():
+            raise Cut
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any

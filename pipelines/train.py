@@ -516,11 +516,16 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
     return outcome
 
 
-def in_a_thread(call: Callable[[], T]) -> T:
+def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) -> T:
     """Return what a call returns that is made in another thread.
 
     In the main one Ray Train would take Ctrl-C over, and an exception that a signal raises inside
     Ray gets lost: a terminated run would go on.
+
+    Args:
+        call: what to call.
+        cut: makes the call end soon. Where a signal ends the main thread's waiting it is called and
+            waited for, because Ray aborts a process that uses it while it shuts down.
     """
     outcome: Future[T] = Future()
 
@@ -530,8 +535,15 @@ def in_a_thread(call: Callable[[], T]) -> T:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=make, daemon=True).start()
-    return outcome.result()
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        return outcome.result()
+    except (KeyboardInterrupt, Terminated):
+        if cut is not None:
+            cut()
+            thread.join(60)
+        raise
 
 
 def _listen(queue: Any, handle: Emit, failures: list[Exception]) -> None:

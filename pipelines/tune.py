@@ -396,12 +396,15 @@ def _folder_name(trial: Any) -> str:
 
 def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
+    from pipelines.sweep_report import Progress
+
     # With its dashboard: without it, a stopped trial's resources are never given back.
     with train.ray_cluster(dashboard=True), train.terminated_by_signal():
         train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
         tuner = _tuner(plan, begun, options)
         # In the main thread Tune would take Ctrl-C over and return as if it had come to its end.
-        return train.in_a_thread(tuner.fit)
+        Progress.cut.clear()
+        return train.in_a_thread(tuner.fit, Progress.cut.set)
 
 
 def _tuner(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:

@@ -37,16 +37,21 @@ def weights_of(home: Path, trial: str) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, mlflow_runs, by):
-    words = [*SWEEP[:-1], "--samples", "3", "--max-concurrent", "2", "--sweep-id", "cut"]
+    length = ["--samples", "3", "--total-images", "320000"]
+    words = [*SWEEP[:-1], *length, "--max-concurrent", "2", "--sweep-id", "cut"]
     status, err = interrupted([*PROGRAM, *words], home, "(best ", by)
     assert status == 128 + by, err[-3000:]
     assert "stopped; continue with --restore cut" in err
     assert "Traceback" not in err
     runs = mlflow_runs(store)
-    assert {run.info.status for run in runs} == {"KILLED"}
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert 0 < len(children) < 3
-    assert {child.data.tags["ended"] for child in children} == {"the sweep was stopped"}
+    assert 0 < len(children) <= 3
+    (parent,) = (run for run in runs if run not in children)
+    assert parent.info.status == "KILLED"
+    for child in children:  # one may come to its end while Ray ends
+        if child.info.status != "FINISHED":
+            assert child.info.status == "KILLED"
+            assert child.data.tags["ended"] == "the sweep was stopped"
     assert "result" not in json.loads((home / "runs/checkpoints/cut/sweep.json").read_text())
 
     done = subprocess.run(
