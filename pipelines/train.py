@@ -81,7 +81,8 @@ class Run(cli.Options):
     gpu: bool = False
     """Give each worker a GPU."""
     compile: bool = False
-    """Let torch.compile make the networks faster, in a minute that only long runs win back."""
+    """Let torch.compile make the networks of images faster, in a minute that only long runs win
+    back; torch keeps what it compiled, so that the next run starts in seconds."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; bfloat16 is faster where the machine has units for it."""
     accumulate: int = 1
