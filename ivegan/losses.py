@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ivegan.config import Objective
 from ivegan.shapes import Float
 
 Loss = Literal["nonsaturating", "minimax", "relativistic"]
@@ -28,20 +27,6 @@ def discriminator_loss(
     if loss == "relativistic":
         return softplus(fake - real).mean(-1)
     return softplus(-real).mean(-1) + softplus(fake).mean(-1)
-
-
-def pair_loss(
-    real: Float[Tensor, "*games n"],
-    fake: Float[Tensor, "*games n"],
-    mismatched: Float[Tensor, "*games n"] | None = None,
-    *,
-    objective: Objective,
-) -> Float[Tensor, "*games"]:
-    """Return what D minimises, which may have to tell mismatched pairs from real ones, too."""
-    loss = discriminator_loss(real, fake, objective.loss)
-    if mismatched is None:
-        return loss
-    return loss + objective.mismatched * discriminator_loss(real, mismatched, objective.loss)
 
 
 def generator_loss(

@@ -7,7 +7,7 @@ operations, and autograd has most of the latter. All four networks are dense, ta
     y = v @ h^T + b        (outputs, n), in which layout thin products are fast
 
 E and G end in another tanh. All tensors may have a dimension in front, for several games at once
-(``seeds.py``). The losses are those of ``losses.py``; autograd differentiates them by the logits.
+(``seeds.py``).
 """
 
 from functools import cache

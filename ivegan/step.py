@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ivegan import order, points
 from ivegan.config import Config
-from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty, pair_loss
+from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty
 from ivegan.networks import Discriminators, EncoderGenerator, Logits, initialise
 from ivegan.transforms import transform
 
@@ -249,14 +249,18 @@ def _judge(
         x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
     mismatched = bool(objective.mismatched)
     logits = _logits(state, state.judges, x, tx, x_hat, x_prior, mismatched=mismatched)
-    real, single = logits.pair_real, logits.sample_real
-    assert real is not None, "real samples are looked at unless told otherwise"
-    assert single is not None, "real samples are looked at unless told otherwise"
-    loss_D = pair_loss(real, logits.pair_fake, logits.pair_mismatched, objective=objective)
-    loss_D_prime = discriminator_loss(single, logits.sample_fake, objective.loss)
+    assert logits.pair_real is not None, "real samples are looked at unless told otherwise"
+    assert logits.sample_real is not None, "real samples are looked at unless told otherwise"
+    loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
+    if logits.pair_mismatched is not None:
+        loss_D = loss_D + objective.mismatched * discriminator_loss(
+            logits.pair_real, logits.pair_mismatched, objective.loss
+        )
+    loss_D_prime = discriminator_loss(logits.sample_real, logits.sample_fake, objective.loss)
     penalty = torch.zeros_like(loss_D)
     if objective.r1:
-        penalty = penalty + objective.r1 * gradient_penalty(real + single, (x, tx))
+        real = logits.pair_real + logits.sample_real
+        penalty = penalty + objective.r1 * gradient_penalty(real, (x, tx))
     if objective.r2:
         fake = logits.pair_fake + logits.sample_fake
         penalty = penalty + objective.r2 * gradient_penalty(fake, (x_hat, x_prior))
