@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -539,6 +539,9 @@ def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     try:
+        # In turns, because a signal that another thread took is looked at only when this one wakes.
+        while not wait([outcome], timeout=0.5).done:
+            continue
         return outcome.result()
     except (KeyboardInterrupt, Terminated):
         if cut is not None:
