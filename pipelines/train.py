@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,7 +38,7 @@ from ivegan.data import CACHE_LIMIT
 from ivegan.errors import UserError
 from ivegan.figures import progress_figures
 from ivegan.layers import keep_freed_memory
-from ivegan.shards import Manifest, read_manifest
+from ivegan.shards import MANIFEST, Manifest, read_manifest
 from ivegan.step import NonFiniteLossError, create_state, distribute, train
 
 if TYPE_CHECKING:  # it brings MLflow, which takes seconds to import: the driver's business alone
@@ -49,6 +49,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 # No settings of the method, but numbers depend on them.
 HOW = ("stream", "precision", "accumulate", "compile")
+# A Ray that lives and dies with this process has nobody to report to and no node to lose, and what
+# its processes do while they wait is taken from two cores that train.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 Measure = Callable[[str], dict[str, float]]
@@ -259,10 +268,20 @@ def fit(plan: Plan, *, show: Emit | None = None, measure: Measure | None = None)
     dataset_hash = check_data(plan)
     known = _earlier_start(plan, dataset_hash)
     with contextlib.ExitStack() as stack:
-        if plan.run.workers:
+        answer = stack.enter_context(ThreadPoolExecutor(1)).submit(_check_tracking, plan, known)
+        if plan.run.workers:  # Ray starts meanwhile
             stack.enter_context(ray_cluster())
             require_resources(plan.run, (lambda line: show({"line": line})) if show else log.info)
+        answer.result()
         return _tracked(plan, dataset_hash, known, show, measure)
+
+
+def _check_tracking(plan: Plan, known: dict[str, Any] | None) -> None:
+    """Raise UserError if nothing runs yet and the tracking store does not answer."""
+    from pipelines import tracking
+
+    if known is None and plan.run.parent_run is None:
+        tracking.check(plan.tracking_uri)
 
 
 def _tracked(
@@ -292,8 +311,6 @@ def _tracked(
         "versions": {"torch": torch.__version__},
     }
     if known is None:
-        if plan.run.parent_run is None:  # nothing runs yet, so a wrong address is told at once
-            tracking.check(plan.tracking_uri)
         key = tracking.new_key(plan.run_id)
     else:
         key = known.get("run_key", known["mlflow_run_id"])
@@ -374,7 +391,8 @@ def check_data(plan: Plan) -> str:
         return plan.config.dataset  # drawn afresh from its formula, so its name says it all
     from ivegan.networks import sample_shape
 
-    if plan.config.dataset == "digits" and plan.run.data is None:
+    ours = plan.config.dataset == "digits" and plan.run.data is None
+    if ours and not storage.exists(storage.join(plan.data_uri, MANIFEST)):
         build("digits", source=None, out=plan.data_uri, workers=0)
     manifest = read_manifest(plan.data_uri)
     shape = sample_shape(plan.config.model)
@@ -475,16 +493,17 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
     """Train with Ray's workers, passing their events on as they come."""
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
     from ray.util.queue import Queue
+
+    from pipelines.trainer import Trainer
 
     queue = Queue(actor_options={"num_cpus": 0})
     failures: list[Exception] = []
     listener = threading.Thread(target=_listen, args=(queue, handle, failures), daemon=True)
     listener.start()
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _ray_worker,
         train_loop_config={"plan": plan, "facts": facts, "events": queue.actor},
         scaling_config=ScalingConfig(
@@ -739,16 +758,14 @@ def ray_cluster(dashboard: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = None if os.environ.get("RAY_ADDRESS") else "local"
-    ray.init(
-        address=address,
-        include_dashboard=None if address is None else dashboard,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": storage.environment()},
-    )
+    told = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": storage.environment()}, **told)
+    else:
+        for name, value in {**QUIET, **storage.environment()}.items():
+            os.environ.setdefault(name, value)  # its processes inherit them
+        ray.init(address="local", include_dashboard=dashboard, **told)
     try:
         yield
     finally:
