@@ -52,7 +52,6 @@ HOW = ("stream", "precision", "accumulate", "compile")
 # A Ray that lives and dies with this process has nobody to report to and no node to lose, and what
 # its processes do while they wait is taken from two cores that train.
 QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -758,6 +757,7 @@ def ray_cluster(dashboard: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     told = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
