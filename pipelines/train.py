@@ -11,6 +11,7 @@ terminal nor a dead tracking server can hold a step up.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -266,27 +267,32 @@ def fit(plan: Plan, *, show: Emit | None = None, measure: Measure | None = None)
     """
     dataset_hash = check_data(plan)
     known = _earlier_start(plan, dataset_hash)
+    asked = None
+    if known is None and plan.run.parent_run is None:  # nothing runs yet, so it is told at once
+        asked = started(_check_tracking, plan)
     with contextlib.ExitStack() as stack:
-        answer = stack.enter_context(ThreadPoolExecutor(1)).submit(_check_tracking, plan, known)
-        if plan.run.workers:  # Ray starts meanwhile
-            stack.enter_context(ray_cluster())
+        fit_somewhere = work
+        if plan.run.workers:  # Ray starts while MLflow is asked
+            alone = stack.enter_context(ray_cluster())
             require_resources(plan.run, (lambda line: show({"line": line})) if show else log.info)
-        answer.result()
-        return _tracked(plan, dataset_hash, known, show, measure)
+            fit_somewhere = functools.partial(_fit_ray, alone=alone)
+        if asked is not None:
+            answer_of(asked)
+        return _tracked(plan, dataset_hash, known, fit_somewhere, show, measure)
 
 
-def _check_tracking(plan: Plan, known: dict[str, Any] | None) -> None:
-    """Raise UserError if nothing runs yet and the tracking store does not answer."""
-    from pipelines import tracking
+def _check_tracking(plan: Plan) -> None:
+    """Raise UserError if the tracking store does not answer."""
+    from pipelines import tracking  # here, since it takes seconds to import
 
-    if known is None and plan.run.parent_run is None:
-        tracking.check(plan.tracking_uri)
+    tracking.check(plan.tracking_uri)
 
 
 def _tracked(
     plan: Plan,
     dataset_hash: str,
     known: dict[str, Any] | None,
+    fit_somewhere: Callable[[Plan, dict[str, Any], Emit], dict[str, Any]],
     show: Emit | None,
     measure: Measure | None,
 ) -> dict[str, Any]:
@@ -337,7 +343,6 @@ def _tracked(
             log.warning("Nothing more is shown (%s); training goes on", error)
 
     status = "FAILED"
-    fit_somewhere = _fit_ray if plan.run.workers else work
     try:
         with terminated_by_signal(), tracking.system_metrics(tracker):
             result = fit_somewhere(plan, facts, handle)
@@ -488,8 +493,11 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], journal: "tracking.Journa
     )
 
 
-def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
-    """Train with Ray's workers, passing their events on as they come."""
+def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit, *, alone: bool) -> dict[str, Any]:
+    """Train with Ray's workers, passing their events on as they come.
+
+    ``alone`` says whether Ray is there for this run only.
+    """
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
@@ -504,6 +512,7 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit) -> dict[str, Any]:
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = Trainer(
         _ray_worker,
+        alone=alone,
         train_loop_config={"plan": plan, "facts": facts, "events": queue.actor},
         scaling_config=ScalingConfig(
             num_workers=plan.run.workers,
@@ -546,26 +555,36 @@ def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) 
         cut: makes the call end soon. Where a signal ends the main thread's waiting it is called and
             waited for, because Ray aborts a process that uses it while it shuts down.
     """
+    outcome = started(call)
+    try:
+        return answer_of(outcome)
+    except (KeyboardInterrupt, Terminated):
+        if cut is not None:
+            cut()
+            wait([outcome], timeout=60)
+        raise
+
+
+def started(call: Callable[..., T], *given: Any) -> Future[T]:
+    """Return what a call will have returned that another thread makes; no exit waits for it."""
     outcome: Future[T] = Future()
 
     def make() -> None:
         try:
-            outcome.set_result(call())
+            outcome.set_result(call(*given))
         except BaseException as error:
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        # In turns, because a signal that another thread took is looked at only when this one wakes.
-        while not wait([outcome], timeout=0.5).done:
-            continue
-        return outcome.result()
-    except (KeyboardInterrupt, Terminated):
-        if cut is not None:
-            cut()
-            thread.join(60)
-        raise
+    threading.Thread(target=make, daemon=True).start()
+    return outcome
+
+
+def answer_of(outcome: Future[T]) -> T:
+    """Return what another thread's call returns, once it does; a signal ends the waiting."""
+    # In turns, because a signal that another thread took is looked at only when this one wakes.
+    while not wait([outcome], timeout=0.5).done:
+        continue
+    return outcome.result()
 
 
 def _listen(queue: Any, handle: Emit, failures: list[Exception]) -> None:
@@ -748,26 +767,30 @@ def _agree(value: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def ray_cluster(dashboard: bool = False) -> Iterator[None]:
-    """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed."""
+def ray_cluster(dashboard: bool = False) -> Iterator[bool]:
+    """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed.
+
+    Entering it returns whether Ray was started, so that nobody else uses it.
+    """
     # Where a signal ends a run, the thread that it ran in must not start Ray once more.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # read when ray is imported
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     told = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
+    alone = not os.environ.get("RAY_ADDRESS")
+    if not alone:
         ray.init(runtime_env={"env_vars": storage.environment()}, **told)
     else:
         for name, value in {**QUIET, **storage.environment()}.items():
             os.environ.setdefault(name, value)  # its processes inherit them
         ray.init(address="local", include_dashboard=dashboard, **told)
     try:
-        yield
+        yield alone
     finally:
         ray.shutdown()
 

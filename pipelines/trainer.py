@@ -5,7 +5,6 @@ it waits, since Ray wakes it a hundred times a second. What is overridden here i
 public: where a version of Ray goes another way, the actors are back, and nothing else changes.
 """
 
-import os
 from typing import Any
 
 from ray.train import Result
@@ -16,16 +15,26 @@ from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPo
 
 
 class Trainer(TorchTrainer):
-    """Trains without Ray Data, and on a Ray of its own without what only shared clusters need."""
+    """Trains without Ray Data, and on a Ray of its own without what only shared clusters need.
+
+    Args:
+        alone: whether Ray lives and dies with this run. One that others use, such as the trials of
+            a sweep, needs somebody to free what a run holds that is stopped from outside.
+        settings: of the TorchTrainer.
+    """
+
+    def __init__(self, *given: Any, alone: bool, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self._alone = alone
 
     def _create_default_callbacks(self) -> list[Any]:
         idle: tuple[type, ...] = (DatasetsCallback,)
-        if _alone():  # a Ray that ends with this process leaves nothing to clean up
+        if self._alone:
             idle += (PlacementGroupCleanerCallback,)
         return [c for c in super()._create_default_callbacks() if not isinstance(c, idle)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Result:
-        if _alone():
+        if self._alone:
             settings["scaling_policy"] = _Unannounced(self.scaling_config)
         return super()._initialize_and_run_controller(**settings)
 
@@ -38,8 +47,3 @@ class _Unannounced(FixedScalingPolicy):
     def _send_resource_request(self) -> None: ...
 
     def _cancel_resource_request(self) -> None: ...
-
-
-def _alone() -> bool:
-    """Whether Ray is the one that this command has started for itself."""
-    return not os.environ.get("RAY_ADDRESS")
