@@ -33,7 +33,7 @@ class Model:
     """Factor on every hidden channel count; 1.0 is the table as printed."""
     norm: Literal["batch", "sync", "group", "none"] = "batch"
     """Normalisation where the tables tick "BN": batch is the paper, sync is batch norm over all
-    GPU ranks, group and none do not depend on the batch at all."""
+    ranks, group and none do not depend on the batch at all."""
 
     def __post_init__(self) -> None:
         _require(self.z_dim >= 1, "model.z_dim", self.z_dim, "at least 1")

@@ -7,10 +7,12 @@ each alone.
 
 import contextlib
 import ctypes
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.functional import conv2d, conv_transpose2d, pad, pixel_shuffle
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -80,6 +82,62 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             cast(tuple[int, int], self.output_padding),
         )
         return out if self.bias is None else out.add_(self.bias.to(out.dtype)[:, None, None])
+
+
+class _OverRanks(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the samples of all ranks, of which every one has equally many.
+
+    Torch's own has no way for CPUs, and no gradient of gradients.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if not (self.training and several):
+            return super().forward(input)
+        ranks, dims = dist.get_world_size(), [d for d in range(input.dim()) if d != 1]
+        # A row for each rank, because a variance from one sum of squares would cancel.
+        own = torch.stack(torch.var_mean(input.to(self.weight.dtype), dims, correction=0))
+        rows = torch.stack([own if r == dist.get_rank() else own * 0 for r in range(ranks)])
+        var, mean = _SumOverRanks.apply(rows).unbind(1)
+        var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
+        self._remember(mean.detach(), var.detach(), ranks * input.numel() // input.shape[1])
+        scale = self.weight * (var + self.eps).rsqrt()
+        shape = (-1, *(1 for _ in dims[1:]))
+        out = input * scale.view(shape) + (self.bias - mean * scale).view(shape)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics as torch does."""
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+
+
+class SyncBatchNorm1d(_OverRanks, nn.BatchNorm1d):
+    """Of units."""
+
+
+class SyncBatchNorm2d(_OverRanks, nn.BatchNorm2d):
+    """Of channels."""
+
+
+class _SumOverRanks(Function):
+    """A sum over all ranks that gradients, and gradients of gradients, go through."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.clone()
+        dist.all_reduce(rows)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *slope: Tensor) -> Any:
+        return _SumOverRanks.apply(*slope)
 
 
 def keep_freed_memory() -> None:

@@ -350,7 +350,7 @@ def _norm2d(model: Model, channels: int, conv: Conv) -> list[nn.Module]:
         return []
     if model.norm == "group":
         return [nn.GroupNorm(_groups(channels), channels)]
-    return [nn.SyncBatchNorm(channels) if model.norm == "sync" else nn.BatchNorm2d(channels)]
+    return [fast.SyncBatchNorm2d(channels) if model.norm == "sync" else nn.BatchNorm2d(channels)]
 
 
 def _norm1d(model: Model, units: int) -> list[nn.Module]:
@@ -358,7 +358,7 @@ def _norm1d(model: Model, units: int) -> list[nn.Module]:
         return []
     if model.norm == "group":
         return [nn.LayerNorm(units)]
-    return [nn.SyncBatchNorm(units) if model.norm == "sync" else nn.BatchNorm1d(units)]
+    return [fast.SyncBatchNorm1d(units) if model.norm == "sync" else nn.BatchNorm1d(units)]
 
 
 def _groups(channels: int) -> int:

@@ -211,8 +211,6 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
             f"A worker's {config.batch_size // share} samples of a batch cannot be cut into "
             f"{run.accumulate} equal, even parts; choose another --accumulate."
         )
-    if config.model.norm == "sync" and not run.gpu:
-        raise UserError("model.norm sync needs --gpu; choose batch, group or none on a CPU.")
     run_id = run.run_id or new_id(preset)
     if not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise UserError(f"--run-id {run_id!r} may hold letters, digits, '-', '_' and '.' only.")

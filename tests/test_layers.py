@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from ranks import in_ranks
 from torch import Tensor, nn
 
 from ivegan import layers
@@ -60,3 +61,41 @@ def test_in_training_precision_too(case, precision):
     assert ours.dtype == theirs.dtype
     near = 1e-5 if precision == torch.float32 else 2e-2
     torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize(
+    ("layer", "own", "shape"),
+    [
+        (layers.SyncBatchNorm2d(3), nn.BatchNorm2d(3), (8, 3, 4, 5)),
+        (layers.SyncBatchNorm1d(6), nn.BatchNorm1d(6), (8, 6)),
+    ],
+    ids=["2d", "1d"],
+)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batch_norm_over_ranks_is_batch_norm_over_the_whole_batch(
+    layer, own, shape, world, tmp_path
+):
+    torch.manual_seed(0)
+    layer, own = copy.deepcopy((layer, own))
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 5
+    own.load_state_dict(layer.state_dict())
+    own.double().weight.data.copy_(torch.rand(shape[1]) + 1)
+    layer.load_state_dict(own.state_dict())
+    in_ranks(world, _norm_rank, layer.double(), x, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(world)]
+    *samples, weight, bias = penalised(own, x)
+    for place, whole in enumerate(samples):
+        together = torch.cat([rank["found"][place] for rank in ranks])
+        torch.testing.assert_close(together, whole, rtol=1e-10, atol=1e-10)
+    for place, whole in ((-2, weight), (-1, bias)):
+        together = torch.stack([rank["found"][place] for rank in ranks]).sum(0)
+        torch.testing.assert_close(together, whole, rtol=1e-10, atol=1e-10)
+    for rank in ranks:
+        torch.testing.assert_close(rank["buffers"], dict(own.named_buffers()))
+
+
+def _norm_rank(rank: int, world: int, layer: nn.Module, x: Tensor, out: str) -> None:
+    layer = copy.deepcopy(layer)  # what a process is given, it shares
+    found = penalised(layer, x.chunk(world)[rank])
+    buffers = dict(layer.named_buffers())
+    torch.save({"found": found, "buffers": buffers}, f"{out}/{rank}.pt")

@@ -1,15 +1,12 @@
 """One step does what Eq. 3 says to whom it says it, and the loop repeats exactly."""
 
 import copy
-import gc
 import itertools
-import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import in_ranks
 
 from ivegan import layers, order
 from ivegan.config import Config, override, preset
@@ -216,18 +213,6 @@ def test_a_batch_in_parts_is_the_batch(name):
     torch.testing.assert_close(weights(parted), weights(whole), rtol=1e-6, atol=1e-8)
 
 
-def _rank(rank: int, world: int, port: int, config: Config, parts: int, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
-    _train_rank(rank, world, config, parts, out)
-    # The wrapped networks hold the group in cycles. Left to the end of the interpreter, Gloo's
-    # threads ask for a lock that is gone by then, and now and then the process aborts.
-    gc.collect()
-    dist.destroy_process_group()
-
-
 def _train_rank(rank: int, world: int, config: Config, parts: int, out: str) -> None:
     state = create_state(config)
     state.parts = parts
@@ -238,25 +223,20 @@ def _train_rank(rank: int, world: int, config: Config, parts: int, out: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "parts"), [("ring", 2, 1), ("digits", 2, 2), ("digits", 4, 1)]
+    ("name", "norm", "world", "parts"),
+    [
+        ("ring", "none", 2, 1),
+        ("digits", "none", 2, 2),
+        ("digits", "none", 4, 1),
+        ("digits", "sync", 2, 1),
+        ("digits", "sync", 4, 1),
+    ],
 )
-def test_several_ranks_train_like_one(name, world, parts, tmp_path: Path):
+def test_several_ranks_train_like_one(name, norm, world, parts, tmp_path: Path):
     """Gradients are means over the global batch, so only the order of additions differs."""
-    config = tiny(name, total_images=16 * 8, model__norm="none")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    config = tiny(name, total_images=16 * 8, model__norm=norm)
     out = str(tmp_path / "rank0.pt")
-    ranks = [
-        context.Process(target=_rank, args=(r, world, port, config, parts, out))
-        for r in range(world)
-    ]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(120)
-        assert p.exitcode == 0
+    in_ranks(world, _train_rank, config, parts, out)
     several = torch.load(out, weights_only=True)
     state = create_state(config)
     progress = list(train(state, batches(config), 16))

@@ -193,7 +193,6 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
     [
         ("mnist", {}, {}, "needs --data"),
         ("ring", {"batch_size": 6}, {"workers": 2}, "batch_size 6"),
-        ("digits", {"model.norm": "sync"}, {}, "needs --gpu"),
         ("ring", {}, {"run_id": "a/b"}, "run-id"),
         ("mnist", {}, {"data": "nowhere"}, "nowhere"),
     ],
