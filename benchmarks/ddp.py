@@ -109,8 +109,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "torchrun, 2 processes": lambda: by_torchrun(options),
         "Ray, 1 worker of 2 threads": lambda: by_ray(options, 1, 2),
     }
-    with train.ray_cluster():
-        found = in_turns(runs, options.rounds, "images/s")
+    found = in_turns(runs, options.rounds, "images/s")
     ours, *others = runs
     return {
         "preset": options.preset,

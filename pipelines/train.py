@@ -51,8 +51,10 @@ T = TypeVar("T")
 # No settings of the method, but numbers depend on them.
 HOW = ("stream", "precision", "accumulate", "compile")
 # A Ray that lives and dies with this process has nobody to report to and no node to lose, and what
-# its processes do while they wait is taken from two cores that train.
+# its processes do while they wait is taken from two cores that train. By Ray's default workers are
+# the nicest of all; here they are as nice as the others, which then give way (``_give_way``).
 QUIET = {
+    "RAY_worker_niceness": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -503,9 +505,16 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit, *, alone: bool) ->
 
     from pipelines.trainer import Trainer
 
+    def hear(event: Event) -> None:
+        nonlocal alone
+        if alone:  # the first event: the workers are there, and have the priority they were given
+            _give_way()
+            alone = False
+        handle(event)
+
     queue = Queue(actor_options={"num_cpus": 0})
     failures: list[Exception] = []
-    listener = threading.Thread(target=_listen, args=(queue, handle, failures), daemon=True)
+    listener = threading.Thread(target=_listen, args=(queue, hear, failures), daemon=True)
     listener.start()
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = Trainer(
@@ -583,6 +592,31 @@ def answer_of(outcome: Future[T]) -> T:
     while not wait([outcome], timeout=0.5).done:
         continue
     return outcome.result()
+
+
+def _give_way() -> None:
+    """Lower the priority of Ray's processes on this machine, all but the workers.
+
+    Ranks wait for each other at every step, so whatever takes a core from one of them holds up all.
+    Behind them, it takes the moments in which they wait.
+    """
+    import psutil
+
+    me = psutil.Process()
+    training: set[psutil.Process] = set()
+    for process in me.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::RayTrain"):
+                training |= {process, *process.children(recursive=True)}
+    for process in set(me.children(recursive=True)) - training:
+        # Linux keeps a priority for each thread.
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            threads = process.threads() if sys.platform == "linux" else ()
+            for number in [thread.id for thread in threads] or [process.pid]:
+                os.setpriority(os.PRIO_PROCESS, number, _BEHIND)
+
+
+_BEHIND = 19  # a seventieth of the weight of a worker: more than these processes need
 
 
 def _listen(queue: Any, handle: Emit, failures: list[Exception]) -> None:

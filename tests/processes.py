@@ -33,10 +33,16 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) ->
     pytest.fail(f"not ready:\n{log.read_text()[-2000:]}")
 
 
-def interrupted(words: list[str], cwd: Path, after: str, by: signal.Signals) -> tuple[int, str]:
+def interrupted(
+    words: list[str],
+    cwd: Path,
+    after: str,
+    by: signal.Signals,
+    look: Callable[[psutil.Process], None] = lambda process: None,
+) -> tuple[int, str]:
     """Give a command a signal once it has printed a line; return its exit status and its stderr.
 
-    It ends by itself or is killed: it would go on for days.
+    It ends by itself or is killed: it would go on for days. Before the signal somebody may look.
     """
     started = subprocess.Popen(
         words,
@@ -52,6 +58,7 @@ def interrupted(words: list[str], cwd: Path, after: str, by: signal.Signals) -> 
         for line in started.stdout:
             if after in line:
                 break
+        look(psutil.Process(started.pid))
         started.send_signal(by)
         _, err = started.communicate(timeout=180)
     finally:

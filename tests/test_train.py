@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,10 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
     words = ["ring", "--batch-size", "64", "--run-id", "x"]
     endless = ["--total-images", "64000000", "--log-every", "64000", "--save-every", "64000"]
     endless = [sys.executable, TRAIN, *words, *endless, "--workers", workers]
-    status, err = interrupted(endless, home, "saved checkpoint-", by)
+    beside: dict[str, set[int]] = {}
+    status, err = interrupted(endless, home, "saved checkpoint-", by, partial(note, beside))
+    if workers == "2":
+        check_what_runs_beside_workers(beside)
     assert status == 128 + by
     assert "--run-id x --resume" in err
     (run,) = mlflow_runs(store)
@@ -292,6 +296,29 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
     assert json.loads(out.splitlines()[-1])["images_seen"] == seen + 640
     (run,) = mlflow_runs(store)
     assert run.info.status == "FINISHED"
+
+
+def note(beside: dict[str, set[int]], process: psutil.Process) -> None:
+    """Note the names of the processes below one, each with the niceness of its threads."""
+    for child in process.children(recursive=True):
+        name = child.name().partition(".")[0]
+        nice = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in child.threads()}
+        beside[name] = beside.get(name, set()) | nice
+
+
+def check_what_runs_beside_workers(beside: dict[str, set[int]]) -> None:
+    """See that Ray starts no actor that a run has no work for, and all gives way to the workers."""
+    workers = beside.pop("ray::RayTrainWorker")
+    assert workers == {os.getpriority(os.PRIO_PROCESS, 0)}
+    assert {"raylet", "gcs_server", "ray::TrainController"} <= set(beside)
+    assert {name: nice for name, nice in beside.items() if nice != {19}} == {}
+    assert {name for name in beside if name.startswith("ray::")} <= {
+        "ray::TrainController",
+        "ray::_QueueActor",  # of the events
+        "ray::SynchronizationActor",  # of the ranks
+        "ray::DashboardAgent",
+        "ray::RuntimeEnvAgent",
+    }
 
 
 @pytest.mark.ray
