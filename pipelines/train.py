@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -273,9 +274,10 @@ def fit(plan: Plan, *, show: Emit | None = None, measure: Measure | None = None)
     with contextlib.ExitStack() as stack:
         fit_somewhere = work
         if plan.run.workers:  # Ray starts while MLflow is asked
+            older = _threads(psutil.Process())
             alone = stack.enter_context(ray_cluster())
             require_resources(plan.run, (lambda line: show({"line": line})) if show else log.info)
-            fit_somewhere = functools.partial(_fit_ray, alone=alone)
+            fit_somewhere = functools.partial(_fit_ray, older=older if alone else None)
         if asked is not None:
             answer_of(asked)
         return _tracked(plan, dataset_hash, known, fit_somewhere, show, measure)
@@ -493,10 +495,12 @@ def _start_tracking(plan: Plan, facts: dict[str, Any], journal: "tracking.Journa
     )
 
 
-def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit, *, alone: bool) -> dict[str, Any]:
+def _fit_ray(
+    plan: Plan, facts: dict[str, Any], handle: Emit, *, older: set[int] | None
+) -> dict[str, Any]:
     """Train with Ray's workers, passing their events on as they come.
 
-    ``alone`` says whether Ray is there for this run only.
+    ``older`` are this process's threads that do not serve the run; None where Ray serves others.
     """
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -506,10 +510,10 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit, *, alone: bool) ->
     from pipelines.trainer import Trainer
 
     def hear(event: Event) -> None:
-        nonlocal alone
-        if alone:  # the first event: the workers are there, and have the priority they were given
-            _give_way()
-            alone = False
+        nonlocal older
+        if older is not None:  # the first event: the workers are there, with their own priority
+            _give_way(older)
+            older = None
         handle(event)
 
     queue = Queue(actor_options={"num_cpus": 0})
@@ -519,7 +523,7 @@ def _fit_ray(plan: Plan, facts: dict[str, Any], handle: Emit, *, alone: bool) ->
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = Trainer(
         _ray_worker,
-        alone=alone,
+        alone=older is not None,
         train_loop_config={"plan": plan, "facts": facts, "events": queue.actor},
         scaling_config=ScalingConfig(
             num_workers=plan.run.workers,
@@ -594,26 +598,32 @@ def answer_of(outcome: Future[T]) -> T:
     return outcome.result()
 
 
-def _give_way() -> None:
-    """Lower the priority of Ray's processes on this machine, all but the workers.
+def _give_way(older: set[int]) -> None:
+    """Lower the priority of all that serves a run but its workers: processes, and threads here.
 
     Ranks wait for each other at every step, so whatever takes a core from one of them holds up all.
     Behind them, it takes the moments in which they wait.
-    """
-    import psutil
 
+    Args:
+        older: threads of this process that do not serve the run.
+    """
     me = psutil.Process()
     training: set[psutil.Process] = set()
     for process in me.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith("ray::RayTrain"):
                 training |= {process, *process.children(recursive=True)}
-    for process in set(me.children(recursive=True)) - training:
-        # Linux keeps a priority for each thread.
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            threads = process.threads() if sys.platform == "linux" else ()
-            for number in [thread.id for thread in threads] or [process.pid]:
-                os.setpriority(os.PRIO_PROCESS, number, _BEHIND)
+    for process in {me, *me.children(recursive=True)} - training:
+        for thread in _threads(process) - older:
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.setpriority(os.PRIO_PROCESS, thread, _BEHIND)
+
+
+def _threads(process: psutil.Process) -> set[int]:
+    """Return what has a priority of its own: on Linux every thread, elsewhere the process."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {t.id for t in process.threads()} if sys.platform == "linux" else {process.pid}
+    return set()
 
 
 _BEHIND = 19  # a seventieth of the weight of a worker: more than these processes need
@@ -824,7 +834,32 @@ def ray_cluster(dashboard: bool = False) -> Iterator[bool]:
     try:
         yield alone
     finally:
+        raylets = [p for p in psutil.Process().children() if alone and p.name() == "raylet"]
+        workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
         ray.shutdown()
+        _end(workers)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Kill what is there of processes that were told to end, after five seconds.
+
+    Ray's workers wait for themselves at their end, now and then, and for ever.
+    """
+
+    def alive() -> list[psutil.Process]:
+        found = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    deadline = time.monotonic() + 5
+    while alive() and time.monotonic() < deadline:
+        threading.Event().wait(0.05)  # they are no children of this process, to be waited for
+    for process in alive():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def require_resources(run: Run, say: Callable[[str], None]) -> None:

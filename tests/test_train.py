@@ -1,5 +1,6 @@
 """Training from the command to the checkpoint: in this process, on Ray, and as a Ray job."""
 
+import contextlib
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,32 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
     assert json.loads(out.splitlines()[-1])["images_seen"] == seen + 640
     (run,) = mlflow_runs(store)
     assert run.info.status == "FINISHED"
+
+
+@pytest.mark.ray
+def test_a_ray_of_its_own_leaves_no_process_behind(home):
+    """Not even a worker that does not end when it is told to, as now and then one of Ray's."""
+    script = """
+        import atexit, os, threading
+        from pipelines import train
+
+        class Stuck:
+            def begin(self):
+                atexit.register(threading.Event().wait)
+                return os.getpid()
+
+        with train.ray_cluster():
+            import ray
+
+            actor = ray.remote(Stuck).remote()
+            worker = ray.get(actor.begin.remote())
+            del actor
+        print(worker)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(words, cwd=home, capture_output=True, text=True, check=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(done.stdout)).status() == psutil.STATUS_ZOMBIE
 
 
 def note(beside: dict[str, set[int]], process: psutil.Process) -> None:
