@@ -45,8 +45,29 @@ def plan_of(options: argparse.Namespace, workers: int, threads: int) -> train.Pl
 
 
 def by_ray(options: argparse.Namespace, workers: int, threads: int) -> float:
-    """Return the steady rate of a run as ``train.py`` makes it."""
-    return train.fit(plan_of(options, workers, threads))["images_per_second"]
+    """Return the steady rate of ``train.py``, a process and a Ray of its own as for anybody."""
+    plan = plan_of(options, workers, threads)
+    words: dict[str, Any] = {
+        "batch_size": plan.config.batch_size,
+        "model.width": plan.config.model.width,
+        "total-images": options.images,
+        "precision": options.precision,
+        "workers": workers,
+        "threads": threads,
+        "log-every": plan.run.log_every,
+        "save-every": plan.run.save_every,
+        "run-id": plan.run_id,
+    } | ({"data": options.data} if options.data else {})
+    told = subprocess.run(
+        [
+            *(sys.executable, train.__file__, options.preset, "--json"),
+            *(part for name, value in words.items() for part in (f"--{name}", str(value))),
+        ],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(told.stdout.splitlines()[-1])["images_per_second"]
 
 
 def by_torchrun(options: argparse.Namespace) -> float:

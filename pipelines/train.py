@@ -608,15 +608,31 @@ def _give_way(older: set[int]) -> None:
         older: threads of this process that do not serve the run.
     """
     me = psutil.Process()
-    training: set[psutil.Process] = set()
-    for process in me.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::RayTrain"):
-                training |= {process, *process.children(recursive=True)}
-    for process in {me, *me.children(recursive=True)} - training:
+    # Workers inherit the raylet's, also one that takes a dead one's place.
+    kept = _named("raylet") | _with_children(_named("ray::RayTrainWorker"))
+    for process in {me, *me.children(recursive=True)} - kept:
         for thread in _threads(process) - older:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.setpriority(os.PRIO_PROCESS, thread, _BEHIND)
+
+
+def _named(name: str) -> set[psutil.Process]:
+    """Return the processes below this one whose name begins so."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if process.name().startswith(name):
+                found.add(process)
+    return found
+
+
+def _with_children(processes: set[psutil.Process]) -> set[psutil.Process]:
+    """Return these and all below them."""
+    found = set(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= set(process.children(recursive=True))
+    return found
 
 
 def _threads(process: psutil.Process) -> set[int]:
@@ -834,13 +850,12 @@ def ray_cluster(dashboard: bool = False) -> Iterator[bool]:
     try:
         yield alone
     finally:
-        raylets = [p for p in psutil.Process().children() if alone and p.name() == "raylet"]
-        workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+        workers = _with_children(_named("raylet")) if alone else set()
         ray.shutdown()
         _end(workers)
 
 
-def _end(processes: list[psutil.Process]) -> None:
+def _end(processes: set[psutil.Process]) -> None:
     """Kill what is there of processes that were told to end, after five seconds.
 
     Ray's workers wait for themselves at their end, now and then, and for ever.
