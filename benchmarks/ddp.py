@@ -58,16 +58,8 @@ def by_ray(options: argparse.Namespace, workers: int, threads: int) -> float:
         "save-every": plan.run.save_every,
         "run-id": plan.run_id,
     } | ({"data": options.data} if options.data else {})
-    told = subprocess.run(
-        [
-            *(sys.executable, train.__file__, options.preset, "--json"),
-            *(part for name, value in words.items() for part in (f"--{name}", str(value))),
-        ],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(told.stdout.splitlines()[-1])["images_per_second"]
+    given = [part for name, value in words.items() for part in (f"--{name}", str(value))]
+    return rate_of([sys.executable, train.__file__, options.preset, "--json", *given])
 
 
 def by_torchrun(options: argparse.Namespace) -> float:
@@ -75,12 +67,17 @@ def by_torchrun(options: argparse.Namespace) -> float:
     here = [word for word in sys.argv[1:] if word != "--rank"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return rate_of([*command, str(Path(__file__).resolve()), *here, "--rank"], **threads)
+
+
+def rate_of(command: list[str], **variables: str) -> float:
+    """Return the rate in the outcome that a command prints as its last line."""
     told = subprocess.run(
-        [*command, str(Path(__file__).resolve()), *here, "--rank"],
+        command,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **threads},
+        env={**os.environ, **variables},
     )
     return json.loads(told.stdout.splitlines()[-1])["images_per_second"]
 

@@ -2,7 +2,7 @@
 
 Names, weights and results are those of the class that each derives from. All of it is for CPUs, but
 for the bias of convolutions; elsewhere torch's own way is taken. ``benchmarks/layers.py`` measures
-each alone.
+each alone. Batch norm over ranks is the exception: it is here for what torch's own cannot do.
 """
 
 import contextlib
@@ -97,7 +97,9 @@ class _OverRanks(nn.modules.batchnorm._BatchNorm):
         ranks, dims = dist.get_world_size(), [d for d in range(input.dim()) if d != 1]
         # A row for each rank, because a variance from one sum of squares would cancel.
         own = torch.stack(torch.var_mean(input.to(self.weight.dtype), dims, correction=0))
-        rows = torch.stack([own if r == dist.get_rank() else own * 0 for r in range(ranks)])
+        rows = torch.stack(
+            [own if r == dist.get_rank() else torch.zeros_like(own) for r in range(ranks)]
+        )
         var, mean = _SumOverRanks.apply(rows).unbind(1)
         var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
         self._remember(mean.detach(), var.detach(), ranks * input.numel() // input.shape[1])

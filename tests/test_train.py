@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +283,9 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
     endless = ["--total-images", "64000000", "--log-every", "64000", "--save-every", "64000"]
     endless = [sys.executable, TRAIN, *words, *endless, "--workers", workers]
     beside: dict[str, set[int]] = {}
-    status, err = interrupted(endless, home, "saved checkpoint-", by, partial(note, beside))
+    status, err = interrupted(
+        endless, home, "saved checkpoint-", by, functools.partial(note, beside)
+    )
     if workers == "2":
         check_what_runs_beside_workers(beside)
     assert status == 128 + by
