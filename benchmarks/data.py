@@ -35,8 +35,9 @@ from PIL import Image
 
 from data_prep import celeba
 from data_prep.build import build
-from ivegan import data, shards
 from ivegan.config import override, preset
+from ivegan.data import batches as data
+from ivegan.data import shards
 
 BATCH = 64
 CONFIG = override(preset("celeba"), {"batch_size": BATCH})

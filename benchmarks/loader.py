@@ -25,7 +25,7 @@ from flop import wait
 from step import rate, samples_of
 
 from ivegan.config import PRESETS, Config
-from ivegan.data import Split, batches, load_split
+from ivegan.data.batches import Split, batches, load_split
 from ivegan.step import State, create_state, train_step
 
 

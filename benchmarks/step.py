@@ -24,7 +24,7 @@ from textbook import steps as textbook_steps
 
 from ivegan import order, seeds
 from ivegan.config import Config
-from ivegan.data import Split, batches
+from ivegan.data.batches import Split, batches
 from ivegan.layers import keep_freed_memory, plain
 from ivegan.networks import sample_shape
 from ivegan.step import create_state, train_step

@@ -31,9 +31,8 @@ from PIL import Image
 
 from data_prep import celeba, digits, mnist
 from data_prep.source import Source
-from ivegan import cli, storage
-from ivegan.errors import UserError
-from ivegan.shards import (
+from ivegan import storage
+from ivegan.data.shards import (
     ENCODING,
     MANIFEST,
     SAMPLES,
@@ -47,6 +46,8 @@ from ivegan.shards import (
     tar_parts,
     write_manifest,
 )
+from ivegan.errors import UserError
+from pipelines import options as cli
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.source import Source, file_sha256
 from ivegan import storage
+from ivegan.data.shards import SPLITS, Sample
 from ivegan.errors import UserError
-from ivegan.shards import SPLITS, Sample
 
 OPTIONS = frozenset({"crop", "limit"})
 SIDE = 128

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from data_prep.source import Source
+from ivegan.data.shards import Sample
 from ivegan.errors import UserError
-from ivegan.shards import Sample
 
 OPTIONS = frozenset[str]()
 SIDE = 16

@@ -26,8 +26,8 @@ import numpy as np
 
 from data_prep.source import Source
 from ivegan import storage
+from ivegan.data.shards import Sample
 from ivegan.errors import UserError
-from ivegan.shards import Sample
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from ivegan import cli, storage
+from ivegan import storage
+from ivegan.data.shards import MANIFEST, Manifest, Shard, read_manifest, read_tar, settings_hash
 from ivegan.errors import UserError
-from ivegan.shards import MANIFEST, Manifest, Shard, read_manifest, read_tar, settings_hash
+from pipelines import options as cli
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ivegan import checkpoint, cli, storage
+from ivegan import checkpoint, storage
 from ivegan.errors import UserError
-from ivegan.evaluate import evaluate
-from ivegan.report import rows
+from ivegan.evaluation.evaluate import evaluate
+from ivegan.evaluation.report import rows
+from pipelines import options as cli
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,10 +38,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 
-from ivegan import checkpoint, cli, storage
+from ivegan import checkpoint, storage
 from ivegan.config import Config, config_hash, flatten, to_dict
 from ivegan.errors import UserError
-from pipelines import gate, models, tracking
+from pipelines import options as cli
+from pipelines import tracking
+from pipelines.models import gate
+from pipelines.models import package as models
 
 WORDS = ("staging", "production")
 Pair = tuple[ModelVersion, ModelVersion]

@@ -34,14 +34,16 @@ import torch
 import torch.distributed as dist
 
 from data_prep.build import build
-from ivegan import checkpoint, cli, data, storage
+from ivegan import checkpoint, storage
 from ivegan.config import PRESETS, Config, config_hash, flatten, from_dict, to_dict
-from ivegan.data import CACHE_LIMIT
+from ivegan.data import batches as data
+from ivegan.data.batches import CACHE_LIMIT
+from ivegan.data.shards import MANIFEST, Manifest, read_manifest
 from ivegan.errors import UserError
-from ivegan.figures import progress_figures
+from ivegan.evaluation.figures import progress_figures
 from ivegan.layers import keep_freed_memory
-from ivegan.shards import MANIFEST, Manifest, read_manifest
 from ivegan.step import NonFiniteLossError, create_state, distribute, train
+from pipelines import options as cli
 
 if TYPE_CHECKING:  # it brings MLflow, which takes seconds to import: the driver's business alone
     from pipelines import tracking
@@ -507,7 +509,7 @@ def _fit_ray(
     from ray.train.v2.api.config import LoggingConfig
     from ray.util.queue import Queue
 
-    from pipelines.trainer import Trainer
+    from pipelines.training.trainer import Trainer
 
     def hear(event: Event) -> None:
         nonlocal older

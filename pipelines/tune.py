@@ -30,12 +30,14 @@ from typing import Any, Literal
 
 import torch
 
-from ivegan import checkpoint, cli, storage
+from ivegan import checkpoint, storage
 from ivegan.config import PRESETS, Config, flatten, from_dict, override, to_dict
 from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
-from pipelines import space, tracking, train
+from pipelines import options as cli
+from pipelines import tracking, train
+from pipelines.sweeps import space
 
 log = logging.getLogger(__name__)
 
@@ -339,7 +341,7 @@ def trial(
     """
     from ray import tune
 
-    from ivegan.evaluate import quality
+    from ivegan.evaluation.evaluate import quality
 
     torch.set_num_threads(plan.run.threads)
     changes = trials[chosen["trial"]] if trials else chosen
@@ -396,7 +398,7 @@ def _folder_name(trial: Any) -> str:
 
 def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
-    from pipelines.sweep_report import Progress
+    from pipelines.sweeps.report import Progress
 
     # With its dashboard: without it, a stopped trial's resources are never given back.
     with train.ray_cluster(dashboard=True), train.terminated_by_signal():
@@ -412,7 +414,7 @@ def _tuner(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from pipelines.sweep_report import Progress
+    from pipelines.sweeps.report import Progress
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress tells what failed
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Tune's own records, for --restore
@@ -620,7 +622,7 @@ def _command(plan: train.Plan, best: dict[str, Any]) -> str:
 
 def _publish(plan: train.Plan, journal: tracking.Journal, result: dict[str, Any]) -> None:
     """Write a sweep's picture and page into storage, and under its MLflow run."""
-    from pipelines.sweep_report import render
+    from pipelines.sweeps.report import render
 
     objective = space.Objective(**result["objective"])
     image, html = render(result, result["command"])
@@ -680,7 +682,7 @@ def _searched(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     result = sweep(preset, config, options)
     if options.dry_run:
         return result
-    from pipelines.sweep_report import table
+    from pipelines.sweeps.report import table
 
     print("\n" + "\n".join(table(result)))
     print(f"\nPicture and table: {result['report']}")

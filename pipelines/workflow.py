@@ -25,16 +25,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data_prep.build import build
-from ivegan import cli, storage
+from ivegan import storage
 from ivegan.config import PRESETS, Config, flatten, override, preset
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
-from pipelines import limits, train
+from pipelines import options as cli
+from pipelines import train
+from pipelines.flows import limits
 
 T = TypeVar("T")
 UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 """MLflow opens on its pages for language models unless told otherwise."""
-FLOW = Path(__file__).with_name("flow.py")
+FLOW = Path(__file__).parent / "flows" / "flow.py"
 NAME = "IveGanFlow"
 _MISTAKE = "IVEGAN_MISTAKE"  # the file where a step's process leaves a user's mistake
 # Metaflow's time, and the step where a line comes from one.
@@ -165,7 +167,9 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
     The sweep of an earlier attempt is finished, and one with equal inputs that is finished in
     storage is taken as it is.
     """
-    from pipelines import finished, space, tune
+    from pipelines import tune
+    from pipelines.flows import finished
+    from pipelines.sweeps import space
 
     images = flow.sweep_images or plan.config.total_images
     config = override(plan.config, {"total_images": images})
@@ -231,7 +235,7 @@ def train_or_reuse(flow: Any, plan: train.Plan) -> dict[str, Any]:
     Raises:
         UserError: as for ``train.fit``, and a training that diverged, as it would again.
     """
-    from pipelines import finished
+    from pipelines.flows import finished
 
     inputs = finished.inputs_of(plan, train.check_data(plan))
     found = None if flow.anew else _reusable(lambda: finished.find_training(plan, inputs))
@@ -364,7 +368,7 @@ def _check_sweep(config: Config, options: Workflow) -> None:
     """See that a sweep can be made as it is asked for."""
     options.at_least(sweep_samples=0, sweep_images=0)
     if options.sweep_samples:
-        from pipelines import space
+        from pipelines.sweeps import space
 
         space.space_of(config, options.sweep_space)
     elif options.sweep_images or options.sweep_space:

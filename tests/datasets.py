@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ivegan.shards import Row, Sample, tar_parts
+from ivegan.data.shards import Row, Sample, tar_parts
 
 
 def write_tar(samples: Iterable[Sample]) -> tuple[bytes, list[Row]]:

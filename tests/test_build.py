@@ -14,7 +14,9 @@ from datasets import files_of
 from data_prep import build as build_module
 from data_prep.build import build, make_plan, write_shard
 from data_prep.verify import verify
-from ivegan import data, shards, storage
+from ivegan import storage
+from ivegan.data import batches as data
+from ivegan.data import shards
 from ivegan.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

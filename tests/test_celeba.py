@@ -17,7 +17,9 @@ from PIL import Image
 from data_prep import celeba
 from data_prep.build import build
 from data_prep.verify import verify
-from ivegan import data, shards, storage
+from ivegan import storage
+from ivegan.data import batches as data
+from ivegan.data import shards
 from ivegan.errors import UserError
 
 ATTRIBUTES, PARTITION, IDENTITY = celeba.ATTRIBUTES, celeba.PARTITION, celeba.IDENTITY

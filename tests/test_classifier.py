@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ivegan import classifier, data
-from ivegan.classifier import Settings, classifier_of, classify, train_classifier
+from ivegan.data import batches as data
 from ivegan.errors import UserError
+from ivegan.evaluation import classifier
+from ivegan.evaluation.classifier import Settings, classifier_of, classify, train_classifier
 
 QUICK = Settings(images=600, epochs=1, batch_size=20)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ivegan import cli
 from ivegan.config import PRESETS
 from ivegan.errors import UserError
+from pipelines import options as cli
 
 
 @dataclass(frozen=True, kw_only=True)

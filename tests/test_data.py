@@ -12,8 +12,10 @@ import pytest
 import torch
 from datasets import write_tar
 
-from ivegan import data, order, shards
+from ivegan import order
 from ivegan.config import override, preset
+from ivegan.data import batches as data
+from ivegan.data import shards
 from ivegan.errors import UserError
 from ivegan.transforms import to_float
 

@@ -21,8 +21,10 @@ from processes import wait_for
 from data_prep import build as build_module
 from data_prep.build import build
 from data_prep.verify import verify
-from ivegan import data, shards, storage
+from ivegan import storage
 from ivegan.config import override, preset
+from ivegan.data import batches as data
+from ivegan.data import shards
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = str(ROOT / "data_prep" / "build.py")

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ivegan import checkpoint, evaluate, order, report
-from ivegan.classifier import Settings, classifier_of
+from ivegan import checkpoint, order
 from ivegan.config import override, preset
 from ivegan.errors import UserError
+from ivegan.evaluation import evaluate, report
+from ivegan.evaluation.classifier import Settings, classifier_of
 from ivegan.step import create_state
 
 QUICK = Settings(images=9000, epochs=1, channels=(16, 32, 32))

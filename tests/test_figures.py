@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ivegan import figures, order
+from ivegan import order
 from ivegan.config import Config, override, preset
+from ivegan.evaluation import figures
 from ivegan.networks import EncoderGenerator
 
 

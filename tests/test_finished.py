@@ -7,7 +7,8 @@ import pytest
 
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from pipelines import finished, train
+from pipelines import train
+from pipelines.flows import finished
 
 CONFIG = override(preset("ring"), {"batch_size": 64, "total_images": 640})
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ivegan.errors import UserError
-from pipelines import limits
+from pipelines.flows import limits
 
 
 def test_what_is_not_named_keeps_its_default():

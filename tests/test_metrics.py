@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from ivegan import metrics
 from ivegan.errors import UserError
+from ivegan.evaluation import metrics
 from ivegan.order import modes
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from data_prep import mnist
 from data_prep.build import build
-from ivegan import shards, storage
+from ivegan import storage
+from ivegan.data import shards
 from ivegan.errors import UserError
 
 LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte.gz"

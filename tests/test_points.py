@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from ivegan import data, order, points
+from ivegan import order, points
 from ivegan.config import override, preset
+from ivegan.data import batches as data
 from ivegan.step import State, create_state, train_step
 
 

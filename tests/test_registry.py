@@ -25,12 +25,15 @@ from PIL import Image
 from safetensors.numpy import save
 
 from ivegan import checkpoint, storage
-from ivegan.artifact import check_sums, find_pickles, write_sums
 from ivegan.config import override, preset, to_dict
 from ivegan.errors import UserError
-from ivegan.evaluate import quality
+from ivegan.evaluation.evaluate import quality
 from ivegan.step import create_state
-from pipelines import gate, model_card, models, registry
+from pipelines import registry
+from pipelines.models import card as model_card
+from pipelines.models import gate
+from pipelines.models import package as models
+from pipelines.models.artifact import check_sums, find_pickles, write_sums
 
 ENCODER, GENERATOR = "ivegan-digits-encoder", "ivegan-digits-generator"
 
@@ -443,7 +446,8 @@ def test_a_change_cut_between_any_two_calls_is_repaired(registered, store, home,
 
 RACER = """
 import sys
-from pipelines import gate, registry
+from pipelines import registry
+from pipelines.models import gate
 gate.examine = lambda *_, **__: gate.Verdict(scores={"quality": 1.0}, holder_scores=None, faults=())
 print("ready", flush=True)
 for version in sys.stdin.readline().split():

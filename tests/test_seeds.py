@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from ivegan import data, seeds
+from ivegan import seeds
 from ivegan.config import override, preset
+from ivegan.data import batches as data
 from ivegan.step import create_state, train_step
 
 SEEDS = [3, 0, 8]

@@ -12,9 +12,10 @@ import pytest
 from datasets import write_tar
 from webdataset.compat import WebDataset
 
-from ivegan import shards, storage
+from ivegan import storage
+from ivegan.data import shards
+from ivegan.data.shards import Manifest, Sample, Shard
 from ivegan.errors import UserError
-from ivegan.shards import Manifest, Sample, Shard
 
 RNG = np.random.default_rng(0)
 

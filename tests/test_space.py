@@ -5,8 +5,8 @@ import pytest
 
 from ivegan.config import PRESETS, flatten, override, preset
 from ivegan.errors import UserError
-from pipelines import space
-from pipelines.space import Choice, Range
+from pipelines.sweeps import space
+from pipelines.sweeps.space import Choice, Range
 
 
 @pytest.mark.parametrize("name", PRESETS)

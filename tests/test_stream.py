@@ -14,10 +14,11 @@ import pytest
 import torch
 from datasets import write_tar
 
-from ivegan import data, shards
 from ivegan.config import override, preset
+from ivegan.data import batches as data
+from ivegan.data import shards
+from ivegan.data.shards import Manifest, Sample, Shard
 from ivegan.errors import UserError
-from ivegan.shards import Manifest, Sample, Shard
 
 SHAPE = (1, 2, 2)
 

@@ -372,7 +372,7 @@ def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
 def test_ray_starts_no_actor_that_a_run_has_no_work_for(alone):
     from ray.train import ScalingConfig
 
-    from pipelines.trainer import Trainer
+    from pipelines.training.trainer import Trainer
 
     trainer = Trainer(lambda: None, alone=alone, scaling_config=ScalingConfig(num_workers=2))
     names = {type(c).__name__ for c in trainer._create_default_callbacks()}

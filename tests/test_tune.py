@@ -17,10 +17,13 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from ivegan import cli, evaluate
 from ivegan.config import PRESETS, override, preset
 from ivegan.errors import UserError
-from pipelines import space, sweep_report, train, tune
+from ivegan.evaluation import evaluate
+from pipelines import options as cli
+from pipelines import train, tune
+from pipelines.sweeps import report as sweep_report
+from pipelines.sweeps import space
 
 
 def small():

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import verify as verify_module
 from data_prep.verify import verify
-from ivegan import shards
+from ivegan.data import shards
 from ivegan.errors import UserError
 
 TRAIN = "train/shard-00000.tar"

@@ -115,7 +115,7 @@ def test_a_pod_without_places_outside_it_is_refused_before_it_works(home, preset
     """As Argo Workflows starts it: without our command, which fills in places of this machine."""
     words = ["--preset", preset, "--set", "total_images=640,batch_size=64", "--workers", "0"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "flow.py"), "run", *words],
+        [sys.executable, str(ROOT / "pipelines" / "flows" / "flow.py"), "run", *words],
         cwd=home,
         capture_output=True,
         text=True,

@@ -9,9 +9,9 @@ from typing import Any
 
 from ray.tune import Callback
 
-from ivegan import figures
-from ivegan.report import Figure, page, picture, text
-from pipelines.space import Objective
+from ivegan.evaluation import figures
+from ivegan.evaluation.report import Figure, page, picture, text
+from pipelines.sweeps.space import Objective
 
 log = logging.getLogger(__name__)
 

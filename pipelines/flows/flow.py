@@ -22,7 +22,7 @@ from metaflow.cards import Image, Markdown, Table
 from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY
 
 from ivegan.errors import UserError
-from pipelines import limits
+from pipelines.flows import limits
 
 TIMEOUT, RETRY, ENVIRONMENT = limits.arguments()
 GRACE = 60  # seconds that a step has to end in order, after its time is over
@@ -151,7 +151,7 @@ class IveGanFlow(FlowSpec):
     @bounded("evaluate")
     def evaluate(self) -> None:
         """Measure the last checkpoint and draw the paper's figures."""
-        from ivegan import report
+        from ivegan.evaluation import report
         from pipelines import evaluate, workflow
 
         at, out = self.trained["checkpoint"], workflow.report_folder(self)

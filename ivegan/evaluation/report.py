@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from ivegan.config import flatten, from_dict
-from ivegan.figures import png
+from ivegan.evaluation.figures import png
 
 
 class Figure(NamedTuple):

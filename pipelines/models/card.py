@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ivegan import report
+from ivegan.evaluation import report
 
 _DATA = {
     "ring": "Points of a mixture of Gaussians, drawn from a formula.",

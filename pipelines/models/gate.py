@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ivegan import shards
 from ivegan.config import Config
+from ivegan.data import shards
 from ivegan.errors import UserError
-from ivegan.evaluate import quality
+from ivegan.evaluation.evaluate import quality
 
 # The least of quality and of some of its parts (``ivegan.evaluate.quality``), all in [0, 1]. What
 # untrained pairs have is under each: quality .33 on digits, since even random codes have neighbours

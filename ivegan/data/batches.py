@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ivegan import order, shards, storage
+from ivegan import order, storage
 from ivegan.config import Config
+from ivegan.data import shards
 from ivegan.errors import UserError
 from ivegan.shapes import Int, UInt8
 from ivegan.transforms import to_float

@@ -25,12 +25,12 @@ from mlflow.types import Schema, TensorSpec
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ivegan import report
-from ivegan.artifact import check_sums, empty_members, find_pickles, write_sums
 from ivegan.config import Config, flatten, from_dict, to_dict
 from ivegan.errors import UserError
+from ivegan.evaluation import report
 from ivegan.networks import Encoder, Generator, sample_shape
-from pipelines import model_card
+from pipelines.models import card as model_card
+from pipelines.models.artifact import check_sums, empty_members, find_pickles, write_sums
 
 KINDS = ("encoder", "generator")
 

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ivegan import checkpoint, data, figures, metrics, shards, storage
-from ivegan.classifier import Classifier, classifier_of, classify
+from ivegan import checkpoint, storage
 from ivegan.config import Config
+from ivegan.data import batches as data
+from ivegan.data import shards
 from ivegan.errors import UserError
+from ivegan.evaluation import figures, metrics
+from ivegan.evaluation.classifier import Classifier, classifier_of, classify
+from ivegan.evaluation.report import PREFIX, Figure, render
 from ivegan.networks import sample_shape
 from ivegan.order import modes
-from ivegan.report import PREFIX, Figure, render
 from ivegan.transforms import to_float, to_uint8, transform
 
 log = logging.getLogger(__name__)
