@@ -10,12 +10,11 @@ each other, the reading chosen is named beside the value.
 
 import dataclasses
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ivegan.digest import digest
 from ivegan.errors import UserError
 
 
@@ -290,5 +289,4 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def config_hash(config: Config) -> str:
     """Return the sha256 of the configuration's canonical JSON, as 64 hexadecimal digits."""
-    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(to_dict(config))
