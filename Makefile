@@ -6,21 +6,16 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-long test-all lint check install ui bench clean
+.PHONY: demo test test-slow lint check install ui bench clean
 
 demo: install
 	$(BIN)/python pipelines/workflow.py run digits
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not long and not gpu"
-
-test-long: install
-	$(BIN)/python -m pytest -m "long and not gpu"
-
-test-all: test-long test-slow test
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: install
 	$(BIN)/ruff format --check .

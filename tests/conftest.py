@@ -21,8 +21,14 @@ from PIL import Image
 from data_prep import celeba
 from ivegan import storage
 
-ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of ``cluster/`` on one worker of pytest-xdist, which starts one Ray."""
+    for item in items:
+        if "cluster" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")

@@ -455,7 +455,6 @@ for version in sys.stdin.readline().split():
 """
 
 
-@pytest.mark.fault
 def test_promotions_at_once_end_with_one_run_everywhere(registered, store, home):
     registry.register(saved(home, "third", seed=3))
     orders = ["2 3 2 3 1", "3 1 3 2 2"]

@@ -14,8 +14,6 @@ from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.storage import Unavailable
 
-pytestmark = pytest.mark.s3
-
 SMALL, IN_PARTS = 1_000, 9 << 20  # boto3 sends more than 8 MiB as several requests
 STEP = 100_000
 
@@ -322,7 +320,6 @@ def test_of_many_who_create_at_once_each_gets_what_somebody_wrote(s3):
     assert storage.create_bytes(f"{s3}/x", b"late") in got
 
 
-@pytest.mark.fault
 def test_a_store_that_is_killed_and_comes_back_is_waited_for(tmp_path, monkeypatch, caplog, once):
     monkeypatch.setattr(storage, "_LONGEST_PAUSE", 0.5)
     contents = {f"s3://bucket/{n}": os.urandom(SMALL) for n in range(5)}

@@ -359,7 +359,6 @@ def test_another_data_set_needs_no_published_check_sums_but_good_files(mirrors, 
             mnist.fetched(server.url, out)
 
 
-@pytest.mark.s3
 def test_the_files_are_fetched_into_a_bucket(mirrors, s3):
     to = mnist.fetched("download", f"{s3}/data/out/")
     assert to == f"{s3}/data/out-raw"

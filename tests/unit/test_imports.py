@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = {"ray", "mlflow", "metaflow"}
 LAZY = ["webdataset", "boto3", "botocore", "pyarrow", "matplotlib", "sklearn", "tyro", "jaxtyping"]
 

@@ -28,7 +28,7 @@ from ivegan.config import override, preset
 from ivegan.errors import UserError
 from pipelines import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "pipelines" / "train.py")
 
 
@@ -162,7 +162,6 @@ def test_a_listener_that_fails_goes_on_to_empty_the_queue_and_tells_what_it_met(
     assert [str(failure) for failure in failures] == ["no room"]
 
 
-@pytest.mark.ray
 def test_what_the_listener_met_is_raised_when_the_workers_end(
     home, store, ray_cluster, mlflow_runs
 ):
@@ -269,13 +268,12 @@ def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(h
     assert "images 640 of 640" in out
 
 
-@pytest.mark.fault
 @pytest.mark.parametrize(
     ("workers", "by"),
     [
         ("0", signal.SIGTERM),
         ("0", signal.SIGINT),
-        pytest.param("2", signal.SIGTERM, marks=pytest.mark.ray),
+        ("2", signal.SIGTERM),
     ],
 )
 def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_runs, workers, by):
@@ -301,7 +299,6 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
     assert run.info.status == "FINISHED"
 
 
-@pytest.mark.ray
 def test_a_ray_of_its_own_leaves_no_process_behind(home):
     """Not even a worker that does not end when it is told to, as now and then one of Ray's."""
     script = """
@@ -351,7 +348,6 @@ def check_what_runs_beside_workers(beside: dict[str, set[int]]) -> None:
     }
 
 
-@pytest.mark.ray
 def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
     """Same data, same draws: over 100 steps only the order of additions differs."""
     images = 64 * 100
@@ -367,7 +363,6 @@ def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("alone", [True, False])
 def test_ray_starts_no_actor_that_a_run_has_no_work_for(alone):
     from ray.train import ScalingConfig
@@ -382,8 +377,6 @@ def test_ray_starts_no_actor_that_a_run_has_no_work_for(alone):
     assert ("PlacementGroupCleanerCallback" in names) != alone
 
 
-@pytest.mark.ray
-@pytest.mark.s3
 def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     """Built to S3, trained from there by two Ray workers, resumed and read back from there."""
     build("digits", source=None, out=f"{s3}/digits", workers=0)
@@ -429,7 +422,6 @@ def test_a_streamed_run_goes_on_bit_for_bit(digits):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.ray
 def test_two_ray_workers_stream_what_one_process_streams(digits, ray_cluster):
     _, plain = digits("plain", workers=0, stream=True, loaders=0)
     result, two = digits("two", workers=2, stream=True, loaders=1)
@@ -500,14 +492,11 @@ def test_bad_samples_are_left_out_of_training_if_asked(digits, tmp_path, caplog)
     assert "of 135 samples left out" in caplog.text
 
 
-@pytest.mark.ray
 def test_asking_for_more_than_the_cluster_has_is_a_sentence(home, ray_cluster, ring):
     with pytest.raises(UserError, match=r"64 workers of 1 CPU each.*room for 2"):
         ring(workers=64, batch_size=128)("big")
 
 
-@pytest.mark.ray
-@pytest.mark.fault
 @pytest.mark.slow
 def test_a_killed_ray_worker_costs_nothing_but_time(home, ray_cluster, ring):
     """One of two workers gets SIGKILL at the first checkpoint; the run ends as if it had not."""
@@ -568,7 +557,6 @@ def takes_jobs(ray: str, address: str, env: dict[str, str]) -> bool:
     return subprocess.run(words, env=env, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.ray
 def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(head, tmp_path):
     address, env = head
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -401,7 +401,6 @@ def test_real_faces_are_read(test_data, tmp_path):
     assert verify(out) == []
 
 
-@pytest.mark.s3
 def test_zip_and_folder_in_a_bucket_give_the_same(s3, face_folder):
     about, wanted = celeba.describe(str(face_folder), "celeba"), tar(face_folder)
     storage.upload_folder(face_folder, f"{s3}/zip")

@@ -76,7 +76,6 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager
     return block
 
 
-@pytest.mark.fault
 def test_an_outage_holds_nothing_up_and_loses_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "_LAST_CHANCE", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -180,7 +179,7 @@ def test_no_password_is_written_down(tmp_path):
     assert "https://mlflow.example/x" in path.read_text()
 
 
-PROGRAMS = Path(__file__).resolve().parents[1] / "pipelines"
+PROGRAMS = Path(__file__).resolve().parents[2] / "pipelines"
 
 
 def test_no_password_is_shown_when_no_server_answers(home, monkeypatch, caplog, capfd):
@@ -213,7 +212,6 @@ def test_no_password_is_shown_when_no_server_answers(home, monkeypatch, caplog, 
     assert "sesame" not in shown + "".join(p.read_text() for p in home.rglob("*") if p.is_file())
 
 
-@pytest.mark.fault
 def test_no_password_is_shown_by_a_server_that_answers(server, capfd):
     """MLflow would print where to see a run that ends."""
     server.start()
@@ -319,7 +317,6 @@ def test_an_evaluation_of_somebody_elses_run_needs_no_place_in_its_folder(store,
     check_evaluated(store, run_id)
 
 
-@pytest.mark.fault
 def test_what_is_refused_for_good_holds_nothing_up(server, tmp_path, caplog):
     """A point, a setting, and a file that the store of artifacts does not take."""
 
@@ -369,7 +366,6 @@ def test_what_may_be_mended_is_sent_again(status, store, tmp_path, monkeypatch):
     assert points(store, run_id, "loss") == [(1, 1.0)]
 
 
-@pytest.mark.fault
 def test_a_run_that_begins_in_an_outage_gets_one_mlflow_run(
     server, tmp_path, monkeypatch, mlflow_runs
 ):
@@ -444,7 +440,7 @@ def test_nested_runs_of_an_outage_find_the_run_above_them(store, tmp_path, away,
     assert "ended" not in again.data.tags
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["folder", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the URI of a run's folder."""
     where = request.getfixturevalue("s3") if request.param == "s3" else str(tmp_path / "far")

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from ivegan import storage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
 RUN = ["run", "ring", "--batch-size", "64", "--total-images", "12800", "--workers", "0"]
 RUN += ["--run-id", "one", "--json"]
@@ -34,15 +34,13 @@ PLACES = {
     "register": "mlflow/tracking/client.py create_model_version 2",  # one half is, the other not
     "end": "flow.py end 1",
 }
-OFTEN = ("sweep", "train", "register")  # the rest with `make test-long`
-STEPS = [pytest.param(step, marks=[] if step in OFTEN else [pytest.mark.long]) for step in PLACES]
 
 
 def workflow(*words: str, cwd: Path, kill_at: str = "") -> str:
     """Return what the command prints, after seeing that it ended as it should."""
     env = dict(os.environ)
     if kill_at:
-        paths = f"{ROOT}/tests/killer{os.pathsep}{env.get('PYTHONPATH', '')}"
+        paths = f"{ROOT}/tests/support/killer{os.pathsep}{env.get('PYTHONPATH', '')}"
         env |= {"KILL_AT": kill_at, "PYTHONPATH": paths}
     done = subprocess.run(
         [*PROGRAM, *words],
@@ -98,10 +96,9 @@ def unbroken(tmp_path_factory, empty_store):
     return get
 
 
-@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", PLACES)
 def test_a_workflow_killed_in_any_step_ends_as_if_it_had_not(home, store, unbroken, step):
     sweep = step in ("sweep", "train")
     workflow(*RUN, *(SWEEP if sweep else []), cwd=home, kill_at=f"{step} {PLACES[step]}")

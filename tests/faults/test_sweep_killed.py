@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from processes import interrupted, wait_for
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "tune.py")]
 SWEEP = ["ring", "--samples", "6", "--batch_size", "64", "--total-images", "96000", "--json"]
 
@@ -33,8 +33,6 @@ def weights_of(home: Path, trial: str) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in found}
 
 
-@pytest.mark.fault
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, mlflow_runs, by):
@@ -65,7 +63,6 @@ def test_a_stopped_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, ml
     assert len(statuses) == 3
 
 
-@pytest.mark.fault
 @pytest.mark.slow
 def test_a_killed_sweep_is_restored_without_redoing_what_was_done(home, store, mlflow_runs):
     process = subprocess.Popen(

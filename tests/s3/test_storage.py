@@ -19,7 +19,7 @@ from ivegan import storage
 from ivegan.errors import UserError
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["local", "s3"])
 def place(request, tmp_path) -> str:
     """Return an empty folder of each kind: the tests below hold for both."""
     return str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3")
@@ -142,7 +142,6 @@ def test_a_folder_uploaded_again_holds_nothing_of_the_first(place, tmp_path):
     storage.delete_folder(uri)
 
 
-@pytest.mark.s3
 def test_the_marker_goes_up_last_and_comes_down_first(s3, tmp_path, monkeypatch):
     source = folder(tmp_path / "source", FILES)
     calls: list[str] = []
@@ -444,7 +443,6 @@ def test_an_endpoint_without_scheme_is_told_in_a_sentence(monkeypatch):
         storage.exists("s3://bucket/x")
 
 
-@pytest.mark.s3
 def test_pyarrow_and_boto3_reach_the_same_objects(s3):
     storage.write_bytes(f"{s3}/a/b", b"content")
     system, path = storage.filesystem(f"{s3}/a/b")
@@ -452,7 +450,6 @@ def test_pyarrow_and_boto3_reach_the_same_objects(s3):
         assert stream.read() == b"content"
 
 
-@pytest.mark.s3
 def test_a_missing_bucket_is_named(s3):
     for act in (storage.read_bytes, storage.exists, storage.list_names, storage.delete_folder):
         with pytest.raises(UserError, match="There is no bucket 'nowhere-at-all' at http"):
@@ -461,7 +458,6 @@ def test_a_missing_bucket_is_named(s3):
         storage.write_bytes("s3://nowhere-at-all/x", b"")
 
 
-@pytest.mark.s3
 def test_wrong_credentials_are_told_and_missing_ones_too(s3, monkeypatch):
     with monkeypatch.context() as with_wrong:
         with_wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")

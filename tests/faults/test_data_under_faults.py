@@ -26,7 +26,7 @@ from ivegan.config import override, preset
 from ivegan.data import batches as data
 from ivegan.data import shards
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = str(ROOT / "data_prep" / "build.py")
 CONFIG = override(preset("digits"), {"batch_size": 16})
 
@@ -61,8 +61,6 @@ def now_and_then() -> Callable[[Request], Fault | None]:
     return plan
 
 
-@pytest.mark.s3
-@pytest.mark.fault
 def test_a_bad_network_changes_nothing(s3, s3_variables, tmp_path, monkeypatch):
     """Errors, cuts, wrong bytes and delays, all through a build and two ways of reading."""
     build("digits", None, str(tmp_path / "good"), shard_size=100)
@@ -110,8 +108,6 @@ class OnceTold(logging.Handler):
             self.what()
 
 
-@pytest.mark.s3
-@pytest.mark.fault
 def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path, monkeypatch):
     good = str(tmp_path / "good")
     build("digits", None, good, shard_size=100)
@@ -147,9 +143,6 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
         logging.getLogger("ivegan.storage").removeHandler(waiting)
 
 
-@pytest.mark.ray
-@pytest.mark.s3
-@pytest.mark.fault
 @pytest.mark.slow
 def test_ray_tasks_wait_for_a_store_that_is_killed(killable, tmp_path):
     """The command, two workers; the store gets SIGKILL after the first shards."""
@@ -166,7 +159,6 @@ def test_ray_tasks_wait_for_a_store_that_is_killed(killable, tmp_path):
     assert remote_files("s3://bucket/set") == files_of(tmp_path / "good")
 
 
-@pytest.mark.fault
 def test_a_killed_build_redoes_only_what_is_missing(tmp_path):
     """SIGKILL to the command, in the middle."""
     out, log = tmp_path / "set", tmp_path / "log"

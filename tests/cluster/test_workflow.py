@@ -17,7 +17,7 @@ from ivegan.config import override, preset
 from ivegan.errors import UserError
 from pipelines import registry, train, workflow
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
 
 
@@ -48,7 +48,6 @@ def test_a_workflow_ends_with_models_in_staging_and_numbers_in_mlflow(home, stor
     assert "| Modes found |" in (home / "got" / "model_card.md").read_text()  # as it was evaluated
 
 
-@pytest.mark.fault
 @pytest.mark.slow
 def test_a_killed_workflow_goes_on_where_it_stopped(home, store):
     """All its processes get SIGKILL in the middle of training; preparing is not done again."""

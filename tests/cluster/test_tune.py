@@ -30,7 +30,6 @@ def small():
     return override(preset("ring"), {"batch_size": 64, "total_images": 64 * 40})
 
 
-@pytest.mark.ray
 def test_a_sweep_leaves_one_parent_and_one_child_per_trial(
     home, store, ray_cluster, mlflow_runs, capsys
 ):
@@ -316,7 +315,6 @@ def test_a_stopped_trial_is_killed_in_mlflow_and_a_finished_one_is_left(home, st
     assert found["s-000"].data.tags["ended"] == "stopped early by the sweep"
 
 
-@pytest.mark.ray
 def test_an_autoscaled_cluster_decides_how_many_trials_run_at_once(home, ray_cluster, monkeypatch):
     assert tune._slots(tune.Sweep()) == 2
     assert tune._slots(tune.Sweep(wait_for_nodes=60)) == 2  # nothing here can add nodes
@@ -325,7 +323,6 @@ def test_an_autoscaled_cluster_decides_how_many_trials_run_at_once(home, ray_clu
     assert tune._slots(tune.Sweep(wait_for_nodes=60, workers=2)) == 1
 
 
-@pytest.mark.ray
 def test_what_a_kill_left_of_the_first_seconds_is_begun_anew_and_the_best_trained(
     home, store, ray_cluster, mlflow_runs, monkeypatch
 ):
@@ -347,7 +344,6 @@ def test_what_a_kill_left_of_the_first_seconds_is_begun_anew_and_the_best_traine
     assert {run.info.status for run in mlflow_runs(store)} == {"FINISHED"}
 
 
-@pytest.mark.ray
 def test_a_sweep_without_one_score_fails_in_a_sentence(home, store, ray_cluster, mlflow_runs):
     config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 10**6})
     with pytest.raises(UserError, match="No trial of s came as far as a score"):
@@ -357,7 +353,6 @@ def test_a_sweep_without_one_score_fails_in_a_sentence(home, store, ray_cluster,
     assert "RUNNING" not in {run.info.status for run in found}
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 # Tune leaves its own files of a trial open that time runs out for.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -375,7 +370,6 @@ def test_a_time_budget_ends_what_runs_and_lists_what_never_ran(
     assert set(statuses.values()) <= {"KILLED"}
 
 
-@pytest.mark.ray
 def test_a_trial_that_diverges_counts_for_nothing_and_the_best_goes_on_to_the_registry(
     home, store, ray_cluster, mlflow_runs, capsys
 ):
@@ -409,7 +403,6 @@ def test_a_trial_that_diverges_counts_for_nothing_and_the_best_goes_on_to_the_re
     assert "models:/ivegan-ring-encoder@staging" in capsys.readouterr().out
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"workers": 2, "max_concurrent": 1}, {"search": "optuna"}], ids=["ddp", "optuna"]

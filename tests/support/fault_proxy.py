@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pytest
 from processes import free_ports, kill
 
-SERVER = Path(__file__).resolve().parents[1] / "infra" / "s3_server.py"
+SERVER = Path(__file__).resolve().parents[2] / "infra" / "s3_server.py"
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 _REFUSALS = {
     "AccessDenied": 403,

@@ -23,9 +23,7 @@ from processes import kill
 from ivegan import storage
 from pipelines import registry, tracking
 
-pytestmark = [pytest.mark.fault, pytest.mark.s3]
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
 MINUTE = 60
 
@@ -128,10 +126,9 @@ def steps_of(journal: Path, name: str) -> list[int]:
     return [entry["step"] for entry in entries if name in entry.get("metrics", {})]
 
 
-LONG = [pytest.mark.slow, pytest.mark.long]
 LENGTHS = [
     pytest.param(3_000, 0, id="short"),
-    pytest.param(40_000, MINUTE, id="minute", marks=LONG),
+    pytest.param(40_000, MINUTE, id="minute", marks=pytest.mark.slow),
 ]
 
 
@@ -198,13 +195,12 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
 
 
 SWEEPS = [
-    pytest.param("3 of 4 have ended", MINUTE, id="minute", marks=LONG),
+    pytest.param("3 of 4 have ended", MINUTE, id="minute", marks=pytest.mark.slow),
     pytest.param(None, 0, id="end"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 @pytest.mark.parametrize(("back", "seconds"), SWEEPS)
 def test_a_sweep_goes_on_without_its_mlflow_server(
     server, command, home, s3, mlflow_runs, back, seconds

@@ -130,7 +130,6 @@ def test_what_a_killed_run_left_beside_a_manifest_is_cleared_away(tmp_path):
     assert verify(str(out)) == []
 
 
-@pytest.mark.s3
 def test_a_folder_and_a_bucket_hold_the_same_bytes(s3, tmp_path):
     build("digits", None, str(tmp_path / "set"), shard_size=200)
     build("digits", None, f"{s3}/set", shard_size=200)

@@ -15,7 +15,7 @@ from processes import free_ports, kill, wait_for
 
 from ivegan import storage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
 RING = ["ring", "--batch-size", "64", "--total-images", "12800", "--workers", "0"]
 
@@ -34,8 +34,6 @@ def workflow(*words: str, cwd: Path, status: int = 0, **env: str) -> subprocess.
     return done
 
 
-@pytest.mark.s3
-@pytest.mark.fault
 @pytest.mark.slow
 def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
     home, store, s3, monkeypatch
@@ -47,7 +45,7 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
         cwd=home,
         status=-signal.SIGKILL,
         KILL_AT="train ivegan/checkpoint.py save 4",
-        PYTHONPATH=f"{ROOT}/tests/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        PYTHONPATH=f"{ROOT}/tests/support/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     shutil.rmtree(home / "runs" / ".metaflow")
     (elsewhere := home / "elsewhere").mkdir()
@@ -64,7 +62,6 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
     assert len(MlflowClient(store).search_model_versions("name='ivegan-ring-encoder'")) == 1
 
 
-@pytest.mark.s3
 def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home, s3):
     done = workflow(
         *("--datastore", f"{s3}/metaflow", "argo-workflows", "create", "--only-json"),
@@ -160,7 +157,6 @@ def head(tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_submitted_workflow_trains_on_the_jobs_cluster_and_leaves_all_outside_its_folder(
     home, store, head

@@ -19,7 +19,7 @@ from ivegan.data import batches as data
 from ivegan.data import shards
 from ivegan.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def samples_of(out: Path | str, split: str) -> list[shards.Sample]:
@@ -142,7 +142,6 @@ def test_a_shard_that_cannot_be_seen_from_here_is_told(idx_folder, tmp_path, mon
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.ray
 def test_bytes_do_not_depend_on_the_number_of_workers(idx_folder, tmp_path, ray_cluster):
     for workers in (0, 2):
         build("mnist", str(idx_folder), str(tmp_path / str(workers)), workers, shard_size=4)
@@ -150,7 +149,6 @@ def test_bytes_do_not_depend_on_the_number_of_workers(idx_folder, tmp_path, ray_
     assert len(files_of(tmp_path / "0")) == 10 + 3 + 2  # shards, contact sheets, table, manifest
 
 
-@pytest.mark.ray
 def test_a_mistake_found_in_a_task_is_the_same_sentence(faces, tmp_path, ray_cluster):
     folder = faces(tmp_path / "wild", size=(200, 300))
     with pytest.raises(UserError) as told:
@@ -160,7 +158,6 @@ def test_a_mistake_found_in_a_task_is_the_same_sentence(faces, tmp_path, ray_clu
     assert type(told.value) is UserError
 
 
-@pytest.mark.ray
 def test_a_cluster_that_does_not_answer_is_told_at_once(idx_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
@@ -233,7 +230,6 @@ def test_the_program_builds_and_answers_in_json(idx_folder, tmp_path):
     assert wrong.stderr.count("\n") == 1
 
 
-@pytest.mark.ray
 def test_the_program_starts_its_own_ray(idx_folder, tmp_path):
     done = program("mnist", "--source", idx_folder, "--out", tmp_path / "out", "--workers", "2")
     assert done.returncode == 0, done.stderr
@@ -243,7 +239,6 @@ def test_the_program_starts_its_own_ray(idx_folder, tmp_path):
 # An object store
 
 
-@pytest.mark.s3
 def test_from_a_bucket_to_a_bucket_and_back(s3, idx_folder, face_folder, tmp_path):
     local = tmp_path / "local"
     build("mnist", str(idx_folder), str(local), shard_size=10)
@@ -265,8 +260,6 @@ def test_from_a_bucket_to_a_bucket_and_back(s3, idx_folder, face_folder, tmp_pat
     )
 
 
-@pytest.mark.ray
-@pytest.mark.s3
 def test_ray_tasks_write_to_the_bucket(s3, idx_folder, ray_cluster):
     build("mnist", str(idx_folder), f"{s3}/out", workers=2, shard_size=10)
     assert verify(f"{s3}/out") == []

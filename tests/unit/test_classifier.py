@@ -147,7 +147,6 @@ def test_images_without_as_many_labels_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_it_reads_mnist(test_data: Path, tmp_path: Path) -> None:
     from data_prep.build import build
 
