@@ -38,8 +38,10 @@ ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 bench: install
-	$(BIN)/python benchmarks/table.py
-	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/step.py mnist --precision bfloat16 --rounds 5
+	$(BIN)/python benchmarks/step.py celeba --model.width 0.25 --precision bfloat16 --rounds 5
+	$(BIN)/python benchmarks/loader.py mnist --precision bfloat16
+	$(BIN)/python benchmarks/startup.py
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache

@@ -1,22 +1,26 @@
-"""What the benchmarks share: their settings, their turns, their ratios, and the machine's name."""
+"""Settings, alternating turns and ratios that the benchmarks share."""
 
 import argparse
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ivegan import order
 from ivegan.config import PRESETS, Config, override, preset
+from ivegan.networks import sample_shape
 
 
 def arguments(description: str, presets: Iterable[str] = PRESETS) -> argparse.ArgumentParser:
     """Return a parser of the settings that every benchmark of a step has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("preset", choices=presets)
+    parser.add_argument("preset", choices=list(presets))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--model.width", dest="width", type=float)
@@ -24,14 +28,14 @@ def arguments(description: str, presets: Iterable[str] = PRESETS) -> argparse.Ar
     return parser
 
 
-def configured(options: argparse.Namespace, **more: int) -> Config:
-    """Return the preset with the batch size and width of the command line, and with more."""
-    changes = {"batch_size": options.batch_size, "model.width": options.width, **more}
+def configured(options: argparse.Namespace) -> Config:
+    """Return the preset with the batch size and width of the command line."""
+    changes = {"batch_size": options.batch_size, "model.width": options.width}
     return override(preset(options.preset), {k: v for k, v in changes.items() if v is not None})
 
 
-def facts(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Return what a report says of how its figures were measured."""
+def metadata(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Return the settings and the machine, for a benchmark's report."""
     return {
         "preset": options.preset,
         "width": config.model.width,
@@ -43,45 +47,68 @@ def facts(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     }
 
 
+def random_samples(config: Config, count: int = 4096) -> np.ndarray:
+    """Return random images, uint8, or points: the time does not depend on their content."""
+    random = np.random.default_rng(0)
+    if config.is_points:
+        means, std = order.modes(config.dataset)
+        chosen = means[random.integers(len(means), size=100_000)]
+        return (chosen + std * random.standard_normal(chosen.shape)).astype(np.float32)
+    return random.integers(0, 256, (count, *sample_shape(config.model)), dtype=np.uint8)
+
+
+def wait(device: str) -> None:
+    """Wait until the device has finished; on a CPU nothing is pending."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate(steps: Iterator[int], batch_size: int, seconds: float, device: str) -> float:
+    """Return images per second over about so many seconds, and at least two steps."""
+    wait(device)
+    start = time.perf_counter()
+    count = 0
+    while count < 2 or time.perf_counter() - start < seconds:
+        next(steps)
+        count += 1
+    wait(device)
+    return count * batch_size / (time.perf_counter() - start)
+
+
 def in_turns(
     cases: dict[str, Callable[[], float]], rounds: int, unit: str
 ) -> dict[str, list[float]]:
-    """Return what every case measures, round after round, each round in the other direction.
+    """Return the measurements of every case, round by round, in alternating direction.
 
     Args:
-        cases: what to call, by name.
-        rounds: how often.
-        unit: of what they return, for the line that each round prints.
+        cases: functions to call, by name.
+        rounds: number of rounds; each prints a line.
+        unit: of the returned values.
     """
-    found: dict[str, list[float]] = {name: [] for name in cases}
+    values: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in cases if number % 2 == 0 else reversed(cases):
-            found[name].append(cases[name]())
-        print("  ".join(f"{k} {shown(v[-1])} {unit}" for k, v in found.items()), flush=True)
-    return found
+            values[name].append(cases[name]())
+        print("  ".join(f"{k} {v[-1]:,.4g} {unit}" for k, v in values.items()), flush=True)
+    return values
 
 
-def shown(value: float) -> str:
-    """Return a measurement as people read it, to about three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def spread(ratios: list[float]) -> dict[str, Any]:
+    """Return the median of some ratios, the least and the largest."""
+    return {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
 
 
-def spread(values: list[float]) -> dict[str, float | list[float]]:
-    """Return the median of some ratios, and the least and the largest."""
-    return {"ratio": statistics.median(values), "range": [min(values), max(values)]}
-
-
-def ratio(ours: list[float], theirs: list[float]) -> dict[str, float | list[float]]:
-    """Return the spread of what we measured over what they did, round by round."""
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Return the spread of our values divided by theirs, round by round."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def device_name(device: str) -> str:
-    """Return the name of the GPU, or of the CPU and how many of its cores there are."""
+    """Return the name of the GPU, or the CPU's name and number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = Path("/proc/cpuinfo")
-    names = found.read_text().splitlines() if found.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((n.partition(": ")[2] for n in names if n.startswith("model name")), "")
     return f"{cores} cores, {name or platform.machine()}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is measured on a GPU, in one call: bash benchmarks/gpu.sh [FOLDER FOR THE RESULTS]
+# All measurements on a GPU, in one call: bash benchmarks/gpu.sh [FOLDER FOR THE RESULTS]
 # Needs torch 2.11 or newer and what `import ivegan` needs; neither Ray nor MLflow, and no data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,7 +8,7 @@ mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 nvidia-smi > "$out/nvidia-smi.txt"
-measure() { # NAME, then a script and its words; the last line of what it prints is JSON
+measure() { # NAME SCRIPT ARGUMENTS…; the last line of the output is JSON
   local name=$1
   shift
   echo "== $name"
@@ -18,10 +18,6 @@ bf16="--precision bfloat16"
 variants=(--variant float32 --variant contiguous --variant "foreach Adam" --variant compiled)
 measure step-mnist benchmarks/step.py mnist $bf16 --rounds 5 --seconds 5 "${variants[@]}"
 measure step-celeba benchmarks/step.py celeba $bf16 --rounds 3 --seconds 10 "${variants[@]}"
-measure seeds benchmarks/step.py ring --batch-size 100 --seeds 10 --rounds 5 --seconds 3
-measure floor-mnist benchmarks/floor.py mnist $bf16
-measure floor-celeba benchmarks/floor.py celeba $bf16
+measure step-celeba-float32 benchmarks/step.py celeba
 measure loader-mnist benchmarks/loader.py mnist $bf16
 measure loader-celeba benchmarks/loader.py celeba $bf16
-measure memory-celeba benchmarks/memory.py celeba $bf16
-measure memory-celeba-float32 benchmarks/memory.py celeba

@@ -1,10 +1,9 @@
-"""How long from a command to the end of its first train step, and where that time goes.
+"""Time a command from its start to the end of its first train step.
 
     python benchmarks/startup.py --rounds 5
 
-Times ``train.py`` on Ray's two workers, its plain loop, the same loop under torchrun, and a process
-that only imports torch, in turns. Digits are built and cached before, as on any second start.
-The last line is one JSON object.
+Times ``train.py`` on two Ray workers, its plain loop, and a process that only imports torch, in
+turns. Digits are built and cached before, as on any second start. The last line is one JSON object.
 """
 
 import argparse
@@ -39,7 +38,7 @@ def seconds_to_first_step(command: list[str]) -> float:
 
 
 def train(*words: str) -> list[str]:
-    """Return the command of a run of two steps that says when each is done."""
+    """Return the command of a run of two steps that prints a line for each."""
     sizes = ["--batch_size", "128", "--total-images", "256", "--log-every", "1"]
     name = ["--run-id", f"r{uuid.uuid4().hex[:8]}"]
     return [sys.executable, str(ROOT / "pipelines/train.py"), "digits", *sizes, *name, *words]
@@ -60,11 +59,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         subprocess.run(train("--workers", "0"), check=True, stdout=subprocess.DEVNULL)
-        found = in_turns(cases, options.rounds, "s")
+        values = in_turns(cases, options.rounds, "s")
         os.chdir("/")
-    report = {name: spread(seconds) for name, seconds in found.items()}
-    facts = {"rounds": options.rounds, "device": device_name("cpu")}
-    print(json.dumps({**facts, "seconds": report}), flush=True)
+    report = {name: spread(seconds) for name, seconds in values.items()}
+    metadata = {"rounds": options.rounds, "device": device_name("cpu")}
+    print(json.dumps({**metadata, "seconds": report}), flush=True)
 
 
 if __name__ == "__main__":

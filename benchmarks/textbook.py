@@ -1,7 +1,7 @@
-"""The loop that a careful person writes from the paper: what the train step is measured against.
+"""The loop as a textbook would write it from the paper: the reference of the train step's rate.
 
 Float32 and nothing clever: T per sample with PIL in a DataLoader (for points: batched), one forward
-per use, the discriminators' gradients thrown away in E's and G's phase. Networks, objective, batch
+per use, the discriminators' gradients discarded in E's and G's phase. Networks, objective, batch
 and optimizers are those of the preset.
 """
 
@@ -65,7 +65,7 @@ def tensor(image: Image.Image) -> Tensor:
 
 
 def batches(config: Config, samples: np.ndarray, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield x and T(x) for ever."""
+    """Yield x and T(x) indefinitely."""
     if config.is_points:
         points = torch.from_numpy(samples)
         while True:
@@ -85,12 +85,12 @@ def batches(config: Config, samples: np.ndarray, workers: int) -> Iterator[tuple
 def steps(config: Config, samples: np.ndarray, device: str, workers: int) -> Iterator[int]:
     """Train, yielding after every step."""
     m, o, objective = config.model, config.optim, config.objective
-    players, D = plain(EncoderGenerator(m)).to(device), plain(Discriminators(m)).to(device)
-    for layer in (*players.modules(), *D.modules()):
+    generators, D = plain(EncoderGenerator(m)).to(device), plain(Discriminators(m)).to(device)
+    for layer in (*generators.modules(), *D.modules()):
         if isinstance(layer, nn.LeakyReLU):
             layer.inplace = False
-    E, G = players.encoder, players.generator
-    adam_g = torch.optim.Adam(players.parameters(), o.lr_g, (o.beta1, o.beta2), foreach=False)
+    E, G = generators.encoder, generators.generator
+    adam_g = torch.optim.Adam(generators.parameters(), o.lr_g, (o.beta1, o.beta2), foreach=False)
     adam_d = torch.optim.Adam(D.parameters(), o.lr_d, (o.beta1, o.beta2), foreach=False)
 
     def pair(candidate: Tensor, x: Tensor) -> Tensor:
