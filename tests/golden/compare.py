@@ -3,7 +3,7 @@
     python tests/golden/compare.py CHECKOUT OTHER [--data FOLDER] [--only losses|builds]
 
 Each argument is a checkout, or a JSON file that ``--save FILE`` wrote before. Losses are those of
-20 steps in float64, on one rank and on two, cached and streamed. FOLDER holds the raw ``mnist/`` and
+20 steps in float64, on one rank and on two, cached and streamed. FOLDER holds raw ``mnist/`` and
 ``celeba/``; without it only ``ring`` and ``digits`` are compared. Exit status 1 on any difference.
 Only functions that exist in every layout are called, so that old checkouts can be compared too.
 """
