@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: as for ``ivegan.evaluate.evaluate``.
     """
-    from pipelines.train import cache_dir, journal_dir  # here: --help needs neither Ray nor MLflow
+    from pipelines.paths import cache_dir, journal_dir
 
     at = _resolve(uri)
     found = evaluate(
@@ -76,7 +76,7 @@ def evaluate_checkpoint(
     about = checkpoint.read_facts(at)
     if about.get("mlflow_run_id") and limit is None:  # a part of the data says less
         from pipelines.registry import store_of
-        from pipelines.tracking import add_evaluation
+        from pipelines.tracking.client import add_evaluation
 
         add_evaluation(
             store_of(about),

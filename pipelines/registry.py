@@ -42,9 +42,9 @@ from ivegan import checkpoint, storage
 from ivegan.config import Config, config_hash, flatten, to_dict
 from ivegan.errors import UserError
 from pipelines import options as cli
-from pipelines import tracking
 from pipelines.models import gate
 from pipelines.models import package as models
+from pipelines.tracking import client as tracking
 
 WORDS = ("staging", "production")
 Pair = tuple[ModelVersion, ModelVersion]
@@ -212,7 +212,7 @@ def _examine(
     Raises:
         UserError: it does not pass, and is not forced.
     """
-    from pipelines.train import cache_dir
+    from pipelines.paths import cache_dir
 
     preset, holder, unlike = halves[0].preset, None, _unlike_checkpoint(pair, halves)
     if before is not None:
@@ -565,9 +565,9 @@ def _asking(uri: str | None = None) -> Iterator[MlflowClient]:
 
 def _default_uri() -> str:
     """Return the store that the environment names, or the local one."""
-    from pipelines.train import runs_dir
+    from pipelines.paths import tracking_uri
 
-    return os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(runs_dir())
+    return tracking_uri()
 
 
 def store_of(facts: Mapping[str, Any]) -> str:
@@ -860,7 +860,7 @@ def main_pull(options: Pull) -> dict[str, Any]:
 
 def main_sync(options: Sync) -> dict[str, Any]:
     """Deliver, or tell how much waits."""
-    from pipelines.train import runs_dir
+    from pipelines.paths import runs_dir
 
     where = storage.absolute(options.journals or runs_dir() / "journal")
     if not storage.exists(where):

@@ -5,7 +5,7 @@
         --space "model.z_dim=2,3,8,16,32 model.noise_dim=" --total-images 100000
     python pipelines/tune.py --restore sweep-ring-20261123-101500
 
-A trial is ``train.fit`` inside a Tune function: the same loop, checkpoints and tracking as a run of
+A trial is ``fit`` inside a Tune function: the same loop, checkpoints and tracking as a run of
 its own, under the name of sweep and trial. What decides is a score on the validation split
 (``space.Objective``), never a loss of the game. ASHA ends weak trials early; MLflow shows
 one parent run per sweep and one child per trial.
@@ -36,8 +36,30 @@ from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
 from pipelines import options as cli
-from pipelines import tracking, train
+from pipelines.cluster.session import (
+    Terminated,
+    in_a_thread,
+    ray_session,
+    require_resources,
+    stopped,
+    terminated_by_signal,
+)
+from pipelines.digits import prepare_digits
+from pipelines.paths import new_id, runs_dir, runs_uri
+from pipelines.progress import Display
 from pipelines.sweeps import space
+from pipelines.tracking import client as tracking
+from pipelines.training.fit import fit
+from pipelines.training.plan import (
+    Plan,
+    Run,
+    beside,
+    check_data,
+    check_same_data,
+    git_commit,
+    resolve,
+)
+from pipelines.training.worker import Event, device_of
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +156,7 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     known = json.loads(storage.read_bytes(marker)) if storage.exists(marker) else None
     begun = _begun(preset, config, options)
     for changes in begun["trials"] or ():  # so that an impossible trial is told at once
-        train.resolve(preset, override(config, changes), plan.run)
+        resolve(preset, override(config, changes), plan.run)
     if known is not None:
         _check_same(known, begun, plan.run_id, options)
     if options.dry_run:
@@ -144,12 +166,13 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     result = known.get("result") if known else None
     if result is not None and storage.exists(storage.join(plan.run_uri, _PAGE)):
         return result
-    begun["dataset_hash"] = train.check_data(plan)
+    prepare_digits(plan)
+    begun["dataset_hash"] = check_data(plan)
     if known is None:  # nothing runs yet, so a wrong address is told at once
         tracking.check(plan.tracking_uri)
     else:
         before, now = known["dataset_hash"], begun["dataset_hash"]
-        train.check_same_data(f"The sweep {plan.run_id}", plan, before, now)
+        check_same_data(f"The sweep {plan.run_id}", plan, before, now)
     key = known["run_key"] if known else tracking.new_key(plan.run_id)
     begun["run_key"] = key
     if result is None:
@@ -159,13 +182,13 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     status = "FAILED"
     try:
         if result is None:
-            found = _search(train.at(plan, config, plan.run_id, parent), begun, options)
+            found = _search(beside(plan, config, plan.run_id, parent), begun, options)
             result = {**_result(plan, begun, found), "parent_run_id": parent}
             # Before the pictures: whatever is wrong with them, nothing is searched again.
             storage.write_bytes(marker, json.dumps({**begun, "result": result}, indent=2).encode())
         _publish(plan, journal, result)
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit, train.Terminated):
+    except (KeyboardInterrupt, SystemExit, Terminated):
         status = "KILLED"
         raise
     finally:
@@ -184,7 +207,7 @@ def restored(options: Sweep) -> tuple[str, Config, Sweep]:
         UserError: there is no such sweep.
     """
     assert options.restore, "there is something to restore"
-    folder = train.checkpoints_uri(options.storage)
+    folder = runs_uri(options.storage)
     marker = storage.join(folder, options.restore, _MARKER)
     if not storage.exists(marker):
         raise UserError(f"There is no sweep {options.restore} in {folder}: check --storage.")
@@ -200,20 +223,20 @@ def restored(options: Sweep) -> tuple[str, Config, Sweep]:
     return known["preset"], from_dict(known["config"]), options
 
 
-def _resolved(preset: str, config: Config, options: Sweep) -> train.Plan:
+def _resolved(preset: str, config: Config, options: Sweep) -> Plan:
     """Return the plan that all trials share."""
     run = _run(
         options,
-        options.sweep_id or train.new_id(f"sweep-{preset}"),
+        options.sweep_id or new_id(f"sweep-{preset}"),
         options.workers if options.workers > 1 else 0,
         save_every=-(-config.total_images // options.scores),
     )
-    return train.resolve(preset, config, run)
+    return resolve(preset, config, run)
 
 
-def _run(options: Sweep, run_id: str, workers: int, save_every: int = 0) -> train.Run:
+def _run(options: Sweep, run_id: str, workers: int, save_every: int = 0) -> Run:
     """Return where and how fast a run of a sweep is made."""
-    return train.Run(
+    return Run(
         data=options.data,
         stream=options.stream,
         loaders=options.loaders,
@@ -271,7 +294,7 @@ def _check_same(known: dict[str, Any], begun: dict[str, Any], name: str, options
 
 
 def _end_trials(
-    plan: train.Plan, begun: dict[str, Any], parent: str, status: str, journal: tracking.Journal
+    plan: Plan, begun: dict[str, Any], parent: str, status: str, journal: tracking.Journal
 ) -> None:
     """End the MLflow runs of trials that were stopped, with what they had still to say."""
     if status == "FINISHED":
@@ -292,7 +315,7 @@ def _end_trials(
 
 
 def _start_tracking(
-    plan: train.Plan, begun: dict[str, Any], options: Sweep, journal: tracking.Journal
+    plan: Plan, begun: dict[str, Any], options: Sweep, journal: tracking.Journal
 ) -> str:
     """Return the id of the sweep's MLflow run, or its key during an outage."""
     dataset, digest = plan.config.dataset, begun["dataset_hash"]
@@ -312,7 +335,7 @@ def _start_tracking(
             "preset": plan.preset,
             "kind": "sweep",
             "dataset_hash": digest,
-            "git_commit": train.git_commit(),
+            "git_commit": git_commit(),
             "checkpoints": plan.run_uri,
         },
         config=to_dict(plan.config),
@@ -323,7 +346,7 @@ def _start_tracking(
 
 def trial(
     chosen: dict[str, Any],
-    plan: train.Plan,
+    plan: Plan,
     trials: list[dict[str, Any]] | None,
     objective: space.Objective,
     score_images: int,
@@ -348,9 +371,9 @@ def trial(
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None, "this is a trial"
     name = trial_name(chosen, trial_id)
-    own = train.at(plan, override(plan.config, changes), f"{plan.run_id}-{name}")
+    own = beside(plan, override(plan.config, changes), f"{plan.run_id}-{name}")
     # Where DDP workers train, this process has no GPU of its own.
-    device = torch.device("cpu") if plan.run.workers else train.device_of(plan.run)
+    device = torch.device("cpu") if plan.run.workers else device_of(plan.run)
 
     def measure(at: str) -> dict[str, float]:
         config, encoder, generator, _ = checkpoint.load_networks(at)
@@ -369,7 +392,7 @@ def trial(
         scores = {k: v for k, v in scores.items() if k.startswith("valid/")}
         tune.report({**scores, "images_seen": images_seen, "checkpoint": at})
 
-    def report(event: train.Event) -> None:
+    def report(event: Event) -> None:
         if "checkpoint" in event:  # after tracking, since a trial that is stopped ends in here
             tell(event["metrics"], event["images_seen"], event["checkpoint"])
 
@@ -377,7 +400,7 @@ def trial(
         tell(measure(before), checkpoint.read_facts(before)["images_seen"], before)
     # A trial that diverges has told its last score; it counts no more, and is not tried again.
     with contextlib.suppress(NonFiniteLossError):
-        train.fit(own, show=report, measure=measure)
+        fit(own, show=report, measure=measure)
         return
     tune.report({objective.metric: objective.worst, "images_seen": 0, "diverged": True})
 
@@ -396,20 +419,20 @@ def _folder_name(trial: Any) -> str:
     return trial_name(trial.config, trial.trial_id)
 
 
-def _search(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
+def _search(plan: Plan, begun: dict[str, Any], options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
     from pipelines.sweeps.report import Progress
 
     # With its dashboard: without it, a stopped trial's resources are never given back.
-    with train.ray_cluster(dashboard=True), train.terminated_by_signal():
-        train.require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
+    with ray_session(dashboard=True), terminated_by_signal():
+        require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
         tuner = _tuner(plan, begun, options)
         # In the main thread Tune would take Ctrl-C over and return as if it had come to its end.
         Progress.cut.clear()
-        return train.in_a_thread(tuner.fit, Progress.cut.set)
+        return in_a_thread(tuner.fit, Progress.cut.set)
 
 
-def _tuner(plan: train.Plan, begun: dict[str, Any], options: Sweep) -> Any:
+def _tuner(plan: Plan, begun: dict[str, Any], options: Sweep) -> Any:
     """Return Tune's own sweep: the one that was cut off, or a new one."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -524,7 +547,7 @@ def _optuna(searched: space.Space, objective: space.Objective, seed: int) -> Any
     return OptunaSearch(domains, metric=objective.metric, mode=objective.mode, seed=seed)
 
 
-def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, Any]:
+def _result(plan: Plan, begun: dict[str, Any], found: Any) -> dict[str, Any]:
     """Return what a sweep found, its trials in the order of their scores.
 
     Raises:
@@ -557,7 +580,7 @@ def _result(plan: train.Plan, begun: dict[str, Any], found: Any) -> dict[str, An
 
 
 def _ended(
-    plan: train.Plan,
+    plan: Plan,
     objective: space.Objective,
     length: int,
     name: str,
@@ -571,7 +594,7 @@ def _ended(
     """
     last = (end.metrics if end is not None else None) or {}
     diverged = bool(last.get("diverged"))
-    folder = train.at(plan, plan.config, f"{plan.run_id}-{name}").run_uri
+    folder = beside(plan, plan.config, f"{plan.run_id}-{name}").run_uri
     images, scores = tracking.curve(folder, objective.metric)
     if objective.metric in last and last["images_seen"] > max(images, default=0):
         images.append(last["images_seen"])
@@ -599,14 +622,14 @@ def _ended(
     }
 
 
-def _command(plan: train.Plan, best: dict[str, Any]) -> str:
+def _command(plan: Plan, best: dict[str, Any]) -> str:
     """Return the command that trains a configuration at full length, as its trial was trained."""
     default = flatten(preset_of(plan.preset))
     settings = {k: v for k, v in flatten(plan.config).items() if v != default[k]} | best
     settings.pop("total_images", None)
     run = plan.run
     settings["workers"] = max(1, run.workers)
-    usual = train.Run()
+    usual = Run()
     for name in ("threads", "precision", "loaders"):
         if getattr(run, name) != getattr(usual, name):
             settings[name] = getattr(run, name)
@@ -620,7 +643,7 @@ def _command(plan: train.Plan, best: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _publish(plan: train.Plan, journal: tracking.Journal, result: dict[str, Any]) -> None:
+def _publish(plan: Plan, journal: tracking.Journal, result: dict[str, Any]) -> None:
     """Write a sweep's picture and page into storage, and under its MLflow run."""
     from pipelines.sweeps.report import render
 
@@ -655,10 +678,10 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
     images = options.retrain_images or preset_of(preset).total_images
     best = override(config, {**result["best_config"], "total_images": images})
     run = _run(options, f"{result['sweep_id']}-best", options.workers)
-    plan = train.resolve(preset, best, run)
+    plan = resolve(preset, best, run)
     plan = dataclasses.replace(plan, tags={"sweep": result["sweep_id"]})
-    trained = train.fit(plan, show=train.Display(plan))
-    out = train.runs_dir() / "reports" / plan.run_id
+    trained = fit(plan, show=Display(plan))
+    out = runs_dir() / "reports" / plan.run_id
     evaluated = evaluate.evaluate_checkpoint(trained["checkpoint"], data=plan.data_uri, out=out)
     registered = registry.register(trained["checkpoint"])
     return {**trained, "evaluation": evaluated, "report": str(out), "registered": registered}
@@ -668,13 +691,13 @@ def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Search as the command line says; print the table and the best; return the JSON object."""
     if options.restore:
         preset, config, options = restored(options)
-    name = options.sweep_id or train.new_id(f"sweep-{preset}")
+    name = options.sweep_id or new_id(f"sweep-{preset}")
     options = dataclasses.replace(options, sweep_id=name)
     try:
         return _searched(preset, config, options)
-    except (KeyboardInterrupt, train.Terminated) as stop:
+    except (KeyboardInterrupt, Terminated) as stop:
         where = f" --storage {shlex.quote(options.storage)}" if options.storage else ""
-        train.stopped(stop, f"--restore {name}{where}")
+        stopped(stop, f"--restore {name}{where}")
 
 
 def _searched(preset: str, config: Config, options: Sweep) -> dict[str, Any]:

@@ -30,8 +30,11 @@ from ivegan.config import PRESETS, Config, flatten, override, preset
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
 from pipelines import options as cli
-from pipelines import train
 from pipelines.flows import limits
+from pipelines.paths import runs_dir
+from pipelines.progress import Display
+from pipelines.training.fit import fit
+from pipelines.training.plan import Plan, Run, beside, check_data, git_commit, resolve
 
 T = TypeVar("T")
 UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
@@ -124,12 +127,12 @@ def changes_of(text: str, config: Config) -> dict[str, Any]:
     return out
 
 
-def plan_of(flow: Any) -> train.Plan:
+def plan_of(flow: Any) -> Plan:
     """Return the training plan of a running flow, with what its earlier steps found."""
     config = preset(flow.preset)
     config = override(config, changes_of(flow.changes, config))
     searched = getattr(flow, "searched", {})
-    run = train.Run(
+    run = Run(
         data=getattr(flow, "data_uri", flow.data) or None,
         storage=flow.storage or None,
         workers=flow.workers,
@@ -143,10 +146,10 @@ def plan_of(flow: Any) -> train.Plan:
     )
     config = override(config, searched.get("best_config", {}))
     tags = {"sweep": searched["sweep_id"]} if searched else {}
-    return dataclasses.replace(train.resolve(flow.preset, config, run), tags=tags)
+    return dataclasses.replace(resolve(flow.preset, config, run), tags=tags)
 
 
-def prepare(plan: train.Plan, source: str) -> str | None:
+def prepare(plan: Plan, source: str) -> str | None:
     """Return the URI of the shards, after building them where there is something to build from."""
     dataset = plan.config.dataset
     if plan.data_uri is None:
@@ -161,7 +164,7 @@ def prepare(plan: train.Plan, source: str) -> str | None:
     return plan.data_uri
 
 
-def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
+def sweep(flow: Any, plan: Plan) -> dict[str, Any]:
     """Return what the sweep of a running flow found, without the courses of its trials.
 
     The sweep of an earlier attempt is finished, and one with equal inputs that is finished in
@@ -173,13 +176,11 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
 
     images = flow.sweep_images or plan.config.total_images
     config = override(plan.config, {"total_images": images})
-    plan = train.at(plan, config, f"{plan.run_id}-sweep")
+    plan = beside(plan, config, f"{plan.run_id}-sweep")
     objective = space.objective_of(config)
     inputs = {
         # A trial has one worker, whatever the training has.
-        **{
-            k: v for k, v in finished.inputs_of(plan, train.check_data(plan)).items() if k in _SWEPT
-        },
+        **{k: v for k, v in finished.inputs_of(plan, check_data(plan)).items() if k in _SWEPT},
         "kind": "sweep",
         "samples": flow.sweep_samples,
         "space": space.spelled(space.space_of(config, flow.sweep_space)),
@@ -214,7 +215,7 @@ def sweep(flow: Any, plan: train.Plan) -> dict[str, Any]:
     return {"sweep_id": name, **{k: result[k] for k in kept}, "trials": trials}
 
 
-def sweep_picture(plan: train.Plan, sweep_id: str) -> bytes | None:
+def sweep_picture(plan: Plan, sweep_id: str) -> bytes | None:
     """Return the PNG that a sweep left in storage, or None."""
     at = storage.join(plan.run_uri.rpartition("/")[0], sweep_id, "sweep.png")
     return storage.read_bytes(at) if storage.exists(at) else None
@@ -229,15 +230,15 @@ def sweep_table(searched: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:
     return rows, names + settings
 
 
-def train_or_reuse(flow: Any, plan: train.Plan) -> dict[str, Any]:
-    """Return what ``train.fit`` does, and ``reused``: whether another run's result was taken.
+def train_or_reuse(flow: Any, plan: Plan) -> dict[str, Any]:
+    """Return what ``fit`` does, and ``reused``: whether another run's result was taken.
 
     Raises:
-        UserError: as for ``train.fit``, and a training that diverged, as it would again.
+        UserError: as for ``fit``, and a training that diverged, as it would again.
     """
     from pipelines.flows import finished
 
-    inputs = finished.inputs_of(plan, train.check_data(plan))
+    inputs = finished.inputs_of(plan, check_data(plan))
     found = None if flow.anew else _reusable(lambda: finished.find_training(plan, inputs))
     if found:
         result = found["outcome"]
@@ -245,14 +246,14 @@ def train_or_reuse(flow: Any, plan: train.Plan) -> dict[str, Any]:
             print(f"{plan.run_id} is trained already: {result['checkpoint']}")
             return {**result, "reused": False}
         print(f"reusing {result['checkpoint']}: the run {result['run_id']} had equal settings")
-        if found["git_commit"] != train.git_commit():
-            print(f"its code was {found['git_commit']}, this is {train.git_commit()}")
+        if found["git_commit"] != git_commit():
+            print(f"its code was {found['git_commit']}, this is {git_commit()}")
         print("--anew trains again")
         return {**result, "reused": True}
     print(f"training {plan.run_id}: {plan.config.total_steps:,} steps of {plan.config.batch_size}")
-    with contextlib.closing(train.Display(plan)) as display:
+    with contextlib.closing(Display(plan)) as display:
         try:
-            result = train.fit(plan, show=display)
+            result = fit(plan, show=display)
         except NonFiniteLossError as error:
             raise UserError(str(error)) from error
     finished.note_training(plan, inputs, result)
@@ -272,7 +273,7 @@ def _reusable(find: Callable[[], T | None]) -> T | None:
 
 def report_folder(flow: Any) -> str:
     """Return where figures and report of a flow's training go."""
-    out = flow.out or str(train.runs_dir() / "reports")
+    out = flow.out or str(runs_dir() / "reports")
     return storage.join(storage.absolute(out), flow.trained["run_id"])
 
 
@@ -304,8 +305,8 @@ def main(name: str, config: Config, options: Workflow) -> dict[str, Any]:
     changed = {k: v for k, v in flatten(config).items() if v != base[k]}
     data = options.data
     if data is None and not config.is_points and (options.source or config.dataset == "digits"):
-        data = str(train.runs_dir() / "data" / config.dataset)
-    run = train.Run(
+        data = str(runs_dir() / "data" / config.dataset)
+    run = Run(
         data=data,
         storage=options.storage,
         workers=options.workers,
@@ -313,7 +314,7 @@ def main(name: str, config: Config, options: Workflow) -> dict[str, Any]:
         gpu=options.gpu,
         run_id=options.run_id,
     )
-    plan = train.resolve(name, config, run)
+    plan = resolve(name, config, run)
     _check_sweep(config, options)
     if options.anew and storage.exists(storage.join(plan.run_uri, "run.json")):
         raise UserError(f"--anew begins a run, but {plan.run_id} exists: choose another --run-id.")
@@ -324,7 +325,7 @@ def main(name: str, config: Config, options: Workflow) -> dict[str, Any]:
         "source": options.source and _source(options.source),
         "data": plan.data_uri,
         "storage": plan.run_uri.rpartition("/")[0],
-        "out": storage.absolute(options.out or train.runs_dir() / "reports"),
+        "out": storage.absolute(options.out or runs_dir() / "reports"),
         "workers": str(options.workers),
         "threads": str(options.threads),
         "gpu": str(options.gpu),
@@ -352,7 +353,7 @@ def _source(text: str) -> str:
 def _need_places(config: Config, options: Workflow) -> None:
     """See that everything has a place outside a Ray job's throw-away copy of its folder."""
     try:
-        train.runs_dir()
+        runs_dir()
     except UserError as error:
         missing = [f"--{k}" for k in ("storage", "out", "datastore") if not getattr(options, k)]
         if not options.data and not config.is_points:
@@ -485,7 +486,7 @@ def _environment(datastore: str | None) -> None:
         raise UserError("METAFLOW_DEFAULT_DATASTORE is s3: give --datastore s3://BUCKET/FOLDER.")
     if where not in os.environ:
         with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
-            os.environ[where] = str(train.runs_dir())
+            os.environ[where] = str(runs_dir())
         # Beside a datastore in S3 nothing is lost with what Metaflow keeps here.
         os.environ.setdefault(where, str(Path(tempfile.gettempdir()) / f"ivegan-{os.getuid()}"))
     if not in_s3:

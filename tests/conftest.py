@@ -158,7 +158,7 @@ def s3(s3_variables: dict[str, str]) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a fresh SQLite store: MLflow takes seconds to make its tables, a copy takes none."""
-    from pipelines import tracking
+    from pipelines.tracking import client as tracking
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     tracking.client(f"sqlite:///{path}").search_experiments()

@@ -12,10 +12,10 @@ from typing import Any
 from ivegan import checkpoint, storage
 from ivegan.config import config_hash
 from ivegan.errors import UserError
-from pipelines import train
+from pipelines.training.plan import Plan, git_commit
 
 
-def inputs_of(plan: train.Plan, dataset_hash: str) -> dict[str, Any]:
+def inputs_of(plan: Plan, dataset_hash: str) -> dict[str, Any]:
     """Return all that decides how a training ends."""
     return {
         "kind": "train",
@@ -30,13 +30,13 @@ def inputs_of(plan: train.Plan, dataset_hash: str) -> dict[str, Any]:
     }
 
 
-def note(plan: train.Plan, inputs: dict[str, Any], outcome: dict[str, Any]) -> None:
+def note(plan: Plan, inputs: dict[str, Any], outcome: dict[str, Any]) -> None:
     """Write down what came of these inputs, in the storage of a plan."""
-    entry = {"inputs": inputs, "git_commit": train.git_commit(), "outcome": outcome}
+    entry = {"inputs": inputs, "git_commit": git_commit(), "outcome": outcome}
     storage.write_bytes(_where(plan, inputs), json.dumps(entry, indent=2, default=str).encode())
 
 
-def find(plan: train.Plan, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def find(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Return the entry ``{inputs, git_commit, outcome}`` of these inputs, or None.
 
     Raises:
@@ -54,7 +54,7 @@ def find(plan: train.Plan, inputs: dict[str, Any]) -> dict[str, Any] | None:
     return entry
 
 
-def note_training(plan: train.Plan, inputs: dict[str, Any], result: dict[str, Any]) -> None:
+def note_training(plan: Plan, inputs: dict[str, Any], result: dict[str, Any]) -> None:
     """Write down a training that ended, with the digest of each file of its last checkpoint."""
     folder, _, name = result["checkpoint"].rpartition("/")
     # The place is kept relative to the storage, which may be moved as a whole.
@@ -63,7 +63,7 @@ def note_training(plan: train.Plan, inputs: dict[str, Any], result: dict[str, An
     note(plan, inputs, {"result": result, "checkpoint": place, "files": files})
 
 
-def find_training(plan: train.Plan, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def find_training(plan: Plan, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """Return the entry of a finished training, its result at ``outcome``; None if there is none.
 
     Raises:
@@ -90,11 +90,11 @@ def _digests(uri: str) -> dict[str, str]:
     }
 
 
-def _storage(plan: train.Plan) -> str:
+def _storage(plan: Plan) -> str:
     return plan.run_uri.rpartition("/")[0]
 
 
-def _where(plan: train.Plan, inputs: dict[str, Any]) -> str:
+def _where(plan: Plan, inputs: dict[str, Any]) -> str:
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()
     return storage.join(_storage(plan), "finished", f"{digest}.json")

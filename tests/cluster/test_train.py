@@ -26,7 +26,10 @@ from data_prep.build import build
 from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from pipelines import train
+from ivegan.step import NonFiniteLossError
+from pipelines.training.fit import fit
+from pipelines.training.plan import Run, resolve
+from pipelines.training.ray_backend import _listen
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "pipelines" / "train.py")
@@ -47,9 +50,9 @@ def _ring(home, workers=0, images=64 * 20, **changes):
     options: dict[str, Any] = {"log_every": 64, "save_every": 64 * 10}
 
     def start(run_id="a", **more):
-        run = train.Run(workers=workers, run_id=run_id, **(options | more))
+        run = Run(workers=workers, run_id=run_id, **(options | more))
         events = []
-        result = train.fit(train.resolve("ring", config, run), show=events.append)
+        result = fit(resolve("ring", config, run), show=events.append)
         losses = [
             {k: v for k, v in e["metrics"].items() if not k.startswith("rate/")}
             for e in events
@@ -123,7 +126,7 @@ def test_resuming_with_other_settings_names_them(home, ring):
 
 
 def test_a_diverged_run_is_marked_failed(store, ring, mlflow_runs):
-    with pytest.raises(train.NonFiniteLossError, match="loss"):
+    with pytest.raises(NonFiniteLossError, match="loss"):
         ring(optim__lr_d=1e38, optim__lr_g=1e38)("wild")
     assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
 
@@ -136,8 +139,8 @@ def test_a_terminal_that_is_gone_does_not_stop_training(store, ring, mlflow_runs
         raise BrokenPipeError("the reader went away")
 
     config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
-    run = train.Run(workers=0, run_id="unwatched", log_every=64)
-    result = train.fit(train.resolve("ring", config, run), show=show)
+    run = Run(workers=0, run_id="unwatched", log_every=64)
+    result = fit(resolve("ring", config, run), show=show)
     assert result["images_seen"] == 640
     assert len(shown) == 1
     assert "the reader went away" in caplog.text
@@ -156,7 +159,7 @@ def test_a_listener_that_fails_goes_on_to_empty_the_queue_and_tells_what_it_met(
         handled.append(event)
         raise RuntimeError("no room")
 
-    train._listen(events, handle, failures)
+    _listen(events, handle, failures)
     assert events.empty()
     assert handled == [{"images_seen": 1}]
     assert [str(failure) for failure in failures] == ["no room"]
@@ -170,9 +173,9 @@ def test_what_the_listener_met_is_raised_when_the_workers_end(
     def measure(at):
         raise RuntimeError(f"cannot score {at}")
 
-    run = train.Run(workers=2, run_id="unscored")
+    run = Run(workers=2, run_id="unscored")
     with pytest.raises(RuntimeError, match="cannot score"):
-        train.fit(train.resolve("ring", config, run), measure=measure)
+        fit(resolve("ring", config, run), measure=measure)
     assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
 
 
@@ -180,13 +183,13 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
     data = home / "data"
     shutil.copytree(digits_dataset, data)
     config = override(preset("digits"), {"batch_size": 16, "total_images": 32})
-    run = train.Run(workers=0, run_id="moved", data=str(data), resume=True)
-    train.fit(train.resolve("digits", config, run))
+    run = Run(workers=0, run_id="moved", data=str(data), resume=True)
+    fit(resolve("digits", config, run))
     manifest = json.loads((data / "manifest.json").read_text())
     labels = manifest["label_names"]
     (data / "manifest.json").write_text(json.dumps({**manifest, "label_names": labels[::-1]}))
     with pytest.raises(UserError, match=r"run moved was begun on other data: .*hash"):
-        train.fit(train.resolve("digits", override(config, {"total_images": 64}), run))
+        fit(resolve("digits", override(config, {"total_images": 64}), run))
 
 
 @pytest.mark.parametrize(
@@ -201,14 +204,14 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
 def test_settings_that_cannot_work_are_refused(home, preset_name, changes, options, sentence):
     config = override(preset(preset_name), changes)
     with pytest.raises(UserError, match=sentence):
-        train.fit(train.resolve(preset_name, config, train.Run(**options)))
+        fit(resolve(preset_name, config, Run(**options)))
     assert not (home / "runs" / "checkpoints").exists()
 
 
 def test_data_of_another_shape_are_refused(home, digits_dataset):
-    run = train.Run(data=str(digits_dataset), workers=0)
+    run = Run(data=str(digits_dataset), workers=0)
     with pytest.raises(UserError, match=r"\(1, 16, 16\).*\(1, 32, 32\)"):
-        train.fit(train.resolve("mnist", preset("mnist"), run))
+        fit(resolve("mnist", preset("mnist"), run))
 
 
 def test_an_uploaded_working_directory_holds_no_runs(home, monkeypatch):
@@ -216,9 +219,9 @@ def test_an_uploaded_working_directory_holds_no_runs(home, monkeypatch):
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match="--storage"):
-        train.resolve("ring", preset("ring"), train.Run())
+        resolve("ring", preset("ring"), Run())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-    plan = train.resolve("ring", preset("ring"), train.Run(storage=str(home)))
+    plan = resolve("ring", preset("ring"), Run(storage=str(home)))
     assert Path(plan.journal).parent.parent == Path(plan.cache_dir)  # nor in /, as it once did
 
 
@@ -303,14 +306,14 @@ def test_a_ray_of_its_own_leaves_no_process_behind(home):
     """Not even a worker that does not end when it is told to, as now and then one of Ray's."""
     script = """
         import atexit, os, threading
-        from pipelines import train
+        from pipelines.cluster.session import ray_session
 
         class Stuck:
             def begin(self):
                 atexit.register(threading.Event().wait)
                 return os.getpid()
 
-        with train.ray_cluster():
+        with ray_session():
             import ray
 
             actor = ray.remote(Stuck).remote()
@@ -384,8 +387,8 @@ def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     places: dict[str, Any] = {"data": f"{s3}/digits", "storage": f"{s3}/runs", "run_id": "far"}
     for workers, images in ((2, 16 * 8), (0, 16 * 12)):
         config = override(preset("digits"), {**sizes, "total_images": images})
-        run = train.Run(workers=workers, resume=True, save_every=16 * 4, **places)
-        result = train.fit(train.resolve("digits", config, run))
+        run = Run(workers=workers, resume=True, save_every=16 * 4, **places)
+        result = fit(resolve("digits", config, run))
         assert result["images_seen"] == images
     kept = [uri.rpartition("-")[2] for uri in checkpoint.checkpoints(f"{s3}/runs/far")]
     assert [int(seen) for seen in kept] == [64, 128, 192]
@@ -404,10 +407,10 @@ def digits(home, store, tmp_path):
     def start(run_id, images=16 * 12, batch_size=16, norm="none", **options):
         sizes = {"batch_size": batch_size, "model.width": 0.25, "total_images": images}
         sizes["model.norm"] = norm
-        run = train.Run(data=uri, run_id=run_id, log_every=16, save_every=16 * 6, **options)
+        run = Run(data=uri, run_id=run_id, log_every=16, save_every=16 * 6, **options)
         events = []
-        plan = train.resolve("digits", override(preset("digits"), sizes), run)
-        result = train.fit(plan, show=events.append)
+        plan = resolve("digits", override(preset("digits"), sizes), run)
+        result = fit(plan, show=events.append)
         return result, [e["metrics"]["loss/D"] for e in events if "metrics" in e]
 
     return start
@@ -516,8 +519,8 @@ def test_a_killed_ray_worker_costs_nothing_but_time(home, ray_cluster, ring):
             killed.append(event["images_seen"])
 
     config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 4000})
-    run = train.Run(workers=2, run_id="killed", **cadence)
-    result = train.fit(train.resolve("ring", config, run), show=kill_once)
+    run = Run(workers=2, run_id="killed", **cadence)
+    result = fit(resolve("ring", config, run), show=kill_once)
     assert killed
     assert killed[0] < result["images_seen"] == 64 * 4000
     a, b = (load_file(Path(r["checkpoint"]) / "weights.safetensors") for r in (unbroken, result))

@@ -24,6 +24,8 @@ from pipelines import options as cli
 from pipelines import train, tune
 from pipelines.sweeps import report as sweep_report
 from pipelines.sweeps import space
+from pipelines.training.fit import fit
+from pipelines.training.plan import Run, resolve
 
 
 def small():
@@ -131,7 +133,7 @@ def test_the_command_of_the_best_trains_just_that(home, digits_dataset, options,
     plan = tune._resolved("digits", config, tune.Sweep(sweep_id="s", **options))
     words = shlex.split(tune._command(plan, best))
     assert words[:2] == ["python", "pipelines/train.py"]
-    name, found, run = cli.parse_preset(words[2:], PRESETS, train.Run, default="ring")
+    name, found, run = cli.parse_preset(words[2:], PRESETS, Run, default="ring")
     assert name == "digits"
     changes = {**best, "total_images": preset("digits").total_images}
     assert found == override(config, changes)
@@ -300,8 +302,8 @@ def test_a_restored_sweep_counts_what_ended_before(capsys):
 
 def test_a_stopped_trial_is_killed_in_mlflow_and_a_finished_one_is_left(home, store, mlflow_runs):
     for name in ("s-000", "s-001"):
-        plan = train.resolve("ring", small(), train.Run(workers=0, run_id=name))
-        train.fit(plan)
+        plan = resolve("ring", small(), Run(workers=0, run_id=name))
+        fit(plan)
     client = MlflowClient(store)
     (running,) = [run for run in mlflow_runs(store) if run.info.run_name == "s-000"]
     client.update_run(running.info.run_id, status="RUNNING")  # as Tune leaves it

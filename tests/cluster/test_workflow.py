@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from pipelines import registry, train, workflow
+from pipelines import registry, workflow
+from pipelines.training.plan import Run, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
@@ -168,8 +169,8 @@ def test_a_finished_training_that_is_spoilt_is_told_and_made_again(store, capsys
     flow = SimpleNamespace(anew=False)
 
     def go(run_id: str) -> dict[str, Any]:
-        run = train.Run(workers=0, run_id=run_id, resume=True)
-        return workflow.train_or_reuse(flow, train.resolve("ring", config, run))
+        run = Run(workers=0, run_id=run_id, resume=True)
+        return workflow.train_or_reuse(flow, resolve("ring", config, run))
 
     first = go("first")
     capsys.readouterr()

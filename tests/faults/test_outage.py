@@ -21,7 +21,8 @@ from mlflow_server import MlflowServer, postgres
 from processes import kill
 
 from ivegan import storage
-from pipelines import registry, tracking
+from pipelines import registry
+from pipelines.tracking import client as tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64

@@ -20,7 +20,9 @@ from mlflow_server import MlflowServer
 from ivegan import storage
 from ivegan.config import PRESETS, flatten, preset
 from ivegan.errors import UserError
-from pipelines import registry, tracking, train
+from pipelines import registry
+from pipelines.tracking import client as tracking
+from pipelines.training import plan as planning
 
 DATASET = ("ring", "abc", "ring")
 
@@ -202,7 +204,7 @@ def test_no_password_is_shown_when_no_server_answers(home, monkeypatch, caplog, 
             [sys.executable, str(PROGRAMS / "train.py"), "ring", *words, "--workers", "0"],
             check=False,
         )
-    plan = train.resolve("ring", preset("ring"), train.Run(workers=0))
+    plan = planning.resolve("ring", preset("ring"), planning.Run(workers=0))
     assert plan.tracking_uri == uri
     assert "MLflow does not answer (API request to http://127.0.0.1:9/x/" in caplog.text
     out, err = capfd.readouterr()

@@ -7,23 +7,24 @@ import pytest
 
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from pipelines import train
 from pipelines.flows import finished
+from pipelines.training.fit import fit
+from pipelines.training.plan import Plan, Run, check_data, git_commit, resolve
 
 CONFIG = override(preset("ring"), {"batch_size": 64, "total_images": 640})
 
 
-def plan_of(run_id: str, *, config=CONFIG, name: str = "ring", **options) -> train.Plan:
-    run = train.Run(run_id=run_id, resume=True, **{"workers": 0, **options})
-    return train.resolve(name, config, run)
+def plan_of(run_id: str, *, config=CONFIG, name: str = "ring", **options) -> Plan:
+    run = Run(run_id=run_id, resume=True, **{"workers": 0, **options})
+    return resolve(name, config, run)
 
 
 @pytest.fixture
 def trained(store):
     """Return (plan, inputs, result) of a training that ended and was noted."""
     plan = plan_of("first")
-    inputs = finished.inputs_of(plan, train.check_data(plan))
-    result = train.fit(plan)
+    inputs = finished.inputs_of(plan, check_data(plan))
+    result = fit(plan)
     finished.note_training(plan, inputs, result)
     return plan, inputs, result
 
@@ -31,11 +32,11 @@ def trained(store):
 def test_a_finished_training_is_found_by_a_run_of_another_name(trained):
     plan, inputs, result = trained
     other = plan_of("second")
-    assert finished.inputs_of(other, train.check_data(other)) == inputs
+    assert finished.inputs_of(other, check_data(other)) == inputs
     entry = finished.find_training(other, inputs)
     assert entry is not None
     assert entry["outcome"] == result
-    assert entry["git_commit"] == train.git_commit()
+    assert entry["git_commit"] == git_commit()
     assert finished.find_training(plan, inputs) == entry
 
 

@@ -1,0 +1,229 @@
+"""A session with Ray: attach or start, resources, and what signals do to it."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import psutil
+
+from ivegan import storage
+from ivegan.errors import UserError
+from pipelines.training.plan import Run
+
+T = TypeVar("T")
+# A Ray that lives and dies with this process has nobody to report to and no node to lose, and what
+# its processes do while they wait is taken from two cores that train. By Ray's default workers are
+# the nicest of all; here they are as nice as the others, which then give way (``_give_way``).
+QUIET = {
+    "RAY_worker_niceness": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+@contextlib.contextmanager
+def ray_session(dashboard: bool = False) -> Iterator[bool]:
+    """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed.
+
+    Entering it returns whether Ray was started, so that nobody else uses it.
+    """
+    # Where a signal ends a run, the thread that it ran in must not start Ray once more.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # read when ray is imported
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    told = {"logging_level": logging.ERROR, "log_to_driver": False}
+    alone = not os.environ.get("RAY_ADDRESS")
+    if not alone:
+        ray.init(runtime_env={"env_vars": storage.environment()}, **told)
+    else:
+        for name, value in {**QUIET, **storage.environment()}.items():
+            os.environ.setdefault(name, value)  # its processes inherit them
+        ray.init(address="local", include_dashboard=dashboard, **told)
+    try:
+        yield alone
+    finally:
+        workers = with_children(named("raylet")) if alone else set()
+        ray.shutdown()
+        _end(workers)
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Kill what is there of processes that were told to end, after five seconds.
+
+    Ray's workers wait for themselves at their end, now and then, and for ever.
+    """
+
+    def alive() -> list[psutil.Process]:
+        found = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    deadline = time.monotonic() + 5
+    while alive() and time.monotonic() < deadline:
+        threading.Event().wait(0.05)  # they are no children of this process, to be waited for
+    for process in alive():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def require_resources(run: Run, say: Callable[[str], None]) -> None:
+    """Return once the cluster can hold the workers.
+
+    Raises:
+        UserError: it cannot, and nothing can add what is missing in time.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    need = needs(run)
+    told = " and ".join(f"{v:g} {k}" for k, v in need.items())
+    deadline = time.monotonic() + run.wait_for_nodes
+    asked = False
+    try:
+        while (room := _room(need)) < run.workers:
+            if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
+                waited = f" after waiting {run.wait_for_nodes:g} s" if asked else ""
+                raise UserError(
+                    f"{run.workers} workers of {told} each were asked for, but the cluster has "
+                    f"room for {room}{waited}; lower --workers or --threads, or add nodes"
+                    + ("." if waited else " (--wait-for-nodes waits for an autoscaler).")
+                )
+            request_resources(bundles=[need] * run.workers)
+            asked = True
+            say(f"waiting for nodes: room for {room} of {run.workers} workers of {told} each")
+            threading.Event().wait(5)  # the autoscaler offers nothing to wait on
+    finally:
+        if asked:  # taken back, or the autoscaler would hold the nodes for ever
+            request_resources(bundles=[])
+
+
+def needs(run: Run) -> dict[str, float]:
+    """Return what one worker takes."""
+    return {"CPU": float(run.threads)} | ({"GPU": 1.0} if run.gpu else {})
+
+
+def _room(need: dict[str, float]) -> int:
+    """Return how many workers the nodes that are alive can hold, busy or not."""
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return sum(int(min(n.get(k, 0) // v for k, v in need.items())) for n in nodes)
+
+
+def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) -> T:
+    """Return what a call returns that is made in another thread.
+
+    In the main one Ray Train would take Ctrl-C over, and an exception that a signal raises inside
+    Ray gets lost: a terminated run would go on.
+
+    Args:
+        call: what to call.
+        cut: makes the call end soon. Where a signal ends the main thread's waiting it is called and
+            waited for, because Ray aborts a process that uses it while it shuts down.
+    """
+    outcome = started(call)
+    try:
+        return answer_of(outcome)
+    except (KeyboardInterrupt, Terminated):
+        if cut is not None:
+            cut()
+            wait([outcome], timeout=60)
+        raise
+
+
+def started(call: Callable[..., T], *given: Any) -> Future[T]:
+    """Return what a call will have returned that another thread makes; no exit waits for it."""
+    outcome: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            outcome.set_result(call(*given))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    return outcome
+
+
+def answer_of(outcome: Future[T]) -> T:
+    """Return what another thread's call returns, once it does; a signal ends the waiting."""
+    # In turns, because a signal that another thread took is looked at only when this one wakes.
+    while not wait([outcome], timeout=0.5).done:
+        continue
+    return outcome.result()
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: end the run in order, the last checkpoint stays."""
+
+
+@contextlib.contextmanager
+def terminated_by_signal() -> Iterator[None]:
+    """Turn SIGTERM into ``Terminated`` while training; only the main thread can do so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped(stop: BaseException, flags: str) -> NoReturn:
+    """End a command that a signal stopped, with a shell's status for it.
+
+    Args:
+        stop: KeyboardInterrupt or Terminated.
+        flags: that continue what was stopped.
+    """
+    print(f"stopped; continue with {flags}", file=sys.stderr)
+    by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    raise SystemExit(128 + by) from None
+
+
+def named(name: str) -> set[psutil.Process]:
+    """Return the processes below this one whose name begins so."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if process.name().startswith(name):
+                found.add(process)
+    return found
+
+
+def with_children(processes: set[psutil.Process]) -> set[psutil.Process]:
+    """Return these and all below them."""
+    found = set(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= set(process.children(recursive=True))
+    return found
+
+
+def threads(process: psutil.Process) -> set[int]:
+    """Return what has a priority of its own: on Linux every thread, elsewhere the process."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {t.id for t in process.threads()} if sys.platform == "linux" else {process.pid}
+    return set()

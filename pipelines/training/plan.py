@@ -1,0 +1,222 @@
+"""What a run is to do, and where: resolved and checked before anything starts."""
+
+import dataclasses
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ivegan import storage
+from ivegan.config import Config, to_dict
+from ivegan.data import batches as data
+from ivegan.data.batches import CACHE_LIMIT
+from ivegan.data.shards import Manifest, read_manifest
+from ivegan.errors import UserError
+from ivegan.networks import sample_shape
+from pipelines import options as cli
+from pipelines.paths import cache_dir, journal_dir, new_id, public, runs_dir, runs_uri, tracking_uri
+
+# No settings of the method, but numbers depend on them.
+HOW = ("stream", "precision", "accumulate", "compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(cli.Options):
+    """Train one preset of IVE-GAN.
+
+    Settings of the run itself are listed with the others, under dotted names; the options here say
+    where and how fast.
+    """
+
+    data: str | None = None
+    """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
+    stream: bool = False
+    """Read shards over and over, for data too large to keep decoded on each node."""
+    loaders: int = 1
+    """With --stream, processes per worker that read ahead; 0 is none."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """Samples that are not what the manifest says: stop, or skip (log and leave them out)."""
+    cache_gb: float = CACHE_LIMIT / 1e9
+    """Decoded images that a node keeps, in GB; the least recently used data sets go first."""
+    storage: str | None = None
+    """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
+    workers: int = 2
+    """DDP workers of Ray Train; 0 is the plain loop in this process, without Ray."""
+    threads: int = 1
+    """CPU threads of each worker."""
+    gpu: bool = False
+    """Give each worker a GPU."""
+    compile: bool = False
+    """Let torch.compile make the networks of images faster, in a minute that only long runs win
+    back; torch keeps what it compiled, so that the next run starts in seconds."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; bfloat16 is faster where the machine has units for it."""
+    accumulate: int = 1
+    """Parts that each worker's share of a batch is computed in, for the memory of one part."""
+    run_id: str | None = None
+    """Name of the run, its folder in storage; made from preset and time by default."""
+    resume: bool = False
+    """Continue the run id from its last checkpoint if it has one, start it otherwise."""
+    wait_for_nodes: float = 0.0
+    """Seconds to wait for a cluster's autoscaler to add what is missing."""
+    log_every: int = 0
+    """Images between two lines of progress; 0 is a hundredth of the run."""
+    save_every: int = 0
+    """Images between two checkpoints; 0 is a tenth of the run."""
+    parent_run: str | None = None
+    """MLflow run to nest this one under."""
+
+    def __post_init__(self) -> None:
+        self.at_least(workers=0, threads=1, loaders=0, log_every=0, save_every=0, accumulate=1)
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether samples that are not what the manifest says are left out."""
+        return self.on_bad_sample == "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run resolved: every place absolute, so that it means the same on any node."""
+
+    preset: str
+    config: Config
+    run: Run
+    run_id: str
+    run_uri: str
+    data_uri: str | None
+    cache_dir: str
+    tracking_uri: str = dataclasses.field(repr=False)  # it may hold a password
+    journal: str
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of its MLflow run, beside those that every run has."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as plain values, for ``--dry-run``."""
+        return {
+            "preset": self.preset,
+            "run_id": self.run_id,
+            "run_uri": self.run_uri,
+            "data": self.data_uri,
+            "tracking_uri": public(self.tracking_uri),
+            "workers": self.run.workers,
+            "gpu": self.run.gpu,
+            "steps": self.config.total_steps,
+            "config": to_dict(self.config),
+        }
+
+
+def resolve(preset: str, config: Config, run: Run) -> Plan:
+    """Return the plan of a run; nothing is written or started.
+
+    Raises:
+        UserError: settings that cannot work together, or a place that is missing.
+    """
+    share = max(1, run.workers)
+    if config.batch_size % (2 * share):
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be cut into {share} equal, even shares; "
+            f"choose a multiple of {2 * share}, or other --workers."
+        )
+    if config.batch_size % (2 * share * run.accumulate):
+        raise UserError(
+            f"A worker's {config.batch_size // share} samples of a batch cannot be cut into "
+            f"{run.accumulate} equal, even parts; choose another --accumulate."
+        )
+    run_id = run.run_id or new_id(preset)
+    if not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise UserError(f"--run-id {run_id!r} may hold letters, digits, '-', '_' and '.' only.")
+    data_uri = run.data
+    if data_uri is None and config.dataset == "digits":
+        data_uri = str(runs_dir() / "data" / "digits")
+    if data_uri is None and not config.is_points:
+        raise UserError(
+            f"The preset {preset} needs --data, a folder or s3:// URI that "
+            f"`python data_prep/build.py {config.dataset}` has written."
+        )
+    return Plan(
+        preset=preset,
+        config=config,
+        run=run,
+        run_id=run_id,
+        run_uri=storage.join(runs_uri(run.storage), run_id),
+        data_uri=None if data_uri is None else storage.absolute(data_uri),
+        cache_dir=str(cache_dir()),
+        tracking_uri=tracking_uri(),
+        journal=str(journal_dir() / f"{run_id}.jsonl"),
+    )
+
+
+def beside(plan: Plan, config: Config, run_id: str, parent_run: str | None = None) -> Plan:
+    """Return the plan of another run beside this one: same places, its own settings and name."""
+    run = dataclasses.replace(plan.run, parent_run=parent_run or plan.run.parent_run)
+    folder, _, _ = plan.run_uri.rpartition("/")
+    return dataclasses.replace(
+        plan,
+        config=config,
+        run=run,
+        run_id=run_id,
+        run_uri=storage.join(folder, run_id),
+        journal=str(Path(plan.journal).with_name(f"{run_id}.jsonl")),
+    )
+
+
+def check_data(plan: Plan) -> str:
+    """Check that the data fit the plan, and return the hash of the data set."""
+    if plan.data_uri is None:
+        return plan.config.dataset  # drawn afresh from its formula, so its name says it all
+    manifest = read_manifest(plan.data_uri)
+    shape = sample_shape(plan.config.model)
+    if tuple(manifest.image_shape) != shape:
+        raise UserError(
+            f"The images of {plan.data_uri} are {tuple(manifest.image_shape)}, but the networks of "
+            f"{plan.preset} take {shape}; choose the preset of that data set, or build it again."
+        )
+    if manifest.splits.get("train", 0) < 2:
+        raise UserError(f"{plan.data_uri} has no train samples: build the data set again.")
+    if plan.run.stream:
+        stream_of(plan, manifest).check(plan.config, max(1, plan.run.workers))
+    return manifest.hash
+
+
+def check_same_data(what: str, plan: Plan, before: str, now: str) -> None:
+    """Return if the data are those that a run or sweep was begun on.
+
+    Args:
+        what: it is, as the sentence begins.
+        plan: of it.
+        before, now: hashes of the data set.
+
+    Raises:
+        UserError: they are others.
+    """
+    if before != now:
+        raise UserError(
+            f"{what} was begun on other data: {plan.data_uri} had the hash {before[:12]} then and "
+            f"has {now[:12]} now; give --data as it was, or begin anew under another name."
+        )
+
+
+def stream_of(plan: Plan, manifest: Manifest) -> data.Stream:
+    assert plan.data_uri is not None
+    return data.Stream(
+        data_uri=plan.data_uri,
+        manifest=manifest,
+        split="train",
+        loaders=plan.run.loaders,
+        skip_bad=plan.run.skip_bad,
+    )
+
+
+def git_commit() -> str:
+    """Return the commit of this code, "-dirty" where files differ, or "unknown" outside git."""
+    baked = os.environ.get("IVEGAN_GIT_COMMIT")
+    if baked:
+        return baked
+    here = Path(__file__).resolve().parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

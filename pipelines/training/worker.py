@@ -1,0 +1,144 @@
+"""The loop of one rank: from the run's last checkpoint to the end of the training."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ivegan import checkpoint
+from ivegan.data import batches as data
+from ivegan.errors import UserError
+from ivegan.evaluation.figures import progress_figures
+from ivegan.layers import keep_freed_memory
+from ivegan.step import create_state, distribute, train
+from pipelines.training.plan import Plan, Run, stream_of
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+
+def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Train on one rank, from the run's last checkpoint if there is one.
+
+    Every rank calls this and emits the same events, rank 0's with figures. Returned are checkpoint,
+    images seen, steady rate, world size and the last metrics.
+    """
+    run, config = plan.run, plan.config
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.set_num_threads(run.threads)
+    if not run.gpu:
+        keep_freed_memory()
+    state = create_state(config, device_of(run), getattr(torch, run.precision))
+    state.parts = run.accumulate
+    start = _agree(checkpoint.latest(plan.run_uri))
+    if start:
+        checkpoint.restore(state, start)
+    if run.compile:
+        for network in (state.players, state.judges):
+            network.compile(dynamic=False)
+    distribute(state)
+    source = _training_data(plan)
+    pictured = data.first_images(source, 10) if source is not None and rank == 0 else None
+    batches = data.batches(config, source, state.step, rank, world_size, state.device)
+    log_every = run.log_every or max(1, config.total_images // 100)
+    save_every = run.save_every or max(1, config.total_images // 10)
+    saved, before = start, state.images_seen
+    clock = Clock(before)
+    metrics: dict[str, float] = {}
+    for progress in train(state, batches, log_every):
+        seen = progress.images_seen
+        clock.lap(seen)
+        metrics = progress.metrics | {"rate/images_per_second": clock.rate}
+        event: Event = {
+            "images_seen": seen,
+            "total_images": config.total_steps * config.batch_size,
+            "metrics": metrics,
+        }
+        if progress.step == config.total_steps or seen // save_every > before // save_every:
+            if rank == 0:
+                saved = checkpoint.save(state, plan.run_uri, facts)
+                event["figures"] = progress_figures(state.encoder_generator, config, pictured)
+            event["checkpoint"] = saved
+        emit(event)
+        before = seen
+        clock.resume()
+    return {
+        "checkpoint": saved,
+        "images_seen": state.images_seen,
+        "images_per_second": round(clock.steady_rate, 1),
+        "world_size": world_size,
+        "metrics": metrics,
+    }
+
+
+def _training_data(plan: Plan) -> data.Split | data.Stream | None:
+    """Return what a worker reads; None for points."""
+    run = plan.run
+    if plan.data_uri is None:
+        return None
+    if run.stream:
+        return stream_of(plan, data.read_split_manifest(plan.data_uri, "train"))
+    return data.load_split(
+        plan.data_uri,
+        "train",
+        plan.cache_dir,
+        skip_bad=run.skip_bad,
+        limit=int(run.cache_gb * 1e9),
+    )
+
+
+@dataclass
+class Clock:
+    """Times training alone: what happens between ``lap`` and ``resume`` does not count."""
+
+    images: int
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+    rate: float = 0.0
+    steady_images: int = 0
+    steady_seconds: float = 0.0
+    laps: int = 0
+
+    def lap(self, images_seen: int) -> None:
+        """Note that training came this far."""
+        seconds = time.perf_counter() - self.since
+        images, self.images = images_seen - self.images, images_seen
+        self.rate = images / seconds
+        self.laps += 1
+        if self.laps > 1:  # the first lap holds warm-up
+            self.steady_images += images
+            self.steady_seconds += seconds
+
+    def resume(self) -> None:
+        """Note that training goes on."""
+        self.since = time.perf_counter()
+
+    @property
+    def steady_rate(self) -> float:
+        """Images per second after the first lap, or within it where it was the only one."""
+        return self.steady_images / self.steady_seconds if self.steady_seconds else self.rate
+
+
+def device_of(run: Run) -> torch.device:
+    """Return where this process computes.
+
+    Raises:
+        UserError: on a GPU, but there is none.
+    """
+    if not run.gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--gpu was given, but torch sees no CUDA device; leave it out.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _agree(value: str | None) -> str | None:
+    """Return rank 0's value on every rank: a listing may change between two ranks' looks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
