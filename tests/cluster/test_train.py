@@ -243,8 +243,6 @@ def command(*words, cwd, status=0, **env):
     ("words", "sentence"),
     [
         (["rnig"], "There is no preset 'rnig'"),
-        (["ring", "--optim.lr", "1"], "There is no flag --optim.lr"),
-        (["ring", "--workers", "two"], "--workers takes a whole number"),
         (["mnist", "--workers", "0"], "needs --data"),
     ],
 )

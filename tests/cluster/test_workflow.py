@@ -153,8 +153,6 @@ def test_a_step_that_takes_too_long_is_ended_tried_again_and_then_left(home, sto
         (["run", "rnig"], "There is no preset 'rnig'"),
         (["run", "mnist"], "needs --data"),
         (["run", "ring", "--set", "optim.lr=1"], "optim.lr"),
-        (["run", "ring", "--bogus", "1"], "There is no flag --bogus"),
-        (["resume", "--bogus", "1"], "There is no flag --bogus"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_status_2(home, words, sentence):

@@ -1,7 +1,8 @@
-"""Every command answers a mistake with one sentence, and --json with one object."""
+"""Every command answers a mistake with a message and status 2, and --json with one object."""
 
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class Run(cli.Options):
 
 
 def bake(options: Bake) -> dict[str, Any]:
+    options.at_least(oven_heat=50)
     print(f"baking {options.cake}")
     if options.cake == "stone":
         raise UserError("A stone cannot be baked:\n  choose a cake.")
@@ -48,21 +50,22 @@ def train(name: str, config: Any, run: Run) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _logging(monkeypatch):
-    """Keep ``run`` from giving the whole test session a log handler."""
+def _process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name the script, and keep ``run`` from adding a log handler to the whole test session."""
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["kitchen.py"])
 
 
-def exit_of(capsys, function, *arguments, **more):
-    """Return exit status, stdout and stderr of something that ends the process."""
+def exit_of(capsys, function, *arguments, **options):
+    """Return exit status, stdout and stderr of a function that ends the process."""
     with pytest.raises(SystemExit) as stop:
-        function(*arguments, **more)
-    said = capsys.readouterr()
-    return stop.value.code, said.out, said.err
+        function(*arguments, **options)
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
 
 
 def preset(*argv: str):
-    return cli.parse_preset(argv, PRESETS, Run, default="digits", prog="train.py")
+    return cli.parse_preset(argv, PRESETS, Run, default="digits")
 
 
 def test_the_last_line_of_stdout_is_one_json_object(capsys):
@@ -70,21 +73,24 @@ def test_the_last_line_of_stdout_is_one_json_object(capsys):
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == "baking tart"
     assert json.loads(out.splitlines()[-1]) == {"cake": "tart", "heat": 180, "taste": None}
-
-
-def test_without_json_only_people_are_spoken_to(capsys):
     assert exit_of(capsys, cli.run, bake, Bake, argv=["tart"]) == (0, "baking tart\n", "")
 
 
-def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys):
-    code, out, err = exit_of(capsys, cli.run, bake, Bake, argv=["stone", "--json"])
-    assert (code, out) == (2, "baking stone\n")
-    assert err == "A stone cannot be baked: choose a cake.\n"
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["stone", "--json"], "A stone cannot be baked: choose a cake.\n"),
+        (["tart", "--oven-heat", "20"], "--oven-heat is 20, but must be 50 or more.\n"),
+    ],
+)
+def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys, argv, message):
+    code, _, err = exit_of(capsys, cli.run, bake, Bake, argv=argv)
+    assert (code, err) == (2, message)
 
 
 def test_a_result_can_mean_status_1(capsys):
-    more = {"argv": ["tart"], "failed": lambda result: result["heat"] < 200}
-    assert exit_of(capsys, cli.run, bake, Bake, **more)[0] == 1
+    options = {"argv": ["tart"], "failed": lambda result: result["heat"] < 200}
+    assert exit_of(capsys, cli.run, bake, Bake, **options)[0] == 1
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
@@ -96,44 +102,38 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "name"),
     [
-        ([], "bake.py needs CAKE; see bake.py --help."),
-        (["a", "b"], "The argument 'b' is not expected there; see bake.py --help."),
-        (["a", "--oven-heat"], "--oven-heat needs a value; see bake.py --help."),
-        (["a", "--oven-heat", "hot"], "--oven-heat takes a whole number, but got 'hot'."),
-        (["a", "--oven_heat=1.5"], "--oven-heat takes a whole number, but got '1.5'."),
-        (["a", "--oven-hat", "1"], "There is no flag --oven-hat; did you mean --oven-heat?"),
-        (["a", "--yeast"], "There is no flag --yeast; see bake.py --help."),
-        (
-            ["a", "--oven-heat", "x: " * 50],
-            f"--oven-heat takes a whole number, but got '{'x: ' * 50}'.",
-        ),
+        ([], "Which cake"),
+        (["a", "b"], "b"),
+        (["a", "--oven-heat", "hot"], "--oven-heat"),
+        (["a", "--oven_heat=1.5"], "1.5"),
+        (["a", "--oven-hat", "1"], "--oven-heat"),
     ],
 )
-def test_a_wrong_argument_is_told_in_one_sentence(capsys, argv, sentence):
-    code, out, err = exit_of(capsys, cli.run, bake, Bake, argv=argv, prog="bake.py")
-    assert (code, out, err) == (2, "", sentence + "\n")
+def test_a_wrong_argument_is_named_on_stderr_with_status_2(capsys, argv, name):
+    code, out, err = exit_of(capsys, cli.run, bake, Bake, argv=argv)
+    assert (code, out) == (2, "")
+    assert name in err
+    assert "kitchen.py --help" in err
 
 
-def test_help_names_what_there_is_in_our_spelling(capsys):
-    code, out, _ = exit_of(capsys, cli.run, bake, Bake, argv=["--help"], prog="bake.py")
+def test_help_lists_flags_texts_and_defaults(capsys):
+    code, out, _ = exit_of(capsys, cli.run, bake, Bake, argv=["--help"])
     assert code == 0
-    for word in ("usage: bake.py", "Bake a cake.", "CAKE", "--oven-heat INT", "--dry-run", "180"):
+    for word in ("usage: kitchen.py", "Bake a cake.", "Which cake", "--oven-heat INT", "180"):
         assert word in out
-    assert "oven_heat" not in out
-
-
-def test_the_preset_comes_first_and_digits_is_the_default():
-    assert preset()[:2] == ("digits", PRESETS["digits"])
-    assert preset("ring")[:2] == ("ring", PRESETS["ring"])
-    name, config, run = preset("--workers", "0")
-    assert (name, config, run) == ("digits", PRESETS["digits"], Run(workers=0))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_parsed_as_it_is(name):
     assert preset(name) == (name, PRESETS[name], Run())
+
+
+def test_the_preset_comes_first_and_has_a_default():
+    assert preset("--workers", "0") == ("digits", PRESETS["digits"], Run(workers=0))
+    with pytest.raises(UserError, match="There is no preset 'mnits'; choose one of ring, grid, "):
+        preset("mnits")
 
 
 def test_settings_carry_their_dotted_name_and_options_stand_beside_them():
@@ -148,37 +148,24 @@ def test_settings_carry_their_dotted_name_and_options_stand_beside_them():
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "name"),
     [
-        (
-            ["mnits"],
-            "There is no preset 'mnits'; choose one of ring, grid, digits, mnist, celeba, ",
-        ),
-        (["--workers", "two"], "--workers takes a whole number, but got 'two'."),
-        (["--workers", "0", "ring"], "The argument 'ring' is not expected there; put the preset f"),
-        (["--gpu", "3"], "The argument '3' is not expected there; see train.py --help."),
-        (["--optim.lr-gg", "1"], "There is no flag --optim.lr-gg; did you mean --optim.lr_g?"),
-        (["--lr_g", "1"], "There is no flag --lr_g; did you mean --optim.lr_g?"),
-        (["--run.workers", "1"], "There is no flag --run.workers; did you mean --workers?"),
-        (["--optim.lr_g", "fast"], "--optim.lr_g takes a number, but got 'fast'."),
+        (["--optim.lr_gg", "1"], "--optim.lr-g"),
+        (["--workers", "0", "ring"], "ring"),
         (["--optim.beta1", "3"], "optim.beta1 is 3.0, but must be in [0, 1)."),
-        (["--transform.flip"], "--transform.flip needs a value; see train.py --help."),
-        (["--transform.flip", "maybe"], "--transform.flip is 'maybe', but must be one of True, F"),
-        (
-            ["--model.norm", "layer"],
-            "--model.norm is 'layer', but must be one of batch, sync, group, none.",
-        ),
-        (["--data", "--json"], "--data needs a value; see train.py --help."),
+        (["--transform.flip"], "--transform.flip"),
+        (["--model.norm", "layer"], "batch"),
+        (["--data", "--json"], "--data"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_sentence(argv, sentence):
-    with pytest.raises(UserError) as told:
-        preset(*argv)
-    assert str(told.value).startswith(sentence)
-    assert "\n" not in str(told.value)
+def test_a_wrong_setting_is_named_on_stderr_with_status_2(capsys, argv, name):
+    options = {"default": "digits", "argv": argv}
+    code, out, err = exit_of(capsys, cli.run_preset, train, Run, PRESETS, **options)
+    assert (code, out) == (2, "")
+    assert name in err
 
 
-def test_run_preset_hands_over_all_three(capsys):
+def test_run_preset_passes_on_name_config_and_options(capsys):
     argv = ["ring", "--optim.lr_g", "0.5", "--gpu", "--json"]
     code, out, _ = exit_of(capsys, cli.run_preset, train, Run, PRESETS, default="digits", argv=argv)
     assert code == 0
@@ -189,23 +176,22 @@ def test_help_of_a_preset_shows_its_own_defaults(capsys):
     argv = ["celeba", "--help"]
     code, out, _ = exit_of(capsys, cli.run_preset, train, Run, PRESETS, default="digits", argv=argv)
     assert code == 0
-    assert "--model.z_dim INT" in out
-    assert "1024" in out
-    assert "--run-id" in out
-    assert "Train one model." in out
+    for word in ("--model.z-dim INT", "1024", "--run-id", "Train one model."):
+        assert word in out
 
 
 def test_verbs_share_one_command(capsys):
     verbs = {"bake": (bake, Bake), "eat": (lambda options: {"eaten": options.cake}, Bake)}
-    more = {"prog": "kitchen.py"}
-    code, out, _ = exit_of(capsys, cli.run_verb, verbs, argv=["eat", "tart", "--json"], **more)
+    code, out, _ = exit_of(capsys, cli.run_verb, verbs, argv=["eat", "tart", "--json"])
     assert (code, json.loads(out)) == (0, {"eaten": "tart"})
-    code, _, err = exit_of(capsys, cli.run_verb, verbs, argv=["burn"], **more)
-    assert (code, err) == (2, "There is no kitchen.py 'burn'; choose one of bake, eat.\n")
-    code, out, _ = exit_of(capsys, cli.run_verb, verbs, argv=["--help"], **more)
+    code, out, _ = exit_of(capsys, cli.run_verb, verbs, argv=["--help"])
     assert code == 0
     assert "bake       Bake a cake." in out
-    code, _, err = exit_of(capsys, cli.run_verb, verbs, argv=[], **more)
-    assert (code, err) == (2, "kitchen.py needs a verb: bake or eat; see kitchen.py --help.\n")
-    code, _, err = exit_of(capsys, cli.run_verb, verbs, argv=["eat"], **more)
-    assert (code, err) == (2, "kitchen.py eat needs CAKE; see kitchen.py eat --help.\n")
+    for argv, message in (
+        (["burn"], "There is no verb 'burn': use bake, eat; see kitchen.py --help."),
+        ([], "kitchen.py needs a verb: use bake, eat; see kitchen.py --help."),
+        (["eat"], "kitchen.py eat --help"),
+    ):
+        code, _, err = exit_of(capsys, cli.run_verb, verbs, argv=argv)
+        assert code == 2
+        assert message in err
