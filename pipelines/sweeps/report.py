@@ -1,89 +1,76 @@
-"""What people see of a sweep: a line for every score, a table, a picture and an HTML page."""
+"""The output of a sweep: a line per score, a table, a figure and the command of the best trial."""
 
 import logging
-import sys
+import shlex
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
+from ivegan import storage
+from ivegan.config import flatten
+from ivegan.config import preset as preset_of
+from ivegan.errors import UserError
 from ivegan.evaluation import figures
-from ivegan.evaluation.report import Figure, page, picture, text
+from pipelines.sweeps.definition import Definition
 from pipelines.sweeps.space import Objective
+from pipelines.sweeps.trial import index_name, trial_name
+from pipelines.tracking import client as tracking
+from pipelines.training.plan import Plan, Run, shared
 
 log = logging.getLogger(__name__)
 
-_CAPTION = (
-    "Left, the course of every trial: dark the best, light blue the others of full length, grey "
-    "what was stopped early. Right, the last score of each trial against what was searched."
-)
-
 
 class Cut(BaseException):
-    """Ends Tune's loop. After an Exception Tune would wait for its trials, which may go on."""
+    """Ends Tune's loop. After an Exception Tune would wait for all trials to end."""
 
 
 class Progress(Callback):
-    """Shows the scores of a sweep as they come: a bar in a terminal, plain lines elsewhere.
+    """Prints the scores of a sweep as they come.
 
-    What is to be done about a trial that stops early is done in a thread: Tune waits for nothing.
+    Args:
+        total: number of trials.
+        length: images of a trial that is not stopped.
+        objective: score that trials are compared by.
+        stopped: called with the name of each trial that is stopped early.
     """
 
     cut = threading.Event()
-    """Ends the sweep where it is. Of the class: a restored sweep has unpickled callbacks."""
+    """Ends the sweep. An attribute of the class, since a restored sweep unpickles its callbacks."""
 
     def __init__(
-        self,
-        total: int,
-        length: int,
-        objective: Objective,
-        name: Callable[[dict[str, Any], str], str],
-        stopped: Callable[[str], None],
+        self, total: int, length: int, objective: Objective, stopped: Callable[[str], None]
     ) -> None:
-        """Show nothing yet.
-
-        Args:
-            total: trials.
-            length: images of a trial that is not stopped.
-            objective: what decides between trials.
-            name: returns a trial's name, from its settings and Tune's name for it.
-            stopped: called with the name of every trial that stops early; may fail.
-        """
         self.total, self.length, self.objective = total, length, objective
-        self.name, self.stopped = name, stopped
+        self.stopped = stopped
         self.done: set[str] = set()
         self.best: tuple[str, float | None] = ("", None)
-        self._bar: Any = None
-        self._thread: ThreadPoolExecutor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lives in this process: Tune pickles this with the sweep."""
-        return {**self.__dict__, "_bar": None, "_thread": None}
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
-        """Leave Tune's loop if the sweep is cut."""
+        """Leave Tune's loop if the sweep is interrupted."""
         if self.cut.is_set():
             raise Cut
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any
     ) -> None:
-        """Show a score."""
+        """Print a score."""
         metric = self.objective.metric
         if metric not in result or result.get("diverged"):
             return
         self._catch_up(trials)
         self._compare(trial, result)
-        name, score = self.name(trial.config, trial.trial_id), result[metric]
-        self._write(
+        name, score = trial_name(trial.config, trial.trial_id), result[metric]
+        print(
             f"trial {name}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
-            f"{self.objective.name} {score:.3f}  (best {self.best[1]:.3f}, trial {self.best[0]})"
+            f"{self.objective.name} {score:.3f}  (best {self.best[1]:.3f}, trial {self.best[0]})",
+            flush=True,
         )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """Show the end of a trial."""
+        """Print the end of a trial; record a trial that was stopped early."""
         last = trial.last_result
         if last.get("diverged"):
             self._ended(trials, trial, "diverged")
@@ -91,141 +78,177 @@ class Progress(Callback):
             self._ended(trials, trial, "is done")
         else:
             self._ended(trials, trial, "stops early")
-            self._thread = self._thread or ThreadPoolExecutor(1)
-            self._thread.submit(self._tell_stopped, self.name(trial.config, trial.trial_id))
-
-    def _tell_stopped(self, name: str) -> None:
-        try:
-            self.stopped(name)
-        except Exception as error:  # of any kind: the end of the sweep does it again
-            log.warning("Trial %s is still shown as running (%s); the sweep goes on", name, error)
+            try:
+                self.stopped(trial_name(trial.config, trial.trial_id))
+            except UserError as error:  # the end of the sweep does it again
+                log.warning("%s", error)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """Show that a trial failed."""
-        error = trial.get_pickled_error() or "no word of why"
-        self._ended(trials, trial, f"failed ({str(error).strip().splitlines()[-1][:200]})")
-
-    def on_experiment_end(self, trials: Any, **_: Any) -> None:
-        """Leave the terminal in order."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+        """Print the failure of a trial."""
+        error = str(trial.get_pickled_error() or "unknown error")
+        self._ended(trials, trial, f"failed ({error.strip().splitlines()[-1][:200]})")
 
     def _catch_up(self, trials: Any) -> None:
-        """Take in the trials that ended before a kill: Tune does not tell of them again."""
+        """Add trials that ended before a restore, of which Tune reports nothing again."""
         for trial in trials:
             if trial.is_finished() and trial.trial_id not in self.done:
                 self.done.add(trial.trial_id)
                 self._compare(trial, trial.last_result)
 
     def _compare(self, trial: Any, result: Mapping[str, Any]) -> None:
-        """Keep the best score so far."""
+        """Update the best score."""
         score = None if result.get("diverged") else result.get(self.objective.metric)
         if self.objective.rank(score) < self.objective.rank(self.best[1]):
-            self.best = (self.name(trial.config, trial.trial_id), score)
+            self.best = (trial_name(trial.config, trial.trial_id), score)
 
     def _ended(self, trials: Any, trial: Any, how: str) -> None:
         self._catch_up(trials)
         self.done.add(trial.trial_id)
-        name = self.name(trial.config, trial.trial_id)
-        self._write(f"trial {name} {how}; {len(self.done)} of {self.total} have ended")
-        if self._bar is not None:
-            self._bar.update(len(self.done) - self._bar.n)
-
-    def _write(self, line: str) -> None:
-        if self._bar is None and sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=self.total, initial=len(self.done), unit=" trials", file=sys.stdout
-            )
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+        name = trial_name(trial.config, trial.trial_id)
+        print(f"trial {name} {how}; {len(self.done)} of {self.total} have ended", flush=True)
 
 
-def shown(value: object) -> str:
-    """Return a setting as it is shown to people, and may be pasted."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
+    """Return the result of a search, its trials sorted by score.
+
+    Args:
+        plan: plan that all trials share.
+        definition: definition of the sweep.
+        ends: Tune's results.
+
+    Raises:
+        UserError: no trial has a score.
+    """
+    objective = definition.objective
+    by_name = {Path(end.path).name: end for end in ends}
+    settings = {name: end.config or {} for name, end in by_name.items()}
+    if definition.trials is not None:  # Tune has no result of a trial that the budget left out
+        settings = {index_name(i): changes for i, changes in enumerate(definition.trials)}
+    trials = [
+        _trial_result(plan, objective, name, settings[name], by_name.get(name)) for name in settings
+    ]
+    trials.sort(key=lambda t: objective.rank(t[objective.metric]))
+    best = trials[0]
+    if best[objective.metric] is None:
+        raise UserError(f"No trial of {plan.run_id} came as far as a score; see {plan.run_uri}.")
+    return {
+        "sweep_id": plan.run_id,
+        "preset": plan.preset,
+        "length": _length(plan),
+        "objective": {"metric": objective.metric, "mode": objective.mode},
+        "best_config": best["config"],
+        "best_metric": best[objective.metric],
+        "trials": trials,
+        "figure": storage.join(plan.run_uri, "figures", "sweep.png"),
+        "command": command_of(plan, best["config"]),
+    }
+
+
+def _length(plan: Plan) -> int:
+    return plan.config.total_steps * plan.config.batch_size
+
+
+def _trial_result(
+    plan: Plan, objective: Objective, name: str, settings: dict[str, Any], end: Any
+) -> dict[str, Any]:
+    """Return the result of a trial, from its run folder and from Tune's last report.
+
+    Tune forgets reports of a trial that ended just before a kill; the run folder may lack the last
+    score of a trial that was stopped early.
+    """
+    last = (end.metrics if end is not None else None) or {}
+    diverged = bool(last.get("diverged"))
+    run_id = f"{plan.run_id}-{name}"
+    run_uri = storage.join(plan.run_uri.rpartition("/")[0], run_id)
+    images, scores = tracking.curve(run_uri, objective.metric)
+    if objective.metric in last and last["images_seen"] > max(images, default=0):
+        images.append(last["images_seen"])
+        scores.append(last[objective.metric])
+    seen = max(images, default=0)
+    if diverged:
+        state = "diverged"
+    elif end is not None and end.error:
+        state = "failed"
+    elif not scores:
+        state = "not scored"
+    else:
+        state = "done" if seen >= _length(plan) else "stopped early"
+    parts = {k: float(v) for k, v in last.items() if k.startswith("valid/") and not diverged}
+    return {
+        "trial": name,
+        "run_id": run_id,
+        "config": settings,
+        **parts,
+        objective.metric: scores[-1] if scores and not diverged else None,
+        "images_seen": seen,
+        "state": state,
+        "checkpoint": last.get("checkpoint"),
+        "curve": {"images_seen": images, objective.metric: scores},
+    }
+
+
+def command_of(plan: Plan, best: dict[str, Any]) -> str:
+    """Return the command that trains a configuration at full length, as its trial was trained."""
+    default = flatten(preset_of(plan.preset))
+    settings = {k: v for k, v in flatten(plan.config).items() if v != default[k]} | best
+    settings.pop("total_images", None)
+    usual = shared(Run())
+    own = {k: v for k, v in shared(plan.run).items() if v != usual[k]}
+    own["workers"] = max(1, plan.run.workers)
+    own |= {"data": plan.data_uri} if plan.run.data else {}
+    own |= {"storage": plan.run_uri.rpartition("/")[0]} if plan.run.storage else {}
+    words = ["python", "pipelines/train.py", plan.preset]
+    words += [word for k, v in settings.items() for word in (f"--{k}", str(v))]
+    for name, value in own.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """Return the lines of a table of the trials, in their order.
 
     Args:
-        result: as ``tune.sweep`` returns it.
+        result: result of a sweep.
     """
     trials, objective = result["trials"], Objective(**result["objective"])
     names = list(trials[0]["config"])
-    head = ["trial", objective.name, "images", "", *names]
-    rows = [
-        [t["trial"], _score(t[objective.metric], 4), f"{t['images_seen']:,}", t["state"]]
-        + [shown(t["config"].get(name, "")) for name in names]
-        for t in trials
-    ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rows = [["trial", objective.name, "images", "", *names]]
+    for one in trials:
+        score = one[objective.metric]
+        settings = [one["config"].get(name, "") for name in names]
+        rows.append(
+            [
+                one["trial"],
+                "" if score is None else f"{score:.4f}",
+                f"{one['images_seen']:,}",
+                one["state"],
+                *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in settings),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(w) if i in (0, 3) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if i in (0, 3) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in (head, *rows)
+        for row in rows
     ]
 
 
-def _score(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def render(result: Mapping[str, Any], command: str) -> tuple[bytes, str]:
-    """Return (PNG, HTML page) of a finished sweep.
-
-    Args:
-        result: as ``tune.sweep`` returns it.
-        command: that trains the best configuration.
-    """
+def picture(result: Mapping[str, Any]) -> bytes:
+    """Return the PNG of a finished sweep: curves of the trials, and last scores by setting."""
     trials, objective = result["trials"], Objective(**result["objective"])
     metric = objective.metric
     names = [k for k, v in trials[0]["config"].items() if isinstance(v, (int, float))]
     states = [t["state"] for t in trials]
-    note = f"{len(trials)} trials of {result['length']:,} images: " + ", ".join(
-        f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))
-    )
-    drawn = [t for t in trials if t[metric] is not None]
+    counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(sorted(states)))
+    scored = [t for t in trials if t[metric] is not None]
     image = figures.search(
-        [(t["curve"]["images_seen"], t["curve"][metric]) for t in drawn],
-        {name: [t["config"][name] for t in drawn] for name in names},
+        [(t["curve"]["images_seen"], t["curve"][metric]) for t in scored],
+        {name: [t["config"][name] for t in scored] for name in names},
         result["length"],
         f"{result['preset']}: sweep {result['sweep_id']}",
         score=objective.name,
-        note=note,
+        note=f"{len(trials)} trials of {result['length']:,} images: {counts}",
     )
-    parts = sorted(k for k in trials[0] if k.startswith("valid/") and k != metric)
-    settings = list(trials[0]["config"])
-    scores = [p.removeprefix("valid/") for p in (metric, *parts)]
-    head = ["trial", *scores, "images", "", *settings]
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{text(cell)}</td>"
-            for cell in (
-                t["trial"],
-                *(_score(t.get(k), 3) for k in (metric, *parts)),
-                f"{t['images_seen']:,}",
-                t["state"],
-                *(shown(t["config"].get(name, "")) for name in settings),
-            )
-        )
-        + "</tr>"
-        for t in trials
-    )
-    body = (
-        f"{picture(Figure('sweep', image, _CAPTION))}<h2>The best</h2>"
-        f"<p><code>{text(command)}</code></p><h2>Every trial</h2><table><thead><tr>"
-        + "".join(f"<th>{text(cell)}</th>" for cell in head)
-        + f"</tr></thead><tbody>{rows}</tbody></table>"
-    )
-    lead = f"{note} · chosen by {objective.name} on the validation split, never by a loss"
-    return figures.png(image), page(f"Sweep of {result['preset']}", lead, body)
+    return figures.png(image)

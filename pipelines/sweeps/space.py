@@ -1,20 +1,21 @@
-"""What a sweep searches: dotted settings with the values that they may take, and what it is for.
+"""What a sweep searches: dotted settings with Ray Tune's domains, and the score to optimize.
 
-Spaces are written the same way here, on the command line and in MLflow, one setting a word:
-``optim.lr_g=1e-4..2e-3`` is a range, ``model.z_dim=2,3,8`` a choice. A range of a float is drawn
-evenly on a logarithmic scale, a range of whole numbers evenly.
+On the command line a setting is one word: ``optim.lr_g=1e-4..2e-3`` is a range, log-uniform for
+floats and uniform for integers; ``model.z_dim=2,3,8`` is a choice; ``model.z_dim=`` removes it.
 """
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ivegan.config import Config, flatten, override
 from ivegan.errors import UserError
+
+if TYPE_CHECKING:  # Ray takes seconds to import
+    from ray.tune.search.sample import Domain
 
 _RATES = "optim.lr_g=1e-4..2e-3 optim.lr_d=1e-4..2e-3"
 SPACES = {
@@ -24,7 +25,7 @@ SPACES = {
     "mnist": f"{_RATES} model.z_dim=2,3,8,16,32 model.noise_dim=2,4,8",
     "celeba": f"{_RATES} model.z_dim=128,256,512,1024 model.noise_dim=4,16,64",
 }
-"""What a sweep of a data set searches unless told otherwise."""
+"""Default search space of each data set."""
 
 _POINTS = "quality right_mode coverage high_quality"
 _CLASSES = "quality same_class one_nn near frechet"
@@ -35,94 +36,64 @@ SCORES = {
     "mnist": _CLASSES,
     "celeba": "quality same_attributes probe_auroc near frechet",
 }
-"""What ``ivegan.evaluate.quality`` returns for a data set; the first decides between trials unless
-told otherwise."""
-_SMALLER_IS_BETTER = ("frechet",)
+"""Scores that ``ivegan.evaluation.evaluate.quality`` returns; the first is the default."""
+_MINIMIZED = ("frechet",)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What decides between trials."""
+    """The score that trials are compared by."""
 
     metric: str
-    """A score on the validation split, under the name that it has in MLflow."""
+    """A score on the validation split, under its MLflow name."""
     mode: Literal["max", "min"]
 
     @property
     def name(self) -> str:
-        """The score as people see it."""
+        """The score's name in tables and figures."""
         return self.metric.removeprefix("valid/")
 
     @property
     def worst(self) -> float:
-        """What a trial scores that diverged."""
+        """The score of a diverged trial."""
         return math.inf if self.mode == "min" else -math.inf
 
     def rank(self, score: float | None) -> float:
-        """Return a number that is the smaller the better the score; none is worst of all."""
+        """Return a sort key, smaller for better scores; a missing score sorts last."""
         if score is None:
             return math.inf
         return score if self.mode == "min" else -score
 
 
 def objective_of(config: Config, score: str = "") -> Objective:
-    """Return what decides between the trials of a sweep of this configuration.
+    """Return the objective of a sweep.
 
     Args:
-        config: whose data set has the scores.
-        score: one of them, ``valid/near``; the data set's first by default.
+        config: configuration whose data set defines the scores.
+        score: name of a score, with or without ``valid/``; the data set's first by default.
 
     Raises:
-        UserError: there is no such score.
+        UserError: the data set has no such score.
     """
-    known = SCORES[config.dataset].split()
-    name = score.removeprefix("valid/") or known[0]
-    if name not in known:
-        told = ", ".join(f"valid/{one}" for one in known)
-        raise UserError(f"--score {score} is not known for {config.dataset}; choose from {told}.")
-    return Objective(f"valid/{name}", "min" if name in _SMALLER_IS_BETTER else "max")
+    scores = SCORES[config.dataset].split()
+    name = score.removeprefix("valid/") or scores[0]
+    if name not in scores:
+        choices = ", ".join(f"valid/{one}" for one in scores)
+        raise UserError(f"--score {score} is not known for {config.dataset}; choose from {choices}")
+    return Objective(f"valid/{name}", "min" if name in _MINIMIZED else "max")
 
 
-@dataclass(frozen=True)
-class Range:
-    """Numbers from low to high, both included."""
-
-    low: float
-    high: float
-    whole: bool
-
-    def draw(self, random: np.random.Generator) -> float | int:
-        """Return one of them: whole numbers evenly, others evenly on a logarithmic scale."""
-        if self.whole:
-            return int(random.integers(int(self.low), int(self.high), endpoint=True))
-        return float(f"{math.exp(random.uniform(math.log(self.low), math.log(self.high))):.4g}")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several values."""
-
-    values: tuple[Any, ...]
-
-    def draw(self, random: np.random.Generator) -> Any:
-        """Return one of them, each equally likely."""
-        return self.values[int(random.integers(len(self.values)))]
-
-
-Space = dict[str, Range | Choice]
-
-
-def space_of(config: Config, changes: str = "") -> Space:
-    """Return what a sweep of this configuration searches.
+def space_of(config: Config, changes: str = "") -> dict[str, str]:
+    """Return the search space of a configuration, as text by setting.
 
     Args:
-        config: whose data set decides what is searched by default, and that holds the rest.
-        changes: settings to add or to replace, written as in ``SPACES``; ``NAME=`` leaves one out.
+        config: configuration whose data set defines the default space.
+        changes: settings to add, replace or remove (``NAME=``), separated by spaces.
 
     Raises:
-        UserError: a word that is no setting, or values that the setting cannot take.
+        UserError: an unknown setting, or values that the setting cannot take.
     """
-    out: Space = {}
+    space: dict[str, str] = {}
     for word in (*SPACES[config.dataset].split(), *changes.split()):
         name, equals, values = word.partition("=")
         if not equals:
@@ -130,65 +101,79 @@ def space_of(config: Config, changes: str = "") -> Space:
                 f"--space {word!r} has no values: write NAME=1,2,3 for a choice, NAME=1e-4..1e-2 "
                 "for a range, NAME= to leave a setting out."
             )
-        known = flatten(config)
-        override(config, {name: known.get(name)})  # says so where there is no such setting
-        out.pop(name, None)
+        override(config, {name: flatten(config).get(name)})  # raises for an unknown setting
+        space.pop(name, None)
         if values:
-            out[name] = _domain(config, name, values, known[name])
-    if not out:
+            ends = _values(config, name, values)
+            space[name] = (".." if ".." in values else ",").join(f"{end}" for end in ends)
+    if not space:
         raise UserError("--space leaves nothing to search: name a setting with several values.")
-    return out
+    return space
 
 
-def _domain(config: Config, name: str, text: str, present: Any) -> Range | Choice:
-    kind = type(present)
+def _values(config: Config, name: str, text: str) -> list[Any]:
+    """Return the values of a choice, or both ends of a range, checked against the configuration."""
+    kind = type(flatten(config)[name])
+    is_range = ".." in text
     try:
-        if ".." in text and kind in (int, float):
-            low, high = (kind(end) for end in text.split(".."))
-            found: Range | Choice = Range(low, high, whole=kind is int)
-            ends: tuple[Any, ...] = (low, high)
-            if not low < high or (kind is float and low <= 0):
-                raise UserError(
-                    f"--space {name}={text} is no range: write LOW..HIGH"
-                    + (", both greater than 0." if kind is float else ".")
-                )
-        else:
-            ends = tuple(
-                part in ("True", "true", "1") if kind is bool else kind(part)
-                for part in text.split(",")
-            )
-            found = Choice(ends)
+        parts = text.split(".." if is_range else ",")
+        values = [p in ("True", "true", "1") if kind is bool else kind(p) for p in parts]
     except ValueError as error:
         raise UserError(f"--space {name} takes {kind.__name__} values, not {text!r}.") from error
-    for end in ends:
-        override(config, {name: end})
+    if is_range and (
+        kind not in (int, float)
+        or len(values) != 2
+        or not values[0] < values[1]
+        or (kind is float and values[0] <= 0)
+    ):
+        positive = ", both greater than 0" if kind is float else ""
+        raise UserError(f"--space {name}={text} is no range: write LOW..HIGH{positive}.")
+    for value in values:
+        override(config, {name: value})
+    return values
+
+
+def domains(config: Config, space: dict[str, str]) -> dict[str, "Domain"]:
+    """Return Ray Tune's domain of each setting of a space."""
+    from ray import tune
+
+    found: dict[str, Domain] = {}
+    for name, text in space.items():
+        values = _values(config, name, text)
+        if ".." not in text:
+            found[name] = tune.choice(values)
+        elif isinstance(values[0], int):
+            found[name] = tune.randint(values[0], values[1] + 1)  # the upper bound is exclusive
+        else:
+            found[name] = tune.loguniform(*values)
     return found
 
 
-def spelled(space: Mapping[str, Range | Choice]) -> dict[str, str]:
-    """Return a space as it is written, by setting."""
-    return {
-        name: f"{domain.low:g}..{domain.high:g}"
-        if isinstance(domain, Range)
-        else ",".join(map(str, domain.values))
-        for name, domain in space.items()
-    }
-
-
-def draw(space: Space, samples: int, seed: int, *, grid: bool) -> list[dict[str, Any]]:
-    """Return the settings of every trial, each a function of the space, the seed and its place.
+def draw(
+    config: Config, space: dict[str, str], samples: int, seed: int, *, grid: bool
+) -> list[dict[str, Any]]:
+    """Return the settings of each trial, a function of the space, the seed and the trial's index.
 
     Args:
-        space: what is searched.
-        samples: trials, or times that the grid is gone through.
-        seed: of the draws.
-        grid: try every combination of the choices, with the ranges drawn anew each time.
+        config: configuration that is searched.
+        space: from ``space_of``.
+        samples: number of trials, or repetitions of the grid.
+        seed: seed of the draws.
+        grid: try each combination of the choices; ranges are drawn anew for each.
     """
-    choices = {k: d.values for k, d in space.items() if isinstance(d, Choice)} if grid else {}
-    rounds = itertools.product(range(samples), *choices.values())
-    out = []
-    for place, (_, *fixed) in enumerate(rounds):
-        random = np.random.default_rng((seed, place))
+    choices = {k: _values(config, k, v) for k, v in space.items() if grid and ".." not in v}
+    drawn = {k: v for k, v in domains(config, space).items() if k not in choices}
+    trials = []
+    for index, (_, *fixed) in enumerate(itertools.product(range(samples), *choices.values())):
+        random = np.random.default_rng((seed, index))
         chosen = dict(zip(choices, fixed, strict=True))
-        out.append({k: chosen[k] if k in chosen else d.draw(random) for k, d in space.items()})
-    return out
+        chosen |= {name: _sample(domain, random) for name, domain in drawn.items()}
+        trials.append({name: chosen[name] for name in space})
+    return trials
+
+
+def _sample(domain: "Domain", random: np.random.Generator) -> Any:
+    """Return a draw as a plain Python value, floats rounded to four digits."""
+    value = domain.sample(random_state=random)
+    value = value.item() if isinstance(value, np.generic) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value

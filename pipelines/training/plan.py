@@ -22,12 +22,8 @@ HOW = ("stream", "precision", "accumulate", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(cli.Options):
-    """Train one preset of IVE-GAN.
-
-    Settings of the run itself are listed with the others, under dotted names; the options here say
-    where and how fast.
-    """
+class Execution(cli.Options):
+    """Where and how fast a run is computed; the same for every command that trains."""
 
     data: str | None = None
     """Shards, a folder or s3:// URI; digits builds its own on first use, points have none."""
@@ -54,12 +50,30 @@ class Run(cli.Options):
     """What the networks compute in; bfloat16 is faster where the machine has units for it."""
     accumulate: int = 1
     """Parts that each worker's share of a batch is computed in, for the memory of one part."""
+    wait_for_nodes: float = 0.0
+    """Seconds to wait for a cluster's autoscaler to add what is missing."""
+
+    def __post_init__(self) -> None:
+        self.at_least(workers=0, threads=1, loaders=0, accumulate=1)
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether samples that are not what the manifest says are left out."""
+        return self.on_bad_sample == "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Execution):
+    """Train one preset of IVE-GAN.
+
+    Settings of the run itself are listed with the others, under dotted names; the options here say
+    where and how fast.
+    """
+
     run_id: str | None = None
     """Name of the run, its folder in storage; made from preset and time by default."""
     resume: bool = False
     """Continue the run id from its last checkpoint if it has one, start it otherwise."""
-    wait_for_nodes: float = 0.0
-    """Seconds to wait for a cluster's autoscaler to add what is missing."""
     log_every: int = 0
     """Images between two lines of progress; 0 is a hundredth of the run."""
     save_every: int = 0
@@ -68,12 +82,25 @@ class Run(cli.Options):
     """MLflow run to nest this one under."""
 
     def __post_init__(self) -> None:
-        self.at_least(workers=0, threads=1, loaders=0, log_every=0, save_every=0, accumulate=1)
+        super().__post_init__()
+        self.at_least(log_every=0, save_every=0)
 
-    @property
-    def skip_bad(self) -> bool:
-        """Whether samples that are not what the manifest says are left out."""
-        return self.on_bad_sample == "skip"
+
+def run_of(execution: Execution, **own: Any) -> Run:
+    """Return the options of a run that is computed as another command's options define.
+
+    Args:
+        execution: options of that command.
+        own: options of the run itself, such as ``run_id``.
+    """
+    return Run(**shared(execution) | own)
+
+
+def shared(execution: Execution) -> dict[str, Any]:
+    """Return the options of an execution by name, without those of the command."""
+    names = {f.name for f in dataclasses.fields(Execution)}
+    names -= {f.name for f in dataclasses.fields(cli.Options)}
+    return {name: getattr(execution, name) for name in sorted(names)}
 
 
 @dataclass(frozen=True, kw_only=True)

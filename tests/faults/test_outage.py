@@ -235,7 +235,7 @@ def test_a_sweep_goes_on_without_its_mlflow_server(
     under = {
         f.path for f in MlflowClient(server.uri).list_artifacts(parent.info.run_id, "evaluation")
     }
-    assert under == {"evaluation/sweep.html", "evaluation/sweep.png"}
+    assert under == {"evaluation/sweep.png"}
     for name, state in states.items():
         run = runs[name]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id

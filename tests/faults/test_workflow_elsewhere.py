@@ -62,11 +62,11 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
     assert len(MlflowClient(store).search_model_versions("name='ivegan-ring-encoder'")) == 1
 
 
-def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home, s3):
+def test_argo_workflows_get_steps_decorators_and_parameters_but_no_credentials(home, s3):
     done = workflow(
-        *("--datastore", f"{s3}/metaflow", "argo-workflows", "create", "--only-json"),
+        *("--datastore", f"{s3}/metaflow", "--with", "timeout:minutes=600"),
+        *("--with", "retry:times=2", "argo-workflows", "create", "--only-json"),
         cwd=home,
-        IVEGAN_LIMITS="train=600,retries=2",
         METAFLOW_KUBERNETES_CONTAINER_IMAGE="registry/ivegan:0.1.0",
         METAFLOW_KUBERNETES_SECRETS="ivegan-places",
     )
@@ -83,18 +83,16 @@ def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home,
         "register": "evaluate.Succeeded",
         "end": "register.Succeeded",
     }
-    minutes = {"start": 1440, "sweep": 10080, "train": 600, "evaluate": 720, "register": 60}
-    for name, limit in minutes.items():
-        assert parts[name]["activeDeadlineSeconds"] == limit * 60
+    for name in order:
+        assert parts[name]["activeDeadlineSeconds"] == 600 * 60
         assert parts[name]["retryStrategy"]["limit"] == 2
         container = parts[name]["container"]
         assert container["image"] == "registry/ivegan:0.1.0"
         assert container["envFrom"][0]["secretRef"]["name"] == "ivegan-places"
         variables = {one["name"]: one["value"] for one in container["env"]}
-        assert variables["IVEGAN_LIMITS"] == "train=600,retries=2"  # the pod's own alarm agrees
         assert variables["METAFLOW_S3_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]
     parameters = {one["name"] for one in spec["arguments"]["parameters"]}
-    assert {"preset", "set", "data", "storage", "out", "workers", "sweep-samples"} <= parameters
+    assert parameters == {"preset", "options"}
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         assert name not in done.stdout
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout
@@ -108,9 +106,10 @@ def test_argo_workflows_get_steps_limits_and_parameters_but_no_credentials(home,
     ("preset", "missing"),
     [("ring", "storage, out, MLFLOW_TRACKING_URI"), ("digits", "data, storage, out, MLFLOW_")],
 )
-def test_a_pod_without_places_outside_it_is_refused_before_it_works(home, preset, missing):
-    """As Argo Workflows starts it: without our command, which fills in places of this machine."""
-    words = ["--preset", preset, "--set", "total_images=640,batch_size=64", "--workers", "0"]
+def test_pod_without_places_outside_it_is_refused(home, preset, missing):
+    """As Argo Workflows starts it: without the command, which adds places of this machine."""
+    options = {"set": {"total_images": 640, "batch_size": 64}, "workers": 0}
+    words = ["--preset", preset, "--options", json.dumps(options)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "pipelines" / "flows" / "flow.py"), "run", *words],
         cwd=home,
@@ -121,7 +120,7 @@ def test_a_pod_without_places_outside_it_is_refused_before_it_works(home, preset
     )
     told = done.stdout + done.stderr
     assert done.returncode != 0, told
-    assert f"gone with it: set {missing}" in told
+    assert f"lost when it ends: set {missing}" in told
     assert "Traceback" not in told
     assert not (home / "runs").exists()
 

@@ -27,8 +27,8 @@ RUN += ["--run-id", "one", "--json"]
 SPACE = "optim.lr_g=1e-3 optim.lr_d= model.z_dim= model.noise_dim="
 SWEEP = ["--sweep-samples", "2", "--sweep-images", "1280", "--sweep-space", SPACE]
 PLACES = {
-    "start": "workflow.py prepare 1",
-    "sweep": "sweep_report.py on_trial_result 5",
+    "start": "flows/steps.py prepare 1",
+    "sweep": "sweeps/report.py on_trial_result 5",
     "train": "ivegan/checkpoint.py save 4",
     "evaluate": "client.py add_report 1",  # measured, but told to nobody
     "register": "mlflow/tracking/client.py create_model_version 2",  # one half is, the other not
