@@ -207,8 +207,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_and_stops_the_run(side
 
     def spoil(opt, args, kwargs):
         if state.step >= 2:
-            before or before.extend(p.detach().clone() for p in own.parameters())
-            next(own.parameters()).grad.view(-1)[0] = float("inf")
+            if not before:
+                before.extend(p.detach().clone() for p in own.parameters())
+            gradient = next(own.parameters()).grad
+            assert gradient is not None
+            gradient.view(-1)[0] = float("inf")
 
     optimizer.register_step_pre_hook(spoil)
     with pytest.raises(NonFiniteLossError, match=rf"gradient of {networks} .* in step 3;"):
