@@ -34,7 +34,10 @@ from common import (
 )
 
 from ivegan.config import PRESETS, Config
-from ivegan.data.batches import Split, Stream, batches, load_split, read_split_manifest
+from ivegan.data.batches import batches
+from ivegan.data.cache import Split, load_split
+from ivegan.data.manifest import read_split_manifest
+from ivegan.data.stream import Stream
 from ivegan.step import State, create_state, train_step
 
 

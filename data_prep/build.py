@@ -32,20 +32,18 @@ from PIL import Image
 from data_prep import celeba, digits, mnist
 from data_prep.source import Source
 from ivegan import storage
-from ivegan.data.shards import (
+from ivegan.data.manifest import (
     ENCODING,
     MANIFEST,
     SAMPLES,
     Manifest,
-    Row,
     Shard,
-    decode,
     read_manifest,
-    settings_hash,
     shard_key,
-    tar_parts,
     write_manifest,
 )
+from ivegan.data.tars import Row, decode, write_tar
+from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
 from pipelines import options as cli
 
@@ -247,19 +245,14 @@ def write_shard(job: Job) -> Written:
 def _write_shard(job: Job) -> Written:
     key = shard_key(job.split, job.number)
     samples = DATASETS[job.dataset].read(job.source, job.split, job.start, job.stop, **job.options)
-    rows: list[Row] = []
-    digest, size = hashlib.sha256(), 0
-    with storage.new_file(storage.join(job.out, key)) as file:
-        for part in tar_parts(samples, rows):
-            file.write(part)
-            digest.update(part)
-            size += len(part)
+    raw, rows = write_tar(samples)
+    storage.write_bytes(storage.join(job.out, key), raw)
     shard = Shard(
         split=job.split,
         key=key,
         samples=len(rows),
-        bytes=size,
-        sha256=digest.hexdigest(),
+        bytes=len(raw),
+        sha256=sha256_hex(raw),
     )
     record = {"shard": dataclasses.asdict(shard), "rows": rows}
     storage.write_bytes(job.record, json.dumps(record).encode())
@@ -321,7 +314,7 @@ def _standing(plan: Plan) -> Manifest | None:
     if storage.exists(storage.join(plan.out, MANIFEST)):
         manifest = read_manifest(plan.out)
         about = plan.about
-        if manifest.settings_hash != settings_hash(plan.settings):
+        if manifest.settings_hash != digest(plan.settings):
             raise UserError(
                 f"{plan.out} holds {manifest.dataset} built with other settings: {_ADVICE}."
             )
@@ -405,7 +398,7 @@ def _complete(plan: Plan, finished: dict[str, Written]) -> Manifest:
         shards=tuple(one.shard for one in written),
         sources=plan.about.sources,
         settings=plan.settings,
-        settings_hash=settings_hash(plan.settings),
+        settings_hash=digest(plan.settings),
         label_names=plan.about.label_names,
         extras={name: hashlib.sha256(content).hexdigest() for name, content in extras.items()},
     )

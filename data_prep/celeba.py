@@ -29,7 +29,8 @@ from PIL import Image, UnidentifiedImageError
 
 from data_prep.source import Source, file_sha256
 from ivegan import storage
-from ivegan.data.shards import SPLITS, Sample
+from ivegan.data.manifest import SPLITS
+from ivegan.data.tars import Sample
 from ivegan.errors import UserError
 
 OPTIONS = frozenset({"crop", "limit"})

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.source import Source
-from ivegan.data.shards import Sample
+from ivegan.data.tars import Sample
 from ivegan.errors import UserError
 
 OPTIONS = frozenset[str]()

@@ -26,7 +26,7 @@ import numpy as np
 
 from data_prep.source import Source
 from ivegan import storage
-from ivegan.data.shards import Sample
+from ivegan.data.tars import Sample
 from ivegan.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,9 @@ from hashlib import sha256
 from typing import Any
 
 from ivegan import storage
-from ivegan.data.shards import MANIFEST, Manifest, Shard, read_manifest, read_tar, settings_hash
+from ivegan.data.manifest import MANIFEST, Manifest, Shard, read_manifest
+from ivegan.data.tars import read_tar
+from ivegan.digest import digest
 from ivegan.errors import UserError
 from pipelines import options as cli
 
@@ -40,10 +42,10 @@ def verify(uri: str) -> list[str]:
         f"{name} does not belong to the data set."
         for name in sorted(present.keys() - named - {MANIFEST} - manifest.extras.keys())
     ]
-    for name, digest in manifest.extras.items():
+    for name, sha256_digest in manifest.extras.items():
         if name not in present:
             wrong.append(f"{name} is missing.")
-        elif _sha256(storage.join(uri, name)) != digest:
+        elif _sha256(storage.join(uri, name)) != sha256_digest:
             wrong.append(f"{name} has another sha256 than the manifest says.")
     keys: Counter[str] = Counter()
     for shard in manifest.shards:
@@ -98,7 +100,7 @@ def _of_manifest(manifest: Manifest) -> Iterator[str]:
                 f"{MANIFEST} says {manifest.splits.get(split, 0)} samples of {split}, but its "
                 f"shards sum to {counted[split]}."
             )
-    if settings_hash(manifest.settings) != manifest.settings_hash:
+    if digest(manifest.settings) != manifest.settings_hash:
         yield f"{MANIFEST} holds settings of another hash than it says."
 
 

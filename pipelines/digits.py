@@ -2,7 +2,7 @@
 
 from data_prep.build import build
 from ivegan import storage
-from ivegan.data.shards import MANIFEST
+from ivegan.data.manifest import MANIFEST
 from pipelines.training.plan import Plan
 
 

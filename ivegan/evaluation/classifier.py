@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
 
 from ivegan.config import Transform
-from ivegan.data.batches import lock
+from ivegan.data.cache import lock
 from ivegan.errors import UserError
 from ivegan.shapes import Float, UInt8
 from ivegan.transforms import to_float, transform

@@ -20,8 +20,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ivegan import checkpoint, storage
 from ivegan.config import Config
-from ivegan.data import batches as data
-from ivegan.data import shards
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation import figures, metrics
 from ivegan.evaluation.classifier import Classifier, classifier_of, classify
@@ -146,7 +146,7 @@ def evaluate(
         if not where:
             raise UserError(f"The checkpoint {uri} does not say where its data are: give --data.")
         facts["data"] = where
-        facts["evaluated_dataset_hash"] = shards.read_manifest(where).hash
+        facts["evaluated_dataset_hash"] = read_manifest(where).hash
         found, pages, evaluated = _images(model, where, Path(cache_dir), seed, limit)
     facts["evaluated"] = evaluated
     found = {PREFIX + name: value for name, value in found.items()}
@@ -382,7 +382,7 @@ def _images(
         **_invariance(model, sets.x, codes, seed),
     }
     log.info("drawing figures")
-    names = shards.read_manifest(data_uri).label_names
+    names = read_manifest(data_uri).label_names
     return found, _pictures(model, sets, codes, list(names), seed), count
 
 
@@ -392,14 +392,14 @@ def _load(config: Config, data_uri: str, split: str, cache_dir: Path, limit: int
     Raises:
         UserError: images of another shape than the networks take.
     """
-    shape, wanted = shards.read_manifest(data_uri).image_shape, sample_shape(config.model)
+    shape, wanted = read_manifest(data_uri).image_shape, sample_shape(config.model)
     if tuple(shape) != wanted:
         raise UserError(
             f"The images of {data_uri} are {tuple(shape)}, but the checkpoint's networks take "
             f"{wanted}; give the data set that it was trained on."
         )
-    train = data.load_split(data_uri, "train", cache_dir)
-    test = data.load_split(data_uri, split, cache_dir)
+    train = load_split(data_uri, "train", cache_dir)
+    test = load_split(data_uri, split, cache_dir)
     here = _some(len(test.images), limit)
     x, labels = test.images[here], test.labels[here]
     return _Data(train.images, train.labels, x, labels, train.dataset_hash)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ivegan.config import Config
-from ivegan.data import shards
+from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import quality
 
@@ -78,7 +78,7 @@ def examine(
         raise UserError("The candidate does not say where its data are: give --data.")
     faults = [f"it does not say its {name}" for name in _TRACEABLE if not candidate.facts.get(name)]
     trained_on = candidate.facts.get("dataset_hash")
-    if where is not None and trained_on and shards.read_manifest(where).hash != trained_on:
+    if where is not None and trained_on and read_manifest(where).hash != trained_on:
         faults.append(f"{where} is not the data set that it was trained on")
 
     def scores_of(one: Contender) -> dict[str, float]:

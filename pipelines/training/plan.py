@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from ivegan import storage
 from ivegan.config import Config, to_dict
-from ivegan.data import batches as data
-from ivegan.data.batches import CACHE_LIMIT
-from ivegan.data.shards import Manifest, read_manifest
+from ivegan.data.cache import CACHE_LIMIT
+from ivegan.data.manifest import Manifest, read_manifest
+from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.networks import sample_shape
 from pipelines import options as cli
@@ -225,9 +225,9 @@ def check_same_data(what: str, plan: Plan, before: str, now: str) -> None:
         )
 
 
-def stream_of(plan: Plan, manifest: Manifest) -> data.Stream:
+def stream_of(plan: Plan, manifest: Manifest) -> Stream:
     assert plan.data_uri is not None
-    return data.Stream(
+    return Stream(
         data_uri=plan.data_uri,
         manifest=manifest,
         split="train",

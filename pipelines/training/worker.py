@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 
 from ivegan import checkpoint
-from ivegan.data import batches as data
+from ivegan.data.batches import batches, first_images
+from ivegan.data.cache import Split, load_split
+from ivegan.data.manifest import read_split_manifest
+from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.evaluation.figures import progress_figures
-from ivegan.speed.layers import keep_freed_memory
+from ivegan.layers import keep_freed_memory
 from ivegan.step import create_state, distribute, train
 from pipelines.training.plan import Plan, Run, stream_of
 
@@ -33,23 +36,23 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     if not run.gpu:
         keep_freed_memory()
     state = create_state(config, device_of(run), getattr(torch, run.precision))
-    state.micro_batches = run.accumulate
+    state.parts = run.accumulate
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
         checkpoint.restore(state, start)
     if run.compile:
-        for network in (state.generator_side, state.discriminator_side):
+        for network in (state.players, state.judges):
             network.compile(dynamic=False)
     distribute(state)
     source = _training_data(plan)
-    pictured = data.first_images(source, 10) if source is not None and rank == 0 else None
-    batches = data.batches(config, source, state.step, rank, world_size, state.device)
+    pictured = first_images(source, 10) if source is not None and rank == 0 else None
+    inputs = batches(config, source, state.step, rank, world_size, state.device)
     log_every = run.log_every or max(1, config.total_images // 100)
     save_every = run.save_every or max(1, config.total_images // 10)
     saved, before = start, state.images_seen
     clock = Clock(before)
     metrics: dict[str, float] = {}
-    for progress in train(state, batches, log_every):
+    for progress in train(state, inputs, log_every):
         seen = progress.images_seen
         clock.lap(seen)
         metrics = progress.metrics | {"rate/images_per_second": clock.rate}
@@ -75,14 +78,14 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     }
 
 
-def _training_data(plan: Plan) -> data.Split | data.Stream | None:
+def _training_data(plan: Plan) -> Split | Stream | None:
     """Return what a worker reads; None for points."""
     run = plan.run
     if plan.data_uri is None:
         return None
     if run.stream:
-        return stream_of(plan, data.read_split_manifest(plan.data_uri, "train"))
-    return data.load_split(
+        return stream_of(plan, read_split_manifest(plan.data_uri, "train"))
+    return load_split(
         plan.data_uri,
         "train",
         plan.cache_dir,

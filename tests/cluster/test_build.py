@@ -15,17 +15,18 @@ from data_prep import build as build_module
 from data_prep.build import build, make_plan, write_shard
 from data_prep.verify import verify
 from ivegan import storage
-from ivegan.data import batches as data
-from ivegan.data import shards
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
+from ivegan.data.tars import Sample, read_tar
 from ivegan.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def samples_of(out: Path | str, split: str) -> list[shards.Sample]:
-    manifest = shards.read_manifest(str(out))
+def samples_of(out: Path | str, split: str) -> list[Sample]:
+    manifest = read_manifest(str(out))
     parts = [storage.read_bytes(storage.join(out, s.key)) for s in manifest.of_split(split)]
-    return [sample for part in parts for sample in shards.read_tar(part)]
+    return [sample for part in parts for sample in read_tar(part)]
 
 
 def program(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -37,7 +38,7 @@ def program(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_digits_keep_their_counts_and_every_class_its_share(digits_dataset, tmp_path):
-    manifest = shards.read_manifest(digits_dataset)
+    manifest = read_manifest(digits_dataset)
     assert manifest.splits == {"train": 1347, "valid": 150, "test": 300}
     assert manifest.image_shape == (1, 16, 16)
     seen = []
@@ -103,7 +104,7 @@ def test_a_killed_build_goes_on_and_ends_like_an_unbroken_one(idx_folder, tmp_pa
     truncated.write_bytes(truncated.read_bytes()[:100])
     (killed / "train" / ".shard-00003.tar.abc").write_bytes(b"half")
     with pytest.raises(UserError, match="There is no data set"):
-        shards.read_manifest(str(killed))
+        read_manifest(str(killed))
     with pytest.raises(UserError, match="an unfinished build with other settings"):
         build("mnist", str(idx_folder), str(killed), shard_size=5)
     result = build("mnist", str(idx_folder), str(killed), shard_size=4)
@@ -247,15 +248,13 @@ def test_from_a_bucket_to_a_bucket_and_back(s3, idx_folder, face_folder, tmp_pat
     assert files_of(tmp_path / "back") == files_of(local)
     assert build("mnist", f"{s3}/raw/digits", f"{s3}/built/digits", shard_size=10)["skipped"] == 5
     assert verify(f"{s3}/built/digits") == []
-    ours = data.load_split(str(local), "train", tmp_path / "cache")
-    theirs = data.load_split(f"{s3}/built/digits", "train", tmp_path / "cache-s3")
+    ours = load_split(str(local), "train", tmp_path / "cache")
+    theirs = load_split(f"{s3}/built/digits", "train", tmp_path / "cache-s3")
     np.testing.assert_array_equal(ours.images, theirs.images)
     storage.upload_folder(face_folder, f"{s3}/raw/faces")  # the zip is read in place
     build("celeba", f"{s3}/raw/faces", f"{s3}/built/faces")
     build("celeba", str(face_folder), str(tmp_path / "faces-here"))
-    assert shards.read_manifest(f"{s3}/built/faces") == shards.read_manifest(
-        str(tmp_path / "faces-here")
-    )
+    assert read_manifest(f"{s3}/built/faces") == read_manifest(str(tmp_path / "faces-here"))
 
 
 def test_ray_tasks_write_to_the_bucket(s3, idx_folder, ray_cluster):

@@ -23,8 +23,9 @@ from data_prep.build import build
 from data_prep.verify import verify
 from ivegan import storage
 from ivegan.config import override, preset
-from ivegan.data import batches as data
-from ivegan.data import shards
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
+from ivegan.data.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = str(ROOT / "data_prep" / "build.py")
@@ -36,8 +37,8 @@ def remote_files(uri: str) -> dict[str, bytes]:
 
 
 def streamed(uri: str, steps: int) -> torch.Tensor:
-    manifest = shards.read_manifest(uri)
-    stream = data.Stream(data_uri=uri, manifest=manifest, split="train", loaders=0)
+    manifest = read_manifest(uri)
+    stream = Stream(data_uri=uri, manifest=manifest, split="train", loaders=0)
     return torch.cat(list(itertools.islice(stream.batches(CONFIG, 0, 0, 1), steps)))
 
 
@@ -72,9 +73,9 @@ def test_a_bad_network_changes_nothing(s3, s3_variables, tmp_path, monkeypatch):
         written = set(proxy.injected)
         assert build("digits", None, uri, shard_size=100)["skipped"] == 19
         assert verify(uri) == []
-        cached = data.load_split(uri, "train", tmp_path / "cache")
+        cached = load_split(uri, "train", tmp_path / "cache")
         np.testing.assert_array_equal(
-            cached.images, data.load_split(str(tmp_path / "good"), "train", tmp_path / "c2").images
+            cached.images, load_split(str(tmp_path / "good"), "train", tmp_path / "c2").images
         )
         assert torch.equal(streamed(uri, 100), streamed(str(tmp_path / "good"), 100))
         monkeypatch.undo()
@@ -129,10 +130,8 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
 
         waiting.told = 0
         expected = streamed(good, 150)
-        manifest = shards.read_manifest("s3://bucket/set")
-        stream = data.Stream(
-            data_uri="s3://bucket/set", manifest=manifest, split="train", loaders=0
-        )
+        manifest = read_manifest("s3://bucket/set")
+        stream = Stream(data_uri="s3://bucket/set", manifest=manifest, split="train", loaders=0)
         batches = stream.batches(CONFIG, 0, 0, 1)
         first = list(itertools.islice(batches, 10))
         killable.kill()

@@ -11,15 +11,15 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
-from datasets import write_tar
 from PIL import Image
 
 from data_prep import celeba
 from data_prep.build import build
 from data_prep.verify import verify
 from ivegan import storage
-from ivegan.data import batches as data
-from ivegan.data import shards
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
+from ivegan.data.tars import write_tar
 from ivegan.errors import UserError
 
 ATTRIBUTES, PARTITION, IDENTITY = celeba.ATTRIBUTES, celeba.PARTITION, celeba.IDENTITY
@@ -87,7 +87,7 @@ def tar(folder: Path | str, split: str = "train", stop: int = 5, **options: Any)
 def test_faces_keep_the_official_split_and_their_attributes(face_folder, tmp_path):
     out = str(tmp_path / "out")
     build("celeba", str(face_folder), out)
-    manifest = shards.read_manifest(out)
+    manifest = read_manifest(out)
     assert manifest.splits == {"train": 5, "valid": 3, "test": 2}
     assert manifest.image_shape == (3, 128, 128)
     assert manifest.label_names == tuple(f"Attribute_{i}" for i in range(40))
@@ -104,7 +104,7 @@ def test_faces_keep_the_official_split_and_their_attributes(face_folder, tmp_pat
     np.testing.assert_array_equal(
         sample.image, np.asarray(image)[45:173, 25:153].transpose(2, 0, 1)
     )
-    assert data.load_split(out, "train", tmp_path / "cache").labels.shape == (5, 40)
+    assert load_split(out, "train", tmp_path / "cache").labels.shape == (5, 40)
 
 
 def test_faces_can_be_cropped_wider_and_fewer(face_folder):
@@ -395,7 +395,7 @@ def test_after_a_failure_the_zip_is_opened_again(face_folder, opened):
 def test_real_faces_are_read(test_data, tmp_path):
     out = str(tmp_path / "out")
     build("celeba", str(test_data / "celeba"), out, limit=20)
-    manifest = shards.read_manifest(out)
+    manifest = read_manifest(out)
     assert manifest.splits == {"train": 20, "valid": 20, "test": 20}
     assert manifest.label_names[20] == "Male"
     assert verify(out) == []

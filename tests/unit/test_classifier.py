@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ivegan.data import batches as data
+from ivegan.data.cache import load_split
 from ivegan.errors import UserError
 from ivegan.evaluation import classifier
 from ivegan.evaluation.classifier import Settings, classifier_of, classify, train_classifier
@@ -27,8 +27,8 @@ def squares() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_it_reads_held_out_handwriting(digits_dataset: str, tmp_path: Path) -> None:
-    train = data.load_split(digits_dataset, "train", tmp_path)
-    test = data.load_split(digits_dataset, "test", tmp_path)
+    train = load_split(digits_dataset, "train", tmp_path)
+    test = load_split(digits_dataset, "test", tmp_path)
     # A third of the images of the real settings; those reach 99 %.
     model = train_classifier(train.images, train.labels, Settings(images=13_000))
     labels, features = classify(model, test.images)
@@ -152,7 +152,7 @@ def test_it_reads_mnist(test_data: Path, tmp_path: Path) -> None:
 
     out = tmp_path / "mnist"
     build("mnist", str(test_data / "mnist"), str(out), workers=0)
-    train = data.load_split(str(out), "train", tmp_path)
-    test = data.load_split(str(out), "test", tmp_path)
+    train = load_split(str(out), "train", tmp_path)
+    test = load_split(str(out), "test", tmp_path)
     model = train_classifier(train.images, train.labels)
     assert np.mean(classify(model, test.images)[0] == test.labels) > 0.99

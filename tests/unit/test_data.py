@@ -1,7 +1,6 @@
 """A split is decoded once, exactly, and only from shards that are what the manifest says."""
 
 import dataclasses
-import hashlib
 import itertools
 import multiprocessing
 import shutil
@@ -10,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import write_tar
 
 from ivegan import order
 from ivegan.config import override, preset
-from ivegan.data import batches as data
-from ivegan.data import shards
+from ivegan.data import cache as cache_module
+from ivegan.data.batches import batches
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import Manifest, Shard, read_manifest, shard_key, write_manifest
+from ivegan.data.tars import Sample, read_tar, write_tar
+from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
 from ivegan.transforms import to_float
 
@@ -28,22 +30,22 @@ def spoilt(digits_dataset, tmp_path) -> Path:
 
 def rewrite(dataset: Path, **changes) -> None:
     """Change the first train shard's entry in the manifest."""
-    manifest = shards.read_manifest(str(dataset))
+    manifest = read_manifest(str(dataset))
     first = dataclasses.replace(manifest.shards[0], **changes)
     changed = dataclasses.replace(manifest, shards=(first, *manifest.shards[1:]))
-    shards.write_manifest(str(dataset), changed)
+    write_manifest(str(dataset), changed)
 
 
 def test_a_split_is_every_sample_of_its_shards_in_order(digits_dataset, tmp_path):
-    manifest = shards.read_manifest(digits_dataset)
+    manifest = read_manifest(digits_dataset)
     for split, count in manifest.splits.items():
-        found = data.load_split(digits_dataset, split, tmp_path)
+        found = load_split(digits_dataset, split, tmp_path)
         assert found.images.shape == (count, 1, 16, 16)
         assert found.images.dtype == np.uint8
         assert found.labels.dtype == np.int64
         assert found.dataset_hash == manifest.hash
         samples = itertools.chain.from_iterable(
-            shards.read_tar((Path(digits_dataset) / shard.key).read_bytes())
+            read_tar((Path(digits_dataset) / shard.key).read_bytes())
             for shard in manifest.of_split(split)
         )
         for place, sample in enumerate(samples):
@@ -53,42 +55,42 @@ def test_a_split_is_every_sample_of_its_shards_in_order(digits_dataset, tmp_path
 
 
 def test_the_second_load_does_not_read_the_shards(spoilt, tmp_path):
-    first = data.load_split(str(spoilt), "valid", tmp_path / "cache")
+    first = load_split(str(spoilt), "valid", tmp_path / "cache")
     shutil.rmtree(spoilt / "valid")
-    second = data.load_split(str(spoilt), "valid", tmp_path / "cache")
+    second = load_split(str(spoilt), "valid", tmp_path / "cache")
     np.testing.assert_array_equal(first.images, second.images)
     assert isinstance(second.images, np.memmap)
 
 
 def test_another_data_set_is_another_cache(spoilt, digits_dataset, tmp_path):
-    data.load_split(digits_dataset, "valid", tmp_path / "cache")
-    manifest = shards.read_manifest(str(spoilt))
-    shards.write_manifest(str(spoilt), dataclasses.replace(manifest, sources={"other": "files"}))
+    load_split(digits_dataset, "valid", tmp_path / "cache")
+    manifest = read_manifest(str(spoilt))
+    write_manifest(str(spoilt), dataclasses.replace(manifest, sources={"other": "files"}))
     (spoilt / "valid" / "shard-00000.tar").unlink()
     with pytest.raises(UserError, match="There is no file"):
-        data.load_split(str(spoilt), "valid", tmp_path / "cache")
+        load_split(str(spoilt), "valid", tmp_path / "cache")
 
 
 def test_what_a_killed_process_left_is_not_taken_for_a_split(digits_dataset, tmp_path):
-    digest = shards.read_manifest(digits_dataset).hash
+    digest = read_manifest(digits_dataset).hash
     partial = tmp_path / digest / "valid.partial"
     partial.mkdir(parents=True)
     (partial / "images.npy").write_bytes(b"half")
-    assert len(data.load_split(digits_dataset, "valid", tmp_path).images) == 150
+    assert len(load_split(digits_dataset, "valid", tmp_path).images) == 150
     assert not partial.exists()
 
 
 def load(uri: str, cache: Path) -> int:
     """Count the decodings of one process among several."""
     decoded = []
-    whole = data._decode_split
+    whole = cache_module._decode_split
 
     def counted(*arguments):
         decoded.append(1)
         whole(*arguments)
 
-    data._decode_split = counted
-    assert len(data.load_split(uri, "test", cache).images) == 300
+    cache_module._decode_split = counted
+    assert len(load_split(uri, "test", cache).images) == 300
     return len(decoded)
 
 
@@ -105,60 +107,60 @@ def test_a_flipped_byte_is_found_and_the_shard_named(spoilt, tmp_path):
     content[5000] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"train/shard-00001.tar is not the one of the manifest"):
-        data.load_split(str(spoilt), "train", tmp_path / "cache")
-    assert len(data.load_split(str(spoilt), "test", tmp_path / "cache").images) == 300
+        load_split(str(spoilt), "train", tmp_path / "cache")
+    assert len(load_split(str(spoilt), "test", tmp_path / "cache").images) == 300
 
 
 def test_a_wrong_count_is_found_and_the_shard_named(spoilt, tmp_path):
     rewrite(spoilt, samples=999)
     with pytest.raises(UserError, match=r"shard-00000.tar holds 1000 samples, the manifest says 9"):
-        data.load_split(str(spoilt), "train", tmp_path / "cache")
+        load_split(str(spoilt), "train", tmp_path / "cache")
 
 
 def test_a_wrong_image_shape_is_found_and_the_image_named(spoilt, tmp_path):
-    manifest = shards.read_manifest(str(spoilt))
-    shards.write_manifest(str(spoilt), dataclasses.replace(manifest, image_shape=(1, 8, 32)))
+    manifest = read_manifest(str(spoilt))
+    write_manifest(str(spoilt), dataclasses.replace(manifest, image_shape=(1, 8, 32)))
     with pytest.raises(UserError, match=r"shape \(1, 16, 16\), the manifest says \(1, 8, 32\)"):
-        data.load_split(str(spoilt), "valid", tmp_path / "cache")
+        load_split(str(spoilt), "valid", tmp_path / "cache")
 
 
 def test_an_unknown_split_is_told_with_those_there_are(digits_dataset, tmp_path):
     with pytest.raises(UserError, match="no split 'dev'; it has test, train, valid"):
-        data.load_split(digits_dataset, "dev", tmp_path)
+        load_split(digits_dataset, "dev", tmp_path)
 
 
 def test_attributes_are_one_row_per_image(tmp_path):
     images = np.zeros((2, 3, 4, 4), np.uint8)
     rows = [[0, 1, 1], [1, 0, 0]]
     raw, _ = write_tar(
-        shards.Sample(str(i), images[i], {"attributes": rows[i], "source": "x"}) for i in range(2)
+        Sample(str(i), images[i], {"attributes": rows[i], "source": "x"}) for i in range(2)
     )
-    key = shards.shard_key("train", 0)
+    key = shard_key("train", 0)
     (tmp_path / "train").mkdir()
     (tmp_path / key).write_bytes(raw)
-    digest = hashlib.sha256(raw).hexdigest()
-    entry = shards.Shard(split="train", key=key, samples=2, bytes=len(raw), sha256=digest)
-    described = shards.Manifest(
+    sha256 = sha256_hex(raw)
+    entry = Shard(split="train", key=key, samples=2, bytes=len(raw), sha256=sha256)
+    described = Manifest(
         dataset="faces",
         image_shape=(3, 4, 4),
         splits={"train": 2},
         shards=(entry,),
         sources={},
         settings={},
-        settings_hash=shards.settings_hash({}),
+        settings_hash=digest({}),
     )
-    shards.write_manifest(str(tmp_path), described)
-    found = data.load_split(str(tmp_path), "train", tmp_path / "cache")
+    write_manifest(str(tmp_path), described)
+    found = load_split(str(tmp_path), "train", tmp_path / "cache")
     assert found.labels.tolist() == rows
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_ranks_batches_together_are_the_one_global_batch(digits_dataset, tmp_path, world_size):
     config = override(preset("digits"), {"batch_size": 16})
-    split = data.load_split(digits_dataset, "train", tmp_path)
+    split = load_split(digits_dataset, "train", tmp_path)
     device = torch.device("cpu")
     ranks = [
-        itertools.islice(data.batches(config, split, 3, rank, world_size, device), 2)
+        itertools.islice(batches(config, split, 3, rank, world_size, device), 2)
         for rank in range(world_size)
     ]
     for step, parts in enumerate(zip(*ranks, strict=True), start=3):
@@ -171,6 +173,6 @@ def test_the_ranks_batches_together_are_the_one_global_batch(digits_dataset, tmp
 
 def test_points_need_no_data_set():
     config = override(preset("ring"), {"batch_size": 8})
-    x, draws = next(data.batches(config, None, 5, 1, 2, torch.device("cpu")))
+    x, draws = next(batches(config, None, 5, 1, 2, torch.device("cpu")))
     torch.testing.assert_close(x, order.points(config, 5, 1, 2))
     assert len(draws.noise) == 4

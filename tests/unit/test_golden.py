@@ -15,8 +15,9 @@ import torch
 
 from ivegan import checkpoint, order
 from ivegan.config import from_dict
-from ivegan.data.batches import batches, load_split
-from ivegan.data.shards import read_manifest
+from ivegan.data.batches import batches
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
 from ivegan.step import create_state, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

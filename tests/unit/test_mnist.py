@@ -17,7 +17,7 @@ import pytest
 from data_prep import mnist
 from data_prep.build import build
 from ivegan import storage
-from ivegan.data import shards
+from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 
 LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte.gz"
@@ -35,7 +35,7 @@ def idx(array: np.ndarray, shape: tuple[int, ...] | None = None) -> bytes:
 def test_mnist_is_padded_with_zeros_and_the_split_is_as_stated(idx_folder, tmp_path):
     out = str(tmp_path / "out")
     result = build("mnist", str(idx_folder), out, name="fashion")
-    manifest = shards.read_manifest(out)
+    manifest = read_manifest(out)
     assert manifest.dataset == "fashion"
     assert manifest.splits == {"train": 22, "valid": 2, "test": 10}
     assert manifest.image_shape == (1, 32, 32)

@@ -18,31 +18,32 @@ from data_prep import build as build_module
 from data_prep.build import build, make_plan
 from data_prep.verify import verify
 from ivegan import storage
-from ivegan.data import batches as data
-from ivegan.data import shards
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import SPLITS, Shard, read_manifest
+from ivegan.data.tars import Row, decode
 from ivegan.errors import UserError
 
 
 def test_the_table_leads_to_every_image(digits_dataset, tmp_path):
     table = pq.read_table(f"{digits_dataset}/samples.parquet").to_pylist()
-    manifest = shards.read_manifest(digits_dataset)
+    manifest = read_manifest(digits_dataset)
     assert len(table) == 1797
     assert set(table[0]) == {"key", "split", "shard", "offset", "bytes", "label", "source"}
-    for split in shards.SPLITS:
+    for split in SPLITS:
         rows = [row for row in table if row["split"] == split]
-        whole = data.load_split(digits_dataset, split, tmp_path)
+        whole = load_split(digits_dataset, split, tmp_path)
         assert [row["key"] for row in rows] == list(whole.keys)
         assert [row["label"] for row in rows] == whole.labels.tolist()
         assert {row["shard"] for row in rows} == {s.key for s in manifest.of_split(split)}
         for place in (0, len(rows) // 2, len(rows) - 1):
             row = rows[place]
             uri = storage.join(digits_dataset, row["shard"])
-            image = shards.decode(storage.read_range(uri, row["offset"], row["bytes"]))
+            image = decode(storage.read_range(uri, row["offset"], row["bytes"]))
             np.testing.assert_array_equal(image, whole.images[place])
 
 
 def test_every_split_has_a_contact_sheet(digits_dataset):
-    for split in shards.SPLITS:
+    for split in SPLITS:
         with Image.open(f"{digits_dataset}/contact-{split}.png") as sheet:
             assert sheet.width > 600
             assert np.asarray(sheet).std() > 20
@@ -153,10 +154,8 @@ def test_attributes_become_columns(tmp_path):
     plan = build_module.Plan(about=about, out="", settings={}, jobs=plan.jobs, records="")
     written = [
         build_module.Written(
-            shard=shards.Shard(split="train", key=f"k{i}", samples=1, bytes=1, sha256=""),
-            rows=[
-                shards.Row(str(i), {"attributes": [i, 1], "identity": 7 + i, "source": "x"}, 512, 9)
-            ],
+            shard=Shard(split="train", key=f"k{i}", samples=1, bytes=1, sha256=""),
+            rows=[Row(str(i), {"attributes": [i, 1], "identity": 7 + i, "source": "x"}, 512, 9)],
         )
         for i in range(2)
     ]

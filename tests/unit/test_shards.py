@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import write_tar
 from webdataset.compat import WebDataset
 
 from ivegan import storage
-from ivegan.data import shards
-from ivegan.data.shards import Manifest, Sample, Shard
+from ivegan.data.manifest import Manifest, Shard, read_manifest, to_json, write_manifest
+from ivegan.data.tars import Sample, decode, encode, read_tar, salvage_tar, write_tar
+from ivegan.digest import digest
 from ivegan.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def manifest(**changes) -> Manifest:
         shards=(Shard(split="train", key="train/shard-00000.tar", samples=3, bytes=9, sha256="a"),),
         sources={"raw": "b"},
         settings={"shard_size": 3},
-        settings_hash=shards.settings_hash({"shard_size": 3}),
+        settings_hash=digest({"shard_size": 3}),
         label_names=("0", "1"),
     )
     return dataclasses.replace(base, **changes)
@@ -49,7 +49,7 @@ def tar(wrote: list[Sample]) -> bytes:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 4)])
 def test_samples_come_back_exactly(shape):
     wrote = samples(shape=shape)
-    read = list(shards.read_tar(tar(wrote)))
+    read = list(read_tar(tar(wrote)))
     assert [(s.key, s.meta) for s in read] == [(s.key, s.meta) for s in wrote]
     for one, other in zip(wrote, read, strict=True):
         np.testing.assert_array_equal(one.image, other.image)
@@ -87,13 +87,13 @@ def test_rows_say_where_each_image_is():
     data, rows = write_tar(wrote)
     for sample, row in zip(wrote, rows, strict=True):
         assert (row.key, row.meta) == (sample.key, sample.meta)
-        image = shards.decode(data[row.offset : row.offset + row.bytes])
+        image = decode(data[row.offset : row.offset + row.bytes])
         np.testing.assert_array_equal(image, sample.image)
 
 
 def test_any_reader_of_npy_files_reads_our_images():
     image = samples(1)[0].image
-    np.testing.assert_array_equal(np.load(io.BytesIO(shards.encode(image))), image)
+    np.testing.assert_array_equal(np.load(io.BytesIO(encode(image))), image)
 
 
 @pytest.mark.parametrize(
@@ -108,20 +108,20 @@ def test_an_array_that_is_no_image_is_refused(array, sentence):
     into = io.BytesIO()
     np.save(into, array)
     with pytest.raises(UserError, match=sentence):
-        shards.decode(into.getvalue())
+        decode(into.getvalue())
 
 
 def test_what_is_no_array_is_refused():
-    good = shards.encode(samples(1)[0].image)
+    good = encode(samples(1)[0].image)
     for broken in (b"", good[:9], good[:100], good[:-1], good + b"x", b"\x89PNG" + good[4:]):
         with pytest.raises(UserError, match="An image of the tar is damaged"):
-            shards.decode(broken)
+            decode(broken)
 
 
 def test_a_damaged_tar_gives_back_what_is_whole():
     wrote = samples(5)
     data, rows = write_tar(wrote)
-    assert shards.salvage_tar(data)[1] == []
+    assert salvage_tar(data)[1] == []
 
     def flipped(place: int) -> bytes:
         return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
@@ -131,14 +131,14 @@ def test_a_damaged_tar_gives_back_what_is_whole():
         (data.index(b'"label":2') + 8, 2),  # a label
         (data.index(b'"crc32":', rows[3].offset) + 10, 3),  # a check sum
     ):
-        good, wrong = shards.salvage_tar(flipped(place))
+        good, wrong = salvage_tar(flipped(place))
         assert wrong == [wrote[missing].key]
         assert [s.key for s in good] == [s.key for s in wrote if s.key != wrote[missing].key]
-    good, wrong = shards.salvage_tar(data[: rows[3].offset + 100])
+    good, wrong = salvage_tar(data[: rows[3].offset + 100])
     assert [s.key for s in good] == [s.key for s in wrote[:3]]
     assert len(wrong) == 1
     assert wrong[0].startswith("The tar ")
-    assert shards.salvage_tar(b"")[0] == []
+    assert salvage_tar(b"")[0] == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it closes late
@@ -157,7 +157,7 @@ def test_a_damaged_tar_is_refused():
     data = tar(samples())
     for broken in (data[:1500], b"not a tar at all", data[:520] + b"\xff" + data[521:]):
         with pytest.raises(UserError, match=r"^(The|An image of the) tar "):
-            list(shards.read_tar(broken))
+            list(read_tar(broken))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_damaged_tar_is_refused():
     ],
 )
 def test_a_tar_of_something_else_is_refused(names, sentence):
-    contents = {"json": b'{"crc32": 0}', "npy": shards.encode(samples(1)[0].image), "exe": b""}
+    contents = {"json": b'{"crc32": 0}', "npy": encode(samples(1)[0].image), "exe": b""}
     into = io.BytesIO()
     with tarfile.open(fileobj=into, mode="w") as archive:
         for name in names:
@@ -180,44 +180,44 @@ def test_a_tar_of_something_else_is_refused(names, sentence):
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     with pytest.raises(UserError, match=sentence):
-        list(shards.read_tar(into.getvalue()))
+        list(read_tar(into.getvalue()))
 
 
 def test_the_manifest_comes_back_and_its_hash_is_the_files(tmp_path):
     uri = str(tmp_path)
-    shards.write_manifest(uri, manifest())
-    assert shards.read_manifest(uri) == manifest()
+    write_manifest(uri, manifest())
+    assert read_manifest(uri) == manifest()
     raw = (tmp_path / "manifest.json").read_bytes()
-    assert shards.read_manifest(uri).hash == hashlib.sha256(raw).hexdigest()
+    assert read_manifest(uri).hash == hashlib.sha256(raw).hexdigest()
     assert manifest(splits={"train": 4, "valid": 0}).hash != manifest().hash
 
 
 def test_no_manifest_is_no_data_set(tmp_path):
     with pytest.raises(UserError, match=r"There is no data set at .*: build it with data_prep"):
-        shards.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path):
-    shards.write_manifest(str(tmp_path), manifest(schema_version=1))
+    write_manifest(str(tmp_path), manifest(schema_version=1))
     with pytest.raises(UserError, match="has schema version 1, but this program reads version 2"):
-        shards.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "{}", '{"schema_version": 2}', "\0"])
 def test_a_damaged_manifest_is_refused(tmp_path, broken):
     (tmp_path / "manifest.json").write_text(broken)
     with pytest.raises(UserError, match="is damaged"):
-        shards.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
 
 
 def test_a_manifest_with_an_unknown_field_is_refused(tmp_path):
-    values = json.loads(shards.to_json(manifest())) | {"colour": "red"}
+    values = json.loads(to_json(manifest())) | {"colour": "red"}
     storage.write_bytes(tmp_path / "manifest.json", json.dumps(values).encode())
     with pytest.raises(UserError, match="colour"):
-        shards.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
 
 
 def test_an_empty_data_set_is_refused(tmp_path):
-    shards.write_manifest(str(tmp_path), manifest(splits={"train": 0}, shards=()))
+    write_manifest(str(tmp_path), manifest(splits={"train": 0}, shards=()))
     with pytest.raises(UserError, match=r"The data set at .* is empty"):
-        shards.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))

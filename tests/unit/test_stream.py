@@ -1,7 +1,6 @@
 """A stream gives every rank its share of one global batch, exactly, for ever, from anywhere."""
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 import os
@@ -12,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import write_tar
 
 from ivegan.config import override, preset
-from ivegan.data import batches as data
-from ivegan.data import shards
-from ivegan.data.shards import Manifest, Sample, Shard
+from ivegan.data.batches import batches
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import Manifest, Shard, read_manifest, shard_key, write_manifest
+from ivegan.data.stream import Stream
+from ivegan.data.tars import Sample, read_tar, write_tar
+from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
 
 SHAPE = (1, 2, 2)
@@ -34,10 +35,10 @@ def write(folder: Path, sizes: list[int]) -> str:
             samples.append(Sample(f"{number:06d}", image, {"label": 0, "source": "made"}))
             number += 1
         raw, _ = write_tar(samples)
-        key = shards.shard_key("train", place)
+        key = shard_key("train", place)
         (folder / key).write_bytes(raw)
-        digest = hashlib.sha256(raw).hexdigest()
-        entries.append(Shard(split="train", key=key, samples=size, bytes=len(raw), sha256=digest))
+        sha256 = sha256_hex(raw)
+        entries.append(Shard(split="train", key=key, samples=size, bytes=len(raw), sha256=sha256))
     manifest = Manifest(
         dataset="numbers",
         image_shape=SHAPE,
@@ -45,15 +46,15 @@ def write(folder: Path, sizes: list[int]) -> str:
         shards=tuple(entries),
         sources={},
         settings={},
-        settings_hash=shards.settings_hash({}),
+        settings_hash=digest({}),
     )
-    shards.write_manifest(str(folder), manifest)
+    write_manifest(str(folder), manifest)
     return str(folder)
 
 
-def stream(uri: str, **changes: Any) -> data.Stream:
-    manifest = shards.read_manifest(uri)
-    base = data.Stream(data_uri=uri, manifest=manifest, split="train", loaders=0)
+def stream(uri: str, **changes: Any) -> Stream:
+    manifest = read_manifest(uri)
+    base = Stream(data_uri=uri, manifest=manifest, split="train", loaders=0)
     return dataclasses.replace(base, **changes)
 
 
@@ -63,7 +64,7 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 
 def read(
-    source: data.Stream, batch_size: int, steps: int, *, start: int = 0, world_size: int = 1, **over
+    source: Stream, batch_size: int, steps: int, *, start: int = 0, world_size: int = 1, **over
 ) -> list[list[int]]:
     """Return the global batches of some steps, put together from all ranks."""
     config = override(preset("mnist"), {"batch_size": batch_size, **over})
@@ -131,9 +132,9 @@ def test_batches_carry_the_same_draws_as_from_the_cache(tmp_path):
     config = override(preset("mnist"), {"batch_size": 16})
     uri = write(tmp_path / "set", [40] * 4)
     device = torch.device("cpu")
-    split = data.load_split(uri, "train", tmp_path / "cache")
-    streamed = itertools.islice(data.batches(config, stream(uri), 3, 1, 2, device), 3)
-    cached = itertools.islice(data.batches(config, split, 3, 1, 2, device), 3)
+    split = load_split(uri, "train", tmp_path / "cache")
+    streamed = itertools.islice(batches(config, stream(uri), 3, 1, 2, device), 3)
+    cached = itertools.islice(batches(config, split, 3, 1, 2, device), 3)
     for (x, draws), (y, others) in zip(streamed, cached, strict=True):
         assert x.shape == y.shape == (8, *SHAPE)
         assert x.dtype == torch.float32
@@ -143,10 +144,10 @@ def test_batches_carry_the_same_draws_as_from_the_cache(tmp_path):
 
 def spoil(uri: str, shard: int, sample: int) -> str:
     """Change a pixel of one sample and return its key."""
-    manifest = shards.read_manifest(uri)
+    manifest = read_manifest(uri)
     path = Path(uri) / manifest.shards[shard].key
     raw = bytearray(path.read_bytes())
-    key = list(shards.read_tar(bytes(raw)))[sample].key
+    key = list(read_tar(bytes(raw)))[sample].key
     image = raw.index(f"{key}.npy".encode()) + 512
     raw[image + 128] ^= 1  # the first byte after the header of the .npy file
     path.write_bytes(raw)
@@ -193,32 +194,32 @@ def test_the_cache_leaves_out_bad_samples_if_asked_and_never_by_itself(tmp_path,
     uri, cache = write(tmp_path / "set", [12] * 4), tmp_path / "cache"
     keys = [spoil(uri, 0, 3), spoil(uri, 2, 5)]
     with pytest.raises(UserError, match=f"wrong in it: {keys[0]}"):
-        data.load_split(uri, "train", cache)
-    found = data.load_split(uri, "train", cache, skip_bad=True)
+        load_split(uri, "train", cache)
+    found = load_split(uri, "train", cache, skip_bad=True)
     kept = sorted(set(range(48)) - {int(key) for key in keys})
     assert numbers(torch.from_numpy(np.array(found.images))) == kept
     assert [int(key) for key in found.keys] == kept
     assert found.labels.shape == (46,)
     assert "shard-00000.tar: 1 of 12 samples left out" in caplog.text
     with pytest.raises(UserError, match="is not the one of the manifest"):
-        data.load_split(uri, "train", cache)
+        load_split(uri, "train", cache)
 
 
 def test_a_cache_makes_room_by_deleting_what_was_not_used_for_longest(tmp_path):
     cache = tmp_path / "cache"
     uris = [write(tmp_path / f"set{i}", [25 + i]) for i in range(3)]
-    hashes = [shards.read_manifest(uri).hash for uri in uris]
+    hashes = [read_manifest(uri).hash for uri in uris]
     size = [
         sum(f.stat().st_size for f in (cache / hashes[i]).rglob("*.npy"))
         for i in range(2)
-        if data.load_split(uris[i], "train", cache)
+        if load_split(uris[i], "train", cache)
     ]
     for path, when in ((cache / hashes[0], 100), (cache / hashes[1], 50)):
         os.utime(path, (when, when))
-    held = data.load_split(uris[1], "train", cache)  # used now, though it was the oldest
-    data.load_split(uris[2], "train", cache, limit=size[1] + 27 * 4)
+    held = load_split(uris[1], "train", cache)  # used now, though it was the oldest
+    load_split(uris[2], "train", cache, limit=size[1] + 27 * 4)
     assert [(cache / name).exists() for name in hashes] == [False, True, True]
-    data.load_split(uris[0], "train", cache, limit=25 * 4)
+    load_split(uris[0], "train", cache, limit=25 * 4)
     assert [(cache / name).exists() for name in hashes] == [True, False, False]
     assert numbers(torch.from_numpy(np.array(held.images))) == list(range(26))
 
@@ -226,11 +227,11 @@ def test_a_cache_makes_room_by_deleting_what_was_not_used_for_longest(tmp_path):
 def test_data_larger_than_the_cache_may_be_are_told(tmp_path, monkeypatch):
     uri = write(tmp_path / "set", [25])
     with pytest.raises(UserError, match=r"may hold 9.9e-08 GB .*train with --stream, give --cac"):
-        data.load_split(uri, "train", tmp_path / "cache", limit=99)
+        load_split(uri, "train", tmp_path / "cache", limit=99)
     usage = type("usage", (), {"free": 99})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"its disk has 9.9e-08 GB free"):
-        data.load_split(uri, "train", tmp_path / "cache")
+        load_split(uri, "train", tmp_path / "cache")
 
 
 def test_a_full_disk_is_found_before_anything_is_decoded(tmp_path, monkeypatch):
@@ -241,6 +242,6 @@ def test_a_full_disk_is_found_before_anything_is_decoded(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(UserError, match=r"There is no room .*No space left on device.*--stream"):
-        data.load_split(uri, "train", tmp_path / "cache")
+        load_split(uri, "train", tmp_path / "cache")
     monkeypatch.undo()
-    assert len(data.load_split(uri, "train", tmp_path / "cache").images) == 25
+    assert len(load_split(uri, "train", tmp_path / "cache").images) == 25

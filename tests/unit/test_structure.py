@@ -155,8 +155,9 @@ import importlib, pathlib
 for path in sorted(pathlib.Path({str(ROOT / "ivegan")!r}).glob("*.py")):
     importlib.import_module("ivegan." + path.stem)
 import numpy as np
+from ivegan.data.batches import batches
+from ivegan.data.cache import Split
 from ivegan.config import override, preset
-from ivegan.data.batches import Split, batches
 from ivegan.step import create_state, train
 config = override(preset("digits"), {{"batch_size": 8, "total_images": 16, "model.width": 0.1}})
 images = np.random.default_rng(0).integers(0, 256, (20, 1, 16, 16), dtype=np.uint8)

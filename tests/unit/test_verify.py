@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import verify as verify_module
 from data_prep.verify import verify
-from ivegan.data import shards
+from ivegan.data.manifest import read_manifest, write_manifest
 from ivegan.errors import UserError
 
 TRAIN = "train/shard-00000.tar"
@@ -22,12 +22,12 @@ def dataset(digits_dataset, tmp_path) -> Path:
 
 
 def lie(dataset: Path, **changes) -> None:
-    manifest = shards.read_manifest(str(dataset))
-    shards.write_manifest(str(dataset), dataclasses.replace(manifest, **changes))
+    manifest = read_manifest(str(dataset))
+    write_manifest(str(dataset), dataclasses.replace(manifest, **changes))
 
 
 def lie_of_first_shard(dataset: Path, **changes) -> None:
-    first, *others = shards.read_manifest(str(dataset)).shards
+    first, *others = read_manifest(str(dataset)).shards
     lie(dataset, shards=(dataclasses.replace(first, **changes), *others))
 
 
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_named(dataset, spoil, sentence):
 
 
 def test_a_shard_listed_twice_repeats_keys(dataset):
-    manifest = shards.read_manifest(str(dataset))
+    manifest = read_manifest(str(dataset))
     lie(dataset, shards=(*manifest.shards, manifest.shards[-1]))
     assert any("stand in the data set twice" in line for line in verify(str(dataset)))
 

@@ -1,0 +1,239 @@
+"""Samples as tars: byte-reproducible to write, readable by webdataset, checked when read.
+
+Images are stored as .npy files without compression: docs/data.md compares the encodings.
+"""
+
+import io
+import json
+import logging
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ivegan import storage
+from ivegan.data.manifest import Shard
+from ivegan.digest import canonical_json, sha256_hex
+from ivegan.errors import UserError
+from ivegan.shapes import UInt8
+
+log = logging.getLogger(__name__)
+
+_END = bytes(2 * tarfile.BLOCKSIZE)
+_REMEDY = "build the data set again, or run data_prep/verify.py to list all errors"
+
+
+class Sample(NamedTuple):
+    """One image and its metadata."""
+
+    key: str
+    """Unique in the data set; names the entries of the tar."""
+    image: UInt8[np.ndarray, "c h w"]
+    """0 to 255; one channel for grey, three for red, green, blue."""
+    meta: dict[str, Any]
+    """``label`` (int) or ``attributes`` (list of 0 and 1); ``source``, the id in the raw data."""
+
+
+class Row(NamedTuple):
+    """Location of a sample in a tar, and its metadata."""
+
+    key: str
+    meta: dict[str, Any]
+    offset: int
+    """Of the image's .npy file, from the start of the tar."""
+    bytes: int
+
+
+def write_tar(samples: Iterable[Sample]) -> tuple[bytes, list[Row]]:
+    """Return a tar, the same bytes for the same samples, and the locations of the samples."""
+    file, rows = io.BytesIO(), []
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            image = encode(sample.image)
+            rows.append(Row(sample.key, sample.meta, file.tell() + tarfile.BLOCKSIZE, len(image)))
+            _add(archive, f"{sample.key}.npy", image)
+            _add(archive, f"{sample.key}.json", _json_with_crc32(image, sample.meta))
+        size = file.tell() + len(_END)
+    file.truncate(size)  # close() pads to a record of 10,240 bytes
+    return file.getvalue(), rows
+
+
+def read_tar(data: bytes) -> Iterator[Sample]:
+    """Yield the samples of a tar in their order; their images are views of the tar's bytes.
+
+    The samples' checksums are not compared: the manifest holds the tar's sha256.
+
+    Raises:
+        UserError: the tar is damaged, or holds other files.
+    """
+    for key, image, meta in _pairs(data):
+        yield Sample(key, decode(image), _parse_meta(key, meta))
+
+
+def salvage_tar(data: bytes) -> tuple[list[Sample], list[str]]:
+    """Return the samples of a damaged tar whose checksums are right, and a list of errors.
+
+    The errors are keys of damaged samples, and a sentence if the tar cannot be read to its end.
+    """
+    good, errors = [], []
+    try:
+        for key, image, raw_meta in _pairs(data):
+            try:
+                meta = _parse_meta(key, raw_meta)
+                if raw_meta != _json_with_crc32(image, meta):
+                    raise UserError(f"The checksum of {key} is wrong.")
+                good.append(Sample(key, decode(image), meta))
+            except UserError:
+                errors.append(key)
+    except UserError as error:
+        errors.append(str(error))
+    return good, errors
+
+
+def read_shard(
+    data_uri: str, shard: Shard, image_shape: tuple[int, int, int], *, skip_bad: bool = False
+) -> list[Sample]:
+    """Return a shard's samples after checking it against the manifest.
+
+    Args:
+        data_uri: the data set.
+        shard: its entry of the manifest.
+        image_shape: expected of every image.
+        skip_bad: return only the samples with a right checksum, and log the number of the others.
+
+    Raises:
+        UserError: a wrong digest, count or image shape; the sentence names the shard and the key.
+    """
+    uri = storage.join(data_uri, shard.key)
+    raw = b""
+    try:
+        raw = storage.patiently(storage.read_bytes, uri)
+        return _check_shard(uri, raw, shard, image_shape)
+    except storage.Unavailable:
+        raise
+    except UserError as error:
+        if not skip_bad:
+            raise
+        good = [sample for sample in salvage_tar(raw)[0] if sample.image.shape == image_shape]
+        missing = shard.samples - len(good)
+        log.warning("%s: %d of %d samples left out. %s", uri, missing, shard.samples, error)
+        return good[: shard.samples]
+
+
+def encode(image: UInt8[np.ndarray, "c h w"]) -> bytes:
+    """Return the image as the bytes of an .npy file."""
+    file = io.BytesIO()
+    np.save(file, image, allow_pickle=False)
+    return file.getvalue()
+
+
+def decode(data: bytes | memoryview) -> UInt8[np.ndarray, "c h w"]:
+    """Return the image of an .npy file, as a view of the bytes.
+
+    Raises:
+        UserError: the bytes are not such an image.
+    """
+    file = io.BytesIO(data[:256])
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its .npy header is of another version than 1.0")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or fortran_order or len(shape) != 3:
+            raise ValueError(f"it holds {dtype} {shape} where uint8 (c, h, w) is expected")
+        return np.frombuffer(data, np.uint8, offset=file.tell()).reshape(shape)
+    except ValueError as error:
+        raise UserError(f"An image of the tar is damaged: {error}.") from error
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # without time and owner
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def _check_shard(
+    uri: str, raw: bytes, shard: Shard, image_shape: tuple[int, int, int]
+) -> list[Sample]:
+    """Return the samples of a shard's bytes after checking them against the manifest."""
+    if sha256_hex(raw) != shard.sha256:
+        errors = salvage_tar(raw)[1]
+        first = f"; wrong in it: {errors[0]}" if errors else ""
+        raise UserError(
+            f"The shard {uri} is not the one of the manifest (wrong sha256{first}): {_REMEDY}."
+        )
+    try:
+        samples = list(read_tar(raw))
+    except UserError as error:
+        raise UserError(f"The shard {uri} cannot be read ({error}): {_REMEDY}.") from error
+    if len(samples) != shard.samples:
+        raise UserError(
+            f"The shard {uri} holds {len(samples)} samples, the manifest says {shard.samples}: "
+            f"{_REMEDY}."
+        )
+    for sample in samples:
+        if sample.image.shape != image_shape:
+            raise UserError(
+                f"The image {sample.key} of the shard {uri} has shape {sample.image.shape}, the "
+                f"manifest says {image_shape}: {_REMEDY}."
+            )
+    return samples
+
+
+def _pairs(data: bytes) -> Iterator[tuple[str, memoryview, memoryview]]:
+    """Yield each sample's key, image and JSON as they are stored.
+
+    Raises:
+        UserError: the tar is damaged, or holds other files.
+    """
+    image: tuple[str, memoryview] | None = None
+    for name, content in _entries(data):
+        key, _, suffix = name.rpartition(".")
+        if suffix == "npy" and image is None:
+            image = (key, content)
+        elif suffix == "json" and image is not None and image[0] == key:
+            yield key, image[1], content
+            image = None
+        elif suffix in ("npy", "json"):
+            raise UserError(f"The tar holds {key} without its other half.")
+        else:
+            raise UserError(f"The tar holds {name}, which is no part of a sample.")
+    if image is not None:
+        raise UserError("The tar ends in the middle of a sample.")
+
+
+def _entries(data: bytes) -> Iterator[tuple[str, memoryview]]:
+    """Yield each entry's name and content."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for entry in archive:
+                content = memoryview(data)[entry.offset_data :][: entry.size]
+                if not entry.isreg() or len(content) < entry.size:
+                    raise UserError(f"The tar is damaged or cut off at {entry.name}.")
+                yield entry.name, content
+            # tarfile takes any block that is no header for the end.
+            if data[archive.offset : archive.offset + len(_END)] != _END:
+                raise UserError(f"The tar is damaged or cut off at byte {archive.offset}.")
+    except tarfile.TarError as error:
+        raise UserError(f"The tar is damaged or cut off: {error}.") from error
+
+
+def _parse_meta(key: str, content: memoryview) -> dict[str, Any]:
+    """Return a sample's metadata.
+
+    Raises:
+        UserError: the JSON is damaged.
+    """
+    try:
+        meta = json.loads(bytes(content))
+        del meta["crc32"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"The JSON of {key} is damaged: {error}.") from error
+    return meta
+
+
+def _json_with_crc32(image: bytes | memoryview, meta: dict[str, Any]) -> bytes:
+    """Return a sample's JSON with a checksum of image and metadata."""
+    text = canonical_json(meta)
+    return b'%b,"crc32":%d}' % (text[:-1], zlib.crc32(text, zlib.crc32(image)))
