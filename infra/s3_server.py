@@ -64,7 +64,7 @@ def serve(folder: Path, *, port: int = 0, secret: str | None = None) -> Iterator
         secret: the secret key; a random one by default.
 
     Raises:
-        RuntimeError: it did not start; the message ends with what it said.
+        RuntimeError: it did not start; the message ends with its log.
     """
     folder = folder.absolute()
     secret = secret or secrets.token_hex(16)
@@ -91,7 +91,7 @@ def serve(folder: Path, *, port: int = 0, secret: str | None = None) -> Iterator
             _wait([ports[name] for name in names], children, folder / "server.log")
 
         start(_STORES)
-        start(("proxy",))  # last: a proxy without its stores says that there is no such bucket
+        start(("proxy",))  # last: a proxy without its stores reports that no bucket exists
         yield Server(f"http://{HOST}:{ports['proxy']}", ACCESS_KEY, secret)
 
 
@@ -237,7 +237,7 @@ def _wait(ports: list[int], children: list[subprocess.Popen[bytes]], log: Path) 
         if dead or _now() > deadline:
             what = f"exited with {dead[0].returncode}" if dead else "does not answer"
             tail = log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"the S3 server {what}; it said:\n{tail}")
+            raise RuntimeError(f"the S3 server {what}; its log ends with:\n{tail}")
         try:
             for port in ports:
                 with urlopen(f"http://{HOST}:{port}/healthcheck", timeout=5):

@@ -79,6 +79,8 @@ def restore(state: State, uri: str) -> dict[str, Any]:
     state.optimizer_g.load_state_dict(training["optimizer_g"])
     state.optimizer_d.load_state_dict(training["optimizer_d"])
     state.step = training["step"]
+    for optimizer in (state.optimizer_g, state.optimizer_d):
+        optimizer.restart(state.step)
     return about
 
 
@@ -144,13 +146,13 @@ def find(uri: str) -> str:
 
 def _parts(state: State) -> dict[str, torch.nn.Module]:
     """Return the networks under the names that their weights are stored with."""
-    players, judges = state.encoder_generator, state.discriminators
+    generator_side, discriminator_side = state.encoder_generator, state.discriminators
     parts = {
-        "encoder": players.encoder,
-        "generator": players.generator,
-        "trunk": judges.trunk,
-        "pair_head": judges.pair_head,
-        "sample_head": judges.sample_head,
+        "encoder": generator_side.encoder,
+        "generator": generator_side.generator,
+        "trunk": discriminator_side.trunk,
+        "pair_head": discriminator_side.pair_head,
+        "sample_head": discriminator_side.sample_head,
     }
     if state.average is not None:
         parts |= {"ema_encoder": state.average.encoder, "ema_generator": state.average.generator}

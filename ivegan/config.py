@@ -17,12 +17,14 @@ from typing import Any, Literal
 from ivegan.digest import digest
 from ivegan.errors import UserError
 
+Norm = Literal["batch", "sync", "group", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The four networks; their layers stand in ``networks.ARCHITECTURES``."""
 
-    architecture: Literal["points", "digits", "mnist", "celeba"] = "mnist"
+    architecture: Literal["points", "points-deep", "digits", "mnist", "celeba"] = "mnist"
     """Which of the layer tables to build."""
     z_dim: int = 16
     """Size of the latent z = E(x), whose entries lie in (-1, 1)."""
@@ -30,14 +32,28 @@ class Model:
     """Size of z', the Gaussian noise that stands for what T changes."""
     width: float = 1.0
     """Factor on every hidden channel count; 1.0 is the table as printed."""
-    norm: Literal["batch", "sync", "group", "none"] = "batch"
+    norm: Norm = "batch"
     """Normalisation where the tables tick "BN": batch is the paper, sync is batch norm over all
     ranks, group and none do not depend on the batch at all."""
+    norm_d: Literal["same", "batch", "sync", "group", "none"] = "same"
+    """The same for the discriminators' trunk, if it differs from that of E and G."""
+    pair_features: Literal["concat", "difference"] = "concat"
+    """What D's head sees of condition and candidate: both (the paper), or their difference and
+    product too, without which D learns identity late."""
+    fourier: int = 0
+    """Points: octaves of sine and cosine of z that G sees beside z (Tancik et al. 2020), so that
+    it can pass from mode to mode quickly."""
 
     def __post_init__(self) -> None:
         _require(self.z_dim >= 1, "model.z_dim", self.z_dim, "at least 1")
         _require(self.noise_dim >= 1, "model.noise_dim", self.noise_dim, "at least 1")
         _require(self.width > 0, "model.width", self.width, "greater than 0")
+        _require(self.fourier >= 0, "model.fourier", self.fourier, "0 or more")
+
+    @property
+    def trunk_norm(self) -> Norm:
+        """Normalisation of the discriminators' trunk."""
+        return self.norm if self.norm_d == "same" else self.norm_d
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +72,9 @@ class Optim:
     """Adam's epsilon."""
     ema: float = 0.0
     """Decay per 1,000 images of the averaged G and E used for evaluation; 0 keeps no average."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rates over the run: as given, or rising over the first 2 % and then falling along
+    half a cosine to 2 % of them."""
 
     def __post_init__(self) -> None:
         _require(self.lr_g > 0, "optim.lr_g", self.lr_g, "greater than 0")
@@ -68,11 +87,11 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Eq. 3 and the additions that the ``-plus`` presets switch on."""
+    """Eq. 3 and the terms that the ``-plus`` presets add."""
 
     loss: Literal["nonsaturating", "minimax", "relativistic"] = "nonsaturating"
-    """How G and E are taught: minimax is Eq. 3 to the letter, nonsaturating its usual stable form,
-    relativistic compares each real logit with its fake one, for D and D' alike."""
+    """Form of the adversarial loss: minimax is Eq. 3 to the letter, nonsaturating its usual stable
+    form, relativistic compares each real logit with its fake one, for D and D' alike."""
     prior_weight: float = 1.0
     """Weight of the D' terms beside the D terms."""
     mismatched: float = 0.0
@@ -81,12 +100,14 @@ class Objective:
     """Weight of the zero-centred gradient penalty on real inputs of D and D'."""
     r2: float = 0.0
     """The same penalty on generated inputs."""
+    invariance: float = 0.0
+    """Weight of a contrastive term on codes: E(T(x)) and the code that G decodes are each other's
+    nearest in the batch, so that z' and not z carries what T changes."""
 
     def __post_init__(self) -> None:
-        for name in ("prior_weight", "mismatched", "r1", "r2"):
-            _require(
-                getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "0 or more"
-            )
+        for name in ("prior_weight", "mismatched", "r1", "r2", "invariance"):
+            value = getattr(self, name)
+            _require(value >= 0, f"objective.{name}", value, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +129,17 @@ class Transform:
     hue: float = 0.0
     """Images: largest rotation of the hue, as a share of the full circle."""
     border: Literal["zeros", "reflection"] = "zeros"
-    """What stands outside the image: black, or its mirror image."""
+    """Pixels outside the image: black, or its mirror image."""
     condition: bool = False
-    """Draw a second T for x itself, so that every role of x sees an augmented sample: for data
-    sets so small that the discriminator would learn them by heart. Off in the paper."""
+    """Apply a second T to x itself, so that every role of x sees an augmented sample: for data
+    sets so small that the discriminator would memorise them. Off in the paper."""
+    encoder: bool = False
+    """Apply a third T to what E sees, so that E(x) cannot hold what T changes. Off in the paper."""
 
     def __post_init__(self) -> None:
         for name in ("noise_std", "shift", "rotate", "brightness", "contrast", "hue"):
-            _require(
-                getattr(self, name) >= 0, f"transform.{name}", getattr(self, name), "0 or more"
-            )
+            value = getattr(self, name)
+            _require(value >= 0, f"transform.{name}", value, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,15 +231,6 @@ _CELEBA = Config(
 )
 
 
-def _plus(config: Config) -> Config:
-    """Return the preset with what makes this kind of training better but is not in the paper."""
-    return dataclasses.replace(
-        config,
-        objective=dataclasses.replace(config.objective, mismatched=1.0),
-        optim=dataclasses.replace(config.optim, ema=0.9),
-    )
-
-
 _PAPER = {
     "ring": _RING,
     "grid": dataclasses.replace(
@@ -227,6 +240,49 @@ _PAPER = {
     "mnist": _MNIST,
     "celeba": _CELEBA,
 }
+
+
+def _plus(config: Config) -> Config:
+    """Return the preset with what makes this kind of training better but is not in the paper.
+
+    EXPERIMENTS.md has the runs that each setting was chosen by.
+    """
+    points = config.is_points
+    model, objective = config.model, config.objective
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            architecture="points-deep" if points else model.architecture,
+            norm="none" if points else "batch",
+            norm_d="none",
+            pair_features="difference",
+            fourier=3 if points else 0,
+        ),
+        objective=dataclasses.replace(
+            objective,
+            loss="relativistic",
+            mismatched=1.0,
+            r1=0.00025 if points else 0.2,
+            r2=0.00025 if points else 0.2,
+            invariance=0.1,
+        ),
+        optim=Optim(
+            lr_g=1e-3 if points else 3e-3,
+            lr_d=1e-3 if points else 3e-3,
+            beta1=0.0,
+            beta2=0.99,
+            ema=0.997 if points else 0.966,  # half-lives of 230,000 and 20,000 images
+            schedule="cosine",
+        ),
+        transform=dataclasses.replace(config.transform, condition=False, encoder=not points),
+        batch_size=1024 if points else 64,
+        total_images={"ring": 20_000 * 1024, "grid": 20_000 * 1024, "digits": 300_000}.get(
+            config.dataset, 1_500_000
+        ),
+    )
+
+
 PRESETS: dict[str, Config] = {**_PAPER, **{f"{k}-plus": _plus(v) for k, v in _PAPER.items()}}
 """One configuration per experiment of the paper, and its ``-plus`` variant."""
 

@@ -1,4 +1,4 @@
-"""The four networks and the shared trunk: Tables 1-3 of the paper, as readable as the tables.
+"""The four networks and the shared trunk, built from the tables in ``architectures.py``.
 
     E(x)        encoder: image or point -> z in (-1, 1)
     G(z', z)    generator: noise and latent -> image in [0, 1], or point
@@ -12,113 +12,18 @@ SAME but for the 2x2 convolution, which is VALID; Table 1's D' sees the point it
 """
 
 import itertools
-from dataclasses import dataclass
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ivegan import layers as fast
-from ivegan.config import Model
+from ivegan.architectures import ARCHITECTURES, Architecture, Conv
+from ivegan.config import Model, Norm
 from ivegan.shapes import Float
+from ivegan.speed import layers as fast
 
 SLOPE = 0.2  # of every LeakyReLU, Tables 2 and 3
-
-
-class Conv(NamedTuple):
-    """One row of a table: kernel and stride are square, filters are counted at width 1."""
-
-    kernel: int
-    stride: int
-    filters: int
-    norm: bool = True
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The layer table of one experiment."""
-
-    shape: tuple[int, ...]
-    """Shape of one sample: (channels, height, width), or (2,) for points."""
-    convs: tuple[Conv, ...]
-    """Convolutions of E and of D_enc; empty for points."""
-    trunk_dim: int
-    """Units in the last layer of D_enc."""
-    base: tuple[int, int]
-    """(filters, side) of the feature map that G's dense layer is reshaped to."""
-    deconvs: tuple[Conv, ...]
-    """Transposed convolutions of G; the last one makes the image."""
-    pair_head: tuple[int, ...]
-    """Hidden units of D's head."""
-    sample_head: tuple[int, ...]
-    """Hidden units of D's head for single samples, D'."""
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "points": Architecture(
-        shape=(2,),
-        convs=(),
-        trunk_dim=2,
-        base=(128, 1),
-        deconvs=(),
-        pair_head=(128,),
-        sample_head=(128,),
-    ),
-    # Ours: small enough to learn in minutes on two cores.
-    "digits": Architecture(
-        shape=(1, 16, 16),
-        convs=(Conv(3, 2, 32, norm=False), Conv(3, 2, 64), Conv(3, 2, 128)),
-        trunk_dim=128,
-        base=(128, 4),
-        deconvs=(Conv(3, 2, 64), Conv(3, 2, 32, norm=False), Conv(3, 1, 1, norm=False)),
-        pair_head=(128,),
-        sample_head=(64,),
-    ),
-    "mnist": Architecture(
-        shape=(1, 32, 32),
-        convs=(Conv(5, 2, 64), Conv(3, 2, 128), Conv(3, 2, 256), Conv(3, 2, 256), Conv(2, 1, 256)),
-        trunk_dim=1024,
-        base=(256, 4),
-        deconvs=(
-            Conv(3, 2, 256),
-            Conv(3, 2, 128),
-            Conv(5, 2, 64, norm=False),
-            Conv(5, 1, 1, norm=False),
-        ),
-        pair_head=(128, 64, 16),
-        sample_head=(64,),
-    ),
-    "celeba": Architecture(
-        shape=(3, 128, 128),
-        convs=(
-            Conv(5, 2, 128),
-            Conv(5, 2, 128),
-            Conv(5, 2, 256),
-            Conv(3, 2, 256),
-            Conv(3, 2, 512),
-            Conv(3, 2, 512),
-            Conv(2, 1, 1024),
-        ),
-        trunk_dim=1024,
-        base=(1024, 2),
-        deconvs=(
-            Conv(2, 2, 512),
-            Conv(2, 1, 512),
-            Conv(3, 2, 256),
-            Conv(3, 1, 256),
-            Conv(3, 2, 256),
-            Conv(3, 1, 256),
-            Conv(5, 2, 128),
-            Conv(5, 1, 128),
-            Conv(5, 2, 128),
-            Conv(5, 1, 128, norm=False),
-            Conv(5, 2, 64, norm=False),
-            Conv(5, 1, 3, norm=False),
-        ),
-        pair_head=(1024, 512, 128),
-        sample_head=(128,),
-    ),
-}
 
 
 def sample_shape(model: Model) -> tuple[int, ...]:
@@ -133,9 +38,9 @@ class Encoder(nn.Module):
         super().__init__()
         table = ARCHITECTURES[model.architecture]
         if table.convs:
-            self.body = _conv_body(model, table, last=model.z_dim)
+            self.body = _conv_body(model, table, model.z_dim, model.norm)
         else:
-            self.body = _tanh_mlp([2, _wide(128, model), model.z_dim])
+            self.body = _dense([2, *_hidden(model, table), model.z_dim], table.activation)
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
         return self.body(x).tanh()
@@ -147,13 +52,17 @@ class Generator(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         table = ARCHITECTURES[model.architecture]
-        inputs = model.noise_dim + model.z_dim
-        filters, side = _wide(table.base[0], model), table.base[1]
+        inputs = model.noise_dim + model.z_dim * (1 + 2 * model.fourier)
+        frequencies = math.pi * 2.0 ** torch.arange(model.fourier)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies: Tensor
         if not table.deconvs:
-            self.body = nn.Sequential(_tanh_mlp([inputs, filters, 2]), nn.Tanh())
+            body = _dense([inputs, *_hidden(model, table), 2], table.activation)
+            self.body = nn.Sequential(body, nn.Tanh())
             return
+        filters, side = _wide(table.base[0], model), table.base[1]
         units = filters * side * side
-        norm = _norm1d(model, units)
+        norm = _norm1d(model.norm, units)
         layers: list[nn.Module] = [
             nn.Linear(inputs, units, bias=not _is_batch(norm)),
             *norm,
@@ -163,7 +72,7 @@ class Generator(nn.Module):
         channels = filters
         for conv in table.deconvs[:-1]:
             out = _wide(conv.filters, model)
-            norm = _norm2d(model, out, conv)
+            norm = _norm2d(model.norm, out, conv)
             layers += [
                 *_deconv(channels, out, conv, bias=not _is_batch(norm)),
                 *norm,
@@ -177,7 +86,23 @@ class Generator(nn.Module):
     def forward(
         self, noise: Float[Tensor, "n noise"], z: Float[Tensor, "n z"]
     ) -> Float[Tensor, "n ..."]:
+        if len(self.frequencies):
+            phases = (z[:, :, None] * self.frequencies.to(z.dtype)).flatten(1)
+            z = torch.cat((z, phases.sin(), phases.cos()), dim=1)
         return self.body(torch.cat((noise, z), dim=1))
+
+
+class Generated(NamedTuple):
+    """What E and G compute in one step."""
+
+    x_hat: Tensor
+    """G(z', E(x)), variations of x; (n, ...)"""
+    x_prior: Tensor
+    """G(z', z), samples from the prior; (n, ...)"""
+    z: Tensor
+    """The codes that x_hat is decoded from, (n, z)."""
+    z_second: Tensor | None
+    """The codes of a second transformation of x, if one was given."""
 
 
 class EncoderGenerator(nn.Module):
@@ -194,19 +119,22 @@ class EncoderGenerator(nn.Module):
         noise: Float[Tensor, "n noise"],
         z_prior: Float[Tensor, "n z"],
         noise_prior: Float[Tensor, "n noise"],
-    ) -> tuple[Float[Tensor, "n ..."], Float[Tensor, "n ..."]]:
-        """Return variations of x, G(z', E(x)), and samples from the prior, G(z', z).
+        second: Float[Tensor, "n ..."] | None = None,
+    ) -> Generated:
+        """Return variations of x, samples from the prior, and the codes of x and of ``second``.
 
-        G runs once over both, so that batch norm knows one kind of generated batch, the one it
-        will meet in evaluation.
+        G runs once over variations and prior samples, so that the statistics of its batch norm are
+        those of one kind of batch. For the same reason E runs once over x and ``second``.
         """
-        z = torch.cat((self.encoder(x), z_prior))
-        x_hat, x_prior = self.generator(torch.cat((noise, noise_prior)), z).chunk(2)
-        return x_hat, x_prior
+        codes = self.encoder(x if second is None else torch.cat((x, second)))
+        z, z_second = (codes, None) if second is None else codes.chunk(2)
+        latents = torch.cat((z, z_prior))
+        x_hat, x_prior = self.generator(torch.cat((noise, noise_prior)), latents).chunk(2)
+        return Generated(x_hat, x_prior, z, z_second)
 
 
 class Logits(NamedTuple):
-    """What the discriminators say about one batch, each of shape (n,); None if not asked for."""
+    """The discriminators' logits of one batch, each of shape (n,); None where not requested."""
 
     pair_real: Tensor | None
     """D(T(x), x)"""
@@ -226,19 +154,21 @@ class Discriminators(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         table = ARCHITECTURES[model.architecture]
-        self.batch_norm = model.norm in ("batch", "sync")
+        self.batch_norm = model.trunk_norm in ("batch", "sync")
+        self.difference = model.pair_features == "difference"
         if table.convs:
             width = _wide(table.trunk_dim, model)
             self.trunk = nn.Sequential(
-                *_conv_body(model, table, last=width), nn.LeakyReLU(SLOPE, inplace=True)
+                *_conv_body(model, table, width, model.trunk_norm),
+                nn.LeakyReLU(SLOPE, inplace=True),
             )
         else:
             width, self.trunk = table.trunk_dim, nn.Identity()
-        pair = [2 * width, *(_wide(n, model) for n in table.pair_head), 1]
+        features = (4 if self.difference else 2) * width
+        pair = [features, *(_wide(n, model) for n in table.pair_head), 1]
         sample = [width, *(_wide(n, model) for n in table.sample_head), 1]
-        head = _dense if table.convs else _tanh_mlp
-        self.pair_head = head(pair)
-        self.sample_head = head(sample)
+        self.pair_head = _dense(pair, table.activation)
+        self.sample_head = _dense(sample, table.activation)
 
     def forward(
         self,
@@ -250,10 +180,10 @@ class Discriminators(nn.Module):
         real: bool = True,
         mismatched: bool = False,
     ) -> Logits:
-        """Return the logits of one step, those of real samples and mismatched pairs if asked for.
+        """Return the logits of one step, those of real samples and mismatched pairs on request.
 
         The trunk runs once over real and once over generated samples: batch norm statistics then
-        never mix the two, and x is looked at once for D and D' together. Each head runs once.
+        never mix the two, and D and D' share the features of x. Each head runs once.
         """
         if real or mismatched or self.batch_norm:  # whose statistics are those of x and T(x)
             x_features, tx_features = self.trunk(torch.cat((x, tx))).chunk(2)
@@ -280,7 +210,10 @@ class Discriminators(nn.Module):
         self, candidate: Float[Tensor, "n f"], condition: Float[Tensor, "n f"]
     ) -> Float[Tensor, " n"]:
         """Return D's logits that each candidate is a transformation of its condition."""
-        return self.pair_head(torch.cat((condition, candidate), dim=1)).squeeze(1)
+        features = [condition, candidate]
+        if self.difference:
+            features += [condition - candidate, condition * candidate]
+        return self.pair_head(torch.cat(features, dim=1)).squeeze(1)
 
     def sample(self, candidate: Float[Tensor, "n f"]) -> Float[Tensor, " n"]:
         """Return the logits of D' that each candidate is real."""
@@ -292,27 +225,27 @@ def _wide(count: int, model: Model) -> int:
     return count if model.width == 1 else max(4, round(count * model.width / 4) * 4)
 
 
-def _dense(sizes: list[int]) -> nn.Sequential:
+def _hidden(model: Model, table: Architecture) -> list[int]:
+    return [_wide(units, model) for units in table.hidden]
+
+
+def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Return dense layers of these sizes with an activation between any two."""
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.LeakyReLU(SLOPE, inplace=True)]
+        leaky = activation is nn.LeakyReLU
+        layers += [nn.Linear(a, b), nn.LeakyReLU(SLOPE, inplace=True) if leaky else activation()]
     return nn.Sequential(*layers[:-1])
 
 
-def _tanh_mlp(sizes: list[int]) -> nn.Sequential:
-    """Return a network of points; ``points.py`` differentiates it by hand."""
-    inputs, hidden, outputs = sizes
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
-
-
-def _conv_body(model: Model, table: Architecture, last: int) -> nn.Sequential:
+def _conv_body(model: Model, table: Architecture, last: int, kind: Norm) -> nn.Sequential:
     """Return the convolutions of a table, flattened into one dense layer of ``last`` units."""
     channels, side, _ = table.shape
     layers: list[nn.Module] = []
     for conv in table.convs:
         out = _wide(conv.filters, model)
         valid = conv.kernel == side  # the 2x2 convolution that ends Tables 2 and 3
-        padding, norm = 0 if valid else conv.kernel // 2, _norm2d(model, out, conv)
+        padding, norm = 0 if valid else conv.kernel // 2, _norm2d(kind, out, conv)
         layers += [
             fast.Conv2d(channels, out, conv.kernel, conv.stride, padding, bias=not _is_batch(norm)),
             *norm,
@@ -341,29 +274,25 @@ def _deconv(
 
 
 def _is_batch(norm: list[nn.Module]) -> bool:
-    """Return whether these are a batch norm, which takes any bias before it away again."""
+    """Return whether these are a batch norm, which cancels any bias before it."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norm)
 
 
-def _norm2d(model: Model, channels: int, conv: Conv) -> list[nn.Module]:
-    if not conv.norm or model.norm == "none":
+def _norm2d(kind: Norm, channels: int, conv: Conv) -> list[nn.Module]:
+    if not conv.norm or kind == "none":
         return []
-    if model.norm == "group":
-        return [nn.GroupNorm(_groups(channels), channels)]
-    return [fast.SyncBatchNorm2d(channels) if model.norm == "sync" else nn.BatchNorm2d(channels)]
+    if kind == "group":
+        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
+        return [nn.GroupNorm(groups, channels)]
+    return [fast.SyncBatchNorm2d(channels) if kind == "sync" else nn.BatchNorm2d(channels)]
 
 
-def _norm1d(model: Model, units: int) -> list[nn.Module]:
-    if model.norm == "none":
+def _norm1d(kind: Norm, units: int) -> list[nn.Module]:
+    if kind == "none":
         return []
-    if model.norm == "group":
+    if kind == "group":
         return [nn.LayerNorm(units)]
-    return [fast.SyncBatchNorm1d(units) if model.norm == "sync" else nn.BatchNorm1d(units)]
-
-
-def _groups(channels: int) -> int:
-    """Return the largest of 8, 4, 2, 1 that divides the channels."""
-    return next(g for g in (8, 4, 2, 1) if channels % g == 0)
+    return [fast.SyncBatchNorm1d(units) if kind == "sync" else nn.BatchNorm1d(units)]
 
 
 def initialise(network: nn.Module, seed: int) -> None:

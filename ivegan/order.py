@@ -39,11 +39,13 @@ class Draws(NamedTuple):
     transform: Tensor
     """What T is made of: (n, 7) uniform on [0, 1) for images, (n, 2) standard normal for points."""
     condition: Tensor
-    """The same for a second T, used on x itself where ``transform.condition`` asks for it."""
+    """The same for a second T, of x itself, where ``transform.condition`` asks for it."""
+    encoder: Tensor
+    """The same for a third T, of E's input, where ``transform.encoder`` asks for it."""
 
     def to(self, device: torch.device) -> "Draws":
         """Return the draws on a device."""
-        return Draws(*(part.to(device, non_blocking=True) for part in self))
+        return Draws(*(draws.to(device, non_blocking=True) for draws in self))
 
 
 def weights_seed(seed: int, network: int) -> int:
@@ -63,8 +65,8 @@ def batch_indices(
     epochs, offsets = np.divmod(positions, num_samples)
     out = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        out[here] = _shuffled(seed, _ORDER, int(epoch), num_samples)[offsets[here]]
+        places = epochs == epoch
+        out[places] = _shuffled(seed, _ORDER, int(epoch), num_samples)[offsets[places]]
     return out
 
 
@@ -94,7 +96,7 @@ def num_lanes(num_shards: int, batch_size: int) -> int:
 def lane_pieces(
     seed: int, shard_sizes: Sequence[int], lane: int, lanes: int, skip: int = 0
 ) -> Iterator[Piece]:
-    """Yield what a lane reads, for ever, from its sample number ``skip`` on.
+    """Yield what a lane reads, indefinitely, from its sample number ``skip`` on.
 
     All shards, permuted anew for each epoch and laid end to end, are dealt to the lanes in turn:
     each shard is read by one lane, once per epoch, and no lane ever falls behind by more than a
@@ -116,19 +118,23 @@ def draw(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Draws
     """Return a rank's slice of the global batch's random numbers for one step."""
     n, model = config.batch_size, config.model
     generator = torch.Generator().manual_seed(_entropy(config.seed, _DRAWS, step))
-    if config.is_points:
-        transform, condition = torch.randn(2, n, 2, generator=generator)
-    else:
-        transform, condition = torch.rand(2, n, NUM_TRANSFORM_DRAWS, generator=generator)
-    everything = Draws(
+    random, size = (torch.randn, 2) if config.is_points else (torch.rand, NUM_TRANSFORM_DRAWS)
+    transform, condition = random(2, n, size, generator=generator)
+    batch = Draws(
         noise=torch.randn(n, model.noise_dim, generator=generator),
-        z_prior=2 * torch.rand(n, model.z_dim, generator=generator) - 1,
+        z_prior=prior(n, model.z_dim, generator),
         noise_prior=torch.randn(n, model.noise_dim, generator=generator),
         transform=transform,
         condition=condition,
+        encoder=random(n, size, generator=generator),
     )
-    here = _slice(n, rank, world_size)
-    return Draws(*(part[here[0] : here[-1] + 1] for part in everything))
+    ours = _slice(n, rank, world_size)
+    return Draws(*(draws[ours[0] : ours[-1] + 1] for draws in batch))
+
+
+def prior(count: int, z_dim: int, generator: torch.Generator) -> Float[Tensor, "n z"]:
+    """Return latents from the prior, uniform on (-1, 1), the range of E's Tanh (Figs. 3 and 7)."""
+    return 2 * torch.rand(count, z_dim, generator=generator) - 1
 
 
 def modes(dataset: str) -> tuple[Float[np.ndarray, "k 2"], float]:
@@ -142,13 +148,18 @@ def modes(dataset: str) -> tuple[Float[np.ndarray, "k 2"], float]:
 
 def points(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Float[Tensor, "n 2"]:
     """Return a rank's slice of a fresh global batch of ``ring`` or ``grid`` points."""
-    means, std = modes(config.dataset)
     generator = torch.Generator().manual_seed(_entropy(config.seed, _POINTS, step))
-    which = torch.randint(len(means), (config.batch_size,), generator=generator)
-    spread = torch.randn(config.batch_size, 2, generator=generator)
-    everything = torch.from_numpy(means.astype(np.float32))[which] + std * spread
-    here = _slice(config.batch_size, rank, world_size)
-    return everything[here[0] : here[-1] + 1]
+    batch = sample_points(config.dataset, config.batch_size, generator)
+    ours = _slice(config.batch_size, rank, world_size)
+    return batch[ours[0] : ours[-1] + 1]
+
+
+def sample_points(dataset: str, count: int, generator: torch.Generator) -> Float[Tensor, "n 2"]:
+    """Return samples of the Gaussian mixture ``ring`` or ``grid``, in data units."""
+    means, std = modes(dataset)
+    components = torch.randint(len(means), (count,), generator=generator)
+    offsets = torch.randn(count, 2, generator=generator)
+    return torch.from_numpy(means.astype(np.float32))[components] + std * offsets
 
 
 def _slice(batch_size: int, rank: int, world_size: int) -> np.ndarray:

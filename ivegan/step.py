@@ -23,36 +23,44 @@ from typing import NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ivegan import order, points
+from ivegan import order
 from ivegan.config import Config
-from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty
-from ivegan.networks import Discriminators, EncoderGenerator, Logits, initialise
+from ivegan.losses import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    invariance_loss,
+)
+from ivegan.networks import Discriminators, EncoderGenerator, Generated, Logits, initialise
+from ivegan.optimizer import Optimizer
 from ivegan.transforms import transform
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became infinite or not a number: the run has diverged."""
+    """A loss or a gradient became infinite or not a number: the run has diverged."""
 
 
 @dataclass
 class State:
-    """All that training changes; what a checkpoint holds."""
+    """Everything that training changes, and everything that a checkpoint holds."""
 
     config: Config
-    players: nn.Module
+    generator_side: nn.Module
     """E and G: an ``EncoderGenerator``, inside DDP where there are several ranks."""
-    judges: nn.Module
+    discriminator_side: nn.Module
     """D, D' and their trunk: ``Discriminators``, inside DDP where there are several ranks."""
-    optimizer_g: torch.optim.Adam
-    optimizer_d: torch.optim.Adam
+    optimizer_g: Optimizer
+    optimizer_d: Optimizer
     average: nn.Module | None
-    """Exponential moving average of E and G, where ``optim.ema`` asks for one."""
+    """Exponential moving average of E and G, if ``optim.ema`` is not zero."""
     precision: torch.dtype = torch.float32
     """What the networks compute in; weights, losses and optimizers are float32 in any case."""
-    parts: int = 1
-    """How many parts a rank's batch is computed in, one after the other."""
+    micro_batches: int = 1
+    """Number of micro-batches that a rank's batch is computed in, one after the other."""
     step: int = 0
     """Steps taken so far; with the seed, the whole random state of a run."""
 
@@ -63,21 +71,21 @@ class State:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.players.parameters()).device
+        """Device of the networks."""
+        return next(self.generator_side.parameters()).device
 
     @property
     def encoder_generator(self) -> EncoderGenerator:
         """E and G without their DDP wrapper."""
-        return cast(EncoderGenerator, _bare(self.players))
+        return cast(EncoderGenerator, _unwrapped(self.generator_side))
 
     @property
     def discriminators(self) -> Discriminators:
         """D and D' without their DDP wrapper."""
-        return cast(Discriminators, _bare(self.judges))
+        return cast(Discriminators, _unwrapped(self.discriminator_side))
 
 
-def _bare(network: nn.Module) -> nn.Module:
+def _unwrapped(network: nn.Module) -> nn.Module:
     """Return a network without its DDP wrapper."""
     return getattr(network, "module", network)
 
@@ -90,42 +98,30 @@ def create_state(
     """Return the state before the first step: seeded networks and fresh optimizers.
 
     Args:
-        config: all that the numbers depend on, but for the precision.
-        device: where the networks go.
+        config: everything that the numbers depend on, except the precision.
+        device: device of the networks.
         precision: what they compute in, ``torch.bfloat16`` where the device has units for it.
     """
-    players, judges = EncoderGenerator(config.model), Discriminators(config.model)
-    initialise(players.encoder, order.weights_seed(config.seed, 0))
-    initialise(players.generator, order.weights_seed(config.seed, 1))
-    initialise(judges, order.weights_seed(config.seed, 2))
-    if not config.is_points:
-        # The layout that convolutions are fastest in, on CPUs and GPUs alike; values do not change.
-        for network in (players, judges):
+    generator_side, discriminator_side = (
+        EncoderGenerator(config.model),
+        Discriminators(config.model),
+    )
+    initialise(generator_side.encoder, order.weights_seed(config.seed, 0))
+    initialise(generator_side.generator, order.weights_seed(config.seed, 1))
+    initialise(discriminator_side, order.weights_seed(config.seed, 2))
+    for network in (generator_side, discriminator_side):
+        if not config.is_points:
+            # The fastest layout for convolutions on CPUs and GPUs; values do not change.
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return make_state(config, players.to(device), judges.to(device), precision)
-
-
-def make_state(
-    config: Config,
-    players: nn.Module,
-    judges: nn.Module,
-    precision: torch.dtype = torch.float32,
-) -> State:
-    """Return the state before the first step of networks that are there."""
-    o = config.optim
-
-    def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(
-            network.parameters(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True
-        )
-
+        network.to(device)
+    ema = config.optim.ema
     return State(
         config=config,
-        players=players,
-        judges=judges,
-        optimizer_g=adam(players, o.lr_g),
-        optimizer_d=adam(judges, o.lr_d),
-        average=deepcopy(players).requires_grad_(False) if o.ema else None,
+        generator_side=generator_side,
+        discriminator_side=discriminator_side,
+        optimizer_g=Optimizer(generator_side, config.optim.lr_g, config),
+        optimizer_d=Optimizer(discriminator_side, config.optim.lr_d, config),
+        average=deepcopy(generator_side).requires_grad_(False) if ema else None,
         precision=precision,
     )
 
@@ -135,10 +131,10 @@ def distribute(state: State) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     ids = [state.device.index] if state.device.type == "cuda" else None
-    for name in ("players", "judges"):
+    for name in ("generator_side", "discriminator_side"):
         wrapped = DistributedDataParallel(getattr(state, name), device_ids=ids)
-        # The ranks' batch norm statistics stay their own, and rank 0's are kept. Set afterwards:
-        # the constructor's argument changed its name between torch 2.11 and 2.13.
+        # Each rank keeps its own batch norm statistics. Set afterwards: the constructor's argument
+        # changed its name between torch 2.11 and 2.13.
         wrapped.broadcast_buffers = False
         setattr(state, name, wrapped)
 
@@ -146,111 +142,95 @@ def distribute(state: State) -> None:
 def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
     """Update D and D', then E and G, on one batch; return its losses and logits as scalars.
 
-    Of several games at once (``seeds.py``) everything has a first dimension for the game.
-
     Args:
         state: changed in place.
         x: this rank's real samples, on the state's device.
-        draws: the random numbers that go with them, on the same device.
+        draws: the random numbers that belong to them, on the same device.
     """
-    config = state.config
-    if config.transform.condition:
-        x = transform(x, draws.condition, config.transform)
-    tx = transform(x, draws.transform, config.transform)
-    update = points.update if points.possible(state) else _update
-    scalars = update(state, x, tx, draws)
+    for optimizer in (state.optimizer_g, state.optimizer_d):
+        optimizer.schedule(state.step)
+    scalars = update(state, x, draws)
     state.step += 1
+    return scalars
+
+
+def update(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
+    """Compute one step on the device; ``speed/graph.py`` captures it."""
+    t = state.config.transform
+    x_encoder = transform(x, draws.encoder, t) if t.encoder else None
+    if t.condition:
+        x = transform(x, draws.condition, t)
+    tx = transform(x, draws.transform, t)
+    columns = (x, tx, x if x_encoder is None else x_encoder, *draws[:3])
+    batches = [
+        MicroBatch(*tensors)
+        for tensors in zip(*(c.chunk(state.micro_batches) for c in columns), strict=True)
+    ]
+    scalars, generated = _update_discriminators(state, batches)
+    for losses, more in zip(scalars, _update_generators(state, batches, generated), strict=True):
+        losses |= more
     _update_average(state)
-    return {name: value.detach() for name, value in scalars.items()}
+    return {k: torch.stack([s[k].detach() for s in scalars]).mean(0) for k in scalars[0]}
 
 
-def _update(state: State, x: Tensor, tx: Tensor, draws: order.Draws) -> dict[str, Tensor]:
-    """Update the networks of a state, and return the scalars."""
-    objective = state.config.objective
-    # The gradients are means over parts: one, unless memory is too small for the whole batch.
-    tensors = (x, tx, draws.noise, draws.z_prior, draws.noise_prior)
-    parts = [_Part(*some) for some in zip(*(t.chunk(state.parts) for t in tensors), strict=True)]
-    count, scalars, kept = len(parts), [], []
-
-    # D and D': tell T(x) from G's variation of x, and real samples from prior samples.
-    state.optimizer_d.zero_grad(set_to_none=True)
-    for i, part in enumerate(parts):
-        # G runs once: the graph of this pass serves the second phase too, because only D changes.
-        # With several parts it would fill the memory, and is not kept.
-        with torch.set_grad_enabled(count == 1):
-            x_hat, x_prior = _generate(state, part)
-        if count == 1:
-            kept.append((x_hat, x_prior))
-        with _reduced(state.judges, i == count - 1):
-            loss_D, loss_D_prime, penalty, logits = _judge(
-                state, part.x, part.tx, x_hat.detach(), x_prior.detach()
-            )
-            loss = loss_D + objective.prior_weight * loss_D_prime + penalty
-            (loss / count).sum().backward()
-        said = {
-            "logit/D_real": logits.pair_real,
-            "logit/D_fake": logits.pair_fake,
-            "logit/D_prime_real": logits.sample_real,
-            "logit/D_prime_fake": logits.sample_fake,
-        }
-        means = {name: v.mean(-1) for name, v in said.items() if v is not None}
-        scalars.append({"loss/D": loss_D, "loss/D_prime": loss_D_prime, **means})
-    state.optimizer_d.step()
-
-    # E and G: fool both. D is frozen, and called without DDP: it has nothing to synchronise.
-    D = _bare(state.judges).requires_grad_(False)
-    state.optimizer_g.zero_grad(set_to_none=True)
-    for i, part in enumerate(parts):
-        with _reduced(state.players, i == count - 1):
-            x_hat, x_prior = kept[i] if kept else _generate(state, part)
-            real = objective.loss == "relativistic"  # no other loss looks at them in this phase
-            fooled = _logits(state, D, part.x, part.tx, x_hat, x_prior, real=real)
-            loss_G = generator_loss(fooled.pair_real, fooled.pair_fake, objective.loss)
-            loss_G_prior = generator_loss(fooled.sample_real, fooled.sample_fake, objective.loss)
-            ((loss_G + objective.prior_weight * loss_G_prior) / count).sum().backward()
-        scalars[i] |= {"loss/GE_pair": loss_G, "loss/GE_prior": loss_G_prior}
-    state.optimizer_g.step()
-    D.requires_grad_(True)
-
-    if count == 1:
-        return scalars[0]
-    return {k: torch.stack([one[k].detach() for one in scalars]).mean(0) for k in scalars[0]}
-
-
-class _Part(NamedTuple):
-    """What a part of a batch is trained on."""
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass computes on."""
 
     x: Tensor
     tx: Tensor
+    x_encoder: Tensor
+    """What E sees: x, or a transformation of it (``transform.encoder``)."""
     noise: Tensor
     z_prior: Tensor
     noise_prior: Tensor
 
 
-def _generate(state: State, part: _Part) -> tuple[Tensor, Tensor]:
-    """Return x_hat and x_prior."""
-    with _autocast(state):
-        return state.players(part.x, part.noise, part.z_prior, part.noise_prior)
+def _update_discriminators(
+    state: State, batches: list[MicroBatch]
+) -> tuple[list[dict[str, Tensor]], list[Generated]]:
+    """Update D and D' to tell T(x) from x_hat and x from x_prior; return scalars and E's and G's.
+
+    G runs once per step: the graph of this pass also serves the generators' phase, since only D
+    changes. With several micro-batches it would fill the memory, and is discarded.
+    """
+    weight, whole = state.config.objective.prior_weight, len(batches) == 1
+    scalars, generated = [], []
+    state.optimizer_d.zero_grad()
+    for i, batch in enumerate(batches):
+        with torch.set_grad_enabled(whole):
+            fake = _generate(state, batch)
+        if whole:
+            generated.append(fake)
+        with _synchronised(state.discriminator_side, i == len(batches) - 1):
+            losses, logits = _discriminator_losses(state, batch, fake)
+            loss_D, loss_D_prime, penalty = losses
+            loss = loss_D + weight * loss_D_prime + penalty
+            (loss / len(batches)).backward()
+        scalars.append(
+            {
+                "loss/D": loss_D,
+                "loss/D_prime": loss_D_prime,
+                "logit/D_real": cast(Tensor, logits.pair_real).mean(),
+                "logit/D_fake": logits.pair_fake.mean(),
+                "logit/D_prime_real": cast(Tensor, logits.sample_real).mean(),
+                "logit/D_prime_fake": logits.sample_fake.mean(),
+            }
+        )
+    state.optimizer_d.step()
+    return scalars, generated
 
 
-def _reduced(network: nn.Module, now: bool) -> AbstractContextManager[None]:
-    """Let the ranks' gradients be averaged in the backward pass of the last part alone."""
-    wrapped = isinstance(network, DistributedDataParallel)
-    return network.no_sync() if wrapped and not now else nullcontext()
-
-
-def _judge(
-    state: State, x: Tensor, tx: Tensor, x_hat: Tensor, x_prior: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Logits]:
-    """Return what D minimises, what D' minimises, their gradient penalties, and the logits."""
+def _discriminator_losses(
+    state: State, batch: MicroBatch, fake: Generated
+) -> tuple[tuple[Tensor, Tensor, Tensor], Logits]:
+    """Return the losses of D and of D', their gradient penalties, and the logits."""
     objective = state.config.objective
-    penalised = bool(objective.r1 or objective.r2)
-    if penalised:
-        x, tx, x_hat, x_prior = (v.detach().requires_grad_() for v in (x, tx, x_hat, x_prior))
-    mismatched = bool(objective.mismatched)
-    logits = _logits(state, state.judges, x, tx, x_hat, x_prior, mismatched=mismatched)
-    assert logits.pair_real is not None, "real samples are looked at unless told otherwise"
-    assert logits.sample_real is not None, "real samples are looked at unless told otherwise"
+    images = (batch.x, batch.tx, fake.x_hat.detach(), fake.x_prior.detach())
+    if objective.r1 or objective.r2:
+        images = tuple(image.detach().requires_grad_() for image in images)
+    logits = _logits(state, images, mismatched=bool(objective.mismatched))
+    assert logits.pair_real is not None, "the discriminators' phase computes real logits"
+    assert logits.sample_real is not None, "the discriminators' phase computes real logits"
     loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
     if logits.pair_mismatched is not None:
         loss_D = loss_D + objective.mismatched * discriminator_loss(
@@ -260,44 +240,108 @@ def _judge(
     penalty = torch.zeros_like(loss_D)
     if objective.r1:
         real = logits.pair_real + logits.sample_real
-        penalty = penalty + objective.r1 * gradient_penalty(real, (x, tx))
+        penalty = penalty + objective.r1 * gradient_penalty(real, images[:2])
     if objective.r2:
-        fake = logits.pair_fake + logits.sample_fake
-        penalty = penalty + objective.r2 * gradient_penalty(fake, (x_hat, x_prior))
-    return loss_D, loss_D_prime, penalty, logits
+        generated = logits.pair_fake + logits.sample_fake
+        penalty = penalty + objective.r2 * gradient_penalty(generated, images[2:])
+    return (loss_D, loss_D_prime, penalty), logits
 
 
-def _logits(state: State, judges: nn.Module, *images: Tensor, **which: bool) -> Logits:
-    """Return what D and D' say, in the precision in which losses are computed."""
+def _update_generators(
+    state: State, batches: list[MicroBatch], generated: list[Generated]
+) -> list[dict[str, Tensor]]:
+    """Update E and G to fool D and D', which are frozen; return the scalars."""
+    objective = state.config.objective
+    scalars = []
+    state.discriminators.requires_grad_(False)
+    state.optimizer_g.zero_grad()
+    for i, batch in enumerate(batches):
+        with _synchronised(state.generator_side, i == len(batches) - 1):
+            fake = generated[i] if generated else _generate(state, batch)
+            images = (batch.x, batch.tx, fake.x_hat, fake.x_prior)
+            relativistic = objective.loss == "relativistic"  # the only loss that uses real logits
+            logits = _logits(state, images, frozen=True, real=relativistic)
+            loss_pair = generator_loss(logits.pair_real, logits.pair_fake, objective.loss)
+            loss_prior = generator_loss(logits.sample_real, logits.sample_fake, objective.loss)
+            losses = {"loss/GE_pair": loss_pair, "loss/GE_prior": loss_prior}
+            loss = loss_pair + objective.prior_weight * loss_prior
+            if fake.z_second is not None:
+                losses["loss/invariance"] = _invariance(fake.z.float(), fake.z_second.float())
+                loss = loss + objective.invariance * losses["loss/invariance"]
+            (loss / len(batches)).backward()
+        scalars.append(losses)
+    state.optimizer_g.step()
+    state.discriminators.requires_grad_(True)
+    return scalars
+
+
+def _invariance(z: Tensor, z_second: Tensor) -> Tensor:
+    """Return the invariance loss against the codes of all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return invariance_loss(z, z_second)
+    others = torch.cat(all_gather(z_second))
+    return invariance_loss(z, others, first=dist.get_rank() * len(z))
+
+
+def _generate(state: State, batch: MicroBatch) -> Generated:
+    """Return x_hat, x_prior and the codes."""
+    second = batch.tx if state.config.objective.invariance else None
     with _autocast(state):
-        logits: Logits = judges(*images, **which)
+        return state.generator_side(
+            batch.x_encoder, batch.noise, batch.z_prior, batch.noise_prior, second
+        )
+
+
+def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Average the ranks' gradients in the backward pass of the last micro-batch alone."""
+    wrapped = isinstance(network, DistributedDataParallel)
+    return network.no_sync() if wrapped and not last else nullcontext()
+
+
+def _logits(
+    state: State,
+    images: tuple[Tensor, ...],
+    *,
+    frozen: bool = False,
+    real: bool = True,
+    mismatched: bool = False,
+) -> Logits:
+    """Return the logits in float32, the precision in which losses are computed.
+
+    A frozen D is called without DDP: it has no gradients to synchronise.
+    """
+    network = state.discriminators if frozen else state.discriminator_side
+    with _autocast(state):
+        logits: Logits = network(*images, real=real, mismatched=mismatched)
     if state.precision == torch.float32:
         return logits
-    return Logits(*(cast(Tensor, None if part is None else part.float()) for part in logits))
+    return Logits(*(cast(Tensor, None if v is None else v.float()) for v in logits))
 
 
 def _autocast(state: State) -> AbstractContextManager[object]:
     if state.precision == torch.float32:
         return nullcontext()
-    return torch.autocast(state.device.type, state.precision)
+    # A captured step must cast its weights anew at every replay.
+    cache = state.device.type != "cuda"
+    return torch.autocast(state.device.type, state.precision, cache_enabled=cache)
 
 
 @torch.no_grad()
 def _update_average(state: State) -> None:
-    """Move the averaged E and G towards the present ones; buffers are simply copied."""
+    """Move the averaged E and G towards the present ones; buffers are copied."""
     if state.average is None:
         return
-    keep = state.config.optim.ema ** (state.config.batch_size / 1000)
-    present = _bare(state.players)
-    for ours, theirs in zip(state.average.parameters(), present.parameters(), strict=True):
-        ours.lerp_(theirs, 1 - keep)
+    decay = state.config.optim.ema ** (state.config.batch_size / 1000)
+    present = state.encoder_generator
+    move = get_ema_multi_avg_fn(decay)
+    move(list(state.average.parameters()), list(present.parameters()), torch.zeros(()))
     for ours, theirs in zip(state.average.buffers(), present.buffers(), strict=True):
         ours.copy_(theirs)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the means since the last progress, over all ranks."""
+    """Position of a run, with the means since the last progress, over all ranks."""
 
     step: int
     images_seen: int
@@ -309,34 +353,47 @@ def train(
 ) -> Iterator[Progress]:
     """Train to ``config.total_steps``, yielding progress about every so many images and at the end.
 
-    The caller decides what a progress is for: a line, a metric, a checkpoint. Losses are summed on
-    the device and read only here, so the steps between two yields never wait for the host.
+    The caller logs, saves or prints at each progress. Losses are summed on the device and read only
+    here, so the steps between two yields never wait for the host.
 
     Args:
-        state: changed in place; steps already taken are not taken again.
+        state: changed in place; steps already taken are not repeated.
         batches: this rank's samples and draws, from the state's present step on.
         every_images: images between two yields, rounded up to whole steps.
 
     Raises:
-        NonFiniteLossError: training has diverged; the last checkpoint is still good.
+        NonFiniteLossError: training has diverged; the weights are those before the step that did.
     """
+    from ivegan.speed.graph import fastest_step  # it imports this module
+
     every = max(1, math.ceil(every_images / state.config.batch_size))
-    state.players.train()
-    state.judges.train()
+    state.generator_side.train()
+    state.discriminator_side.train()
+    take_step = fastest_step(state)
     sums: dict[str, Tensor] = {}
     count = 0
     while state.step < state.config.total_steps:
         x, draws = next(batches)
-        scalars = train_step(state, x, draws)
-        sums = {name: sums[name] + v for name, v in scalars.items()} if sums else scalars
+        scalars = take_step(state, x, draws)
+        sums = {name: value + sums.get(name, 0) for name, value in scalars.items()}
         count += 1
         if state.step % every == 0 or state.step == state.config.total_steps:
-            yield Progress(state.step, state.images_seen, _means(sums, count))
+            yield Progress(state.step, state.images_seen, _means(state, sums, count))
             sums, count = {}, 0
 
 
-def _means(sums: dict[str, Tensor], count: int) -> dict[str, float]:
-    """Return the mean of every scalar over the steps and the ranks."""
+def _means(state: State, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+    """Return the mean of every scalar over the steps and the ranks.
+
+    Raises:
+        NonFiniteLossError: a gradient or a mean is not finite, on any rank.
+    """
+    for networks, optimizer in (("D and D'", state.optimizer_d), ("E and G", state.optimizer_g)):
+        if failed := optimizer.first_skipped_step():
+            raise NonFiniteLossError(
+                f"The gradient of {networks} became infinite or not a number in step {failed:,}; "
+                "lower the learning rates or change the seed."
+            )
     values = torch.stack(list(sums.values())) / count
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)

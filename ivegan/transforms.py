@@ -4,6 +4,7 @@ T is a pure function of the samples and the random numbers from ``order.draw``. 
 storage and floats in [0, 1] everywhere else; both directions of that conversion stand here.
 """
 
+import functools
 import math
 
 import torch
@@ -35,7 +36,7 @@ def transform(x: Float[Tensor, "n ..."], draws: Float[Tensor, "n ..."], t: Trans
         draws: standard normals (n, 2) for points, uniforms on [0, 1) of shape (n, 7) for images.
         t: how far each part of T may go.
     """
-    if x.ndim < 4:  # (n, 2), or of several games
+    if x.ndim == 2:
         return x + t.noise_std * draws  # Eq. 4
     return _colour(_move(x, draws[:, :4], t), draws[:, 4:], t)
 
@@ -61,12 +62,19 @@ def _move(x: Tensor, draws: Tensor, t: Transform) -> Tensor:
     return grid_sample(x, grid, "bilinear", t.border, align_corners=False)
 
 
+@functools.cache
+def _yiq(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the matrix from RGB to YIQ and its inverse, constants of a captured step."""
+    yiq = torch.tensor(_YIQ, dtype=dtype)
+    return yiq.to(device), torch.linalg.inv(yiq).to(device)
+
+
 def _colour(x: Tensor, draws: Tensor, t: Transform) -> Tensor:
     """Return images with brightness, contrast and hue changed a little, still in [0, 1]."""
     if not (t.brightness or t.contrast or t.hue):
         return x
     brightness, contrast, hue = (2 * draws - 1).unbind(1)
-    yiq = torch.tensor(_YIQ, device=x.device, dtype=x.dtype)
+    yiq, rgb = _yiq(x.device, x.dtype)
     if t.brightness:
         x = x * (1 + t.brightness * brightness)[:, None, None, None]
     if t.contrast:
@@ -79,5 +87,5 @@ def _colour(x: Tensor, draws: Tensor, t: Transform) -> Tensor:
         cos, sin, one, zero = angle.cos(), angle.sin(), torch.ones_like(hue), torch.zeros_like(hue)
         rows = (one, zero, zero, zero, cos, -sin, zero, sin, cos)
         turn = torch.stack(rows, dim=1).unflatten(1, (3, 3))
-        x = torch.einsum("nij,njhw->nihw", torch.linalg.inv(yiq) @ turn @ yiq, x)
+        x = torch.einsum("nij,njhw->nihw", rgb @ turn @ yiq, x)
     return x.clamp(0, 1)

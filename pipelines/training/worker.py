@@ -16,7 +16,7 @@ from ivegan.data.manifest import read_split_manifest
 from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.evaluation.figures import progress_figures
-from ivegan.layers import keep_freed_memory
+from ivegan.speed.layers import keep_freed_memory
 from ivegan.step import create_state, distribute, train
 from pipelines.training.plan import Plan, Run, stream_of
 
@@ -36,12 +36,12 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
     if not run.gpu:
         keep_freed_memory()
     state = create_state(config, device_of(run), getattr(torch, run.precision))
-    state.parts = run.accumulate
+    state.micro_batches = run.accumulate
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
         checkpoint.restore(state, start)
     if run.compile:
-        for network in (state.players, state.judges):
+        for network in (state.generator_side, state.discriminator_side):
             network.compile(dynamic=False)
     distribute(state)
     source = _training_data(plan)

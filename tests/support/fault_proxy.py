@@ -1,4 +1,4 @@
-"""What goes wrong between a program and its object store, done on purpose to a real store.
+"""Faults between a program and a real object store.
 
 ``FaultProxy`` stands between the two and breaks some of what passes; ``KillableStore`` is a store
 that can be killed and started again.
@@ -146,7 +146,7 @@ class _Server(ThreadingHTTPServer):
     upstream: str
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that go away in the middle: that is what this is for."""
+        """Ignore clients that disconnect early: the faults cause that."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 

@@ -1,4 +1,4 @@
-"""Servers and commands that tests start: ports for them, patience with them, and their end."""
+"""Servers and commands that tests start: free ports, waiting and killing."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ import pytest
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that nobody holds."""
+    """Return free ports of loopback."""
     sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
@@ -40,9 +40,9 @@ def interrupted(
     by: signal.Signals,
     look: Callable[[psutil.Process], None] = lambda process: None,
 ) -> tuple[int, str]:
-    """Give a command a signal once it has printed a line; return its exit status and its stderr.
+    """Send a command a signal once it has printed a line; return its exit status and its stderr.
 
-    It ends by itself or is killed: it would go on for days. Before the signal somebody may look.
+    A command that does not end is killed. ``look`` is called before the signal.
     """
     started = subprocess.Popen(
         words,

@@ -58,7 +58,7 @@ def test_plus_presets_differ_from_the_paper():
     for name in ("ring", "grid", "mnist", "celeba"):
         plain, plus = c.flatten(c.preset(name)), c.flatten(c.preset(f"{name}-plus"))
         assert plain != plus
-        assert plain["model.architecture"] == plus["model.architecture"]
+        assert plain["dataset"] == plus["dataset"]
 
 
 def test_hash_follows_the_settings():

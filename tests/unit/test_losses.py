@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty
+from ivegan.losses import (
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    invariance_loss,
+)
 
 LOSSES = ["nonsaturating", "minimax", "relativistic"]
 
@@ -68,3 +73,13 @@ def test_gradient_penalty_of_a_linear_function_is_half_its_squared_slope():
 def test_logits_of_different_shape_are_refused():
     with pytest.raises(TypeError):
         discriminator_loss(torch.zeros(3), torch.zeros(4), "minimax")
+
+
+def test_the_invariance_loss_is_the_cross_entropy_of_finding_the_partner():
+    z = torch.rand(5, 3, dtype=torch.float64) * 2 - 1
+    others = torch.rand(10, 3, dtype=torch.float64) * 2 - 1
+    weight = torch.exp(-torch.cdist(z, others).square() / 0.5)
+    share = weight[torch.arange(5), torch.arange(5) + 4] / weight.sum(1)
+    torch.testing.assert_close(invariance_loss(z, others, first=4), -share.log().mean())
+    corners = torch.tensor([[-0.99] * 16, [0.99] * 16])
+    assert invariance_loss(corners, corners) < 1e-6  # told apart, as far as codes can be

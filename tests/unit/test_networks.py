@@ -35,7 +35,7 @@ def test_every_network_maps_its_shapes(name):
     low = -1 if name == "ring" else 0
     assert images.min() >= low
     assert images.max() <= 1
-    x_hat, x_prior = EncoderGenerator(model)(x, noise, z, noise)
+    x_hat, x_prior, _, _ = EncoderGenerator(model)(x, noise, z, noise)
     logits = Discriminators(model)(x, x, x_hat, x_prior, mismatched=True)
     assert all(logit.shape == (4,) for logit in logits)
 
@@ -60,22 +60,22 @@ def linears(network: nn.Module) -> list[int]:
 def test_the_mnist_networks_are_table_2():
     model = preset("mnist").model
     body = [(5, 2, 64), (3, 2, 128), (3, 2, 256), (3, 2, 256), (2, 1, 256)]
-    encoder, generator, judges = Encoder(model), Generator(model), Discriminators(model)
+    encoder, generator, discriminators = Encoder(model), Generator(model), Discriminators(model)
     assert convolutions(encoder) == body
     assert linears(encoder) == [16]  # z_dim, read with D_enc's 1024 transposed
     assert convolutions(generator) == [(3, 2, 256), (3, 2, 128), (5, 2, 64), (5, 1, 1)]
     assert linears(generator) == [4096]
     assert norms(generator) == 3
-    assert convolutions(judges.trunk) == body
-    assert linears(judges.trunk) == [1024]
-    assert linears(judges.pair_head) == [128, 64, 16, 1]
-    assert linears(judges.sample_head) == [64, 1]
-    assert norms(encoder) == norms(judges.trunk) == 5
+    assert convolutions(discriminators.trunk) == body
+    assert linears(discriminators.trunk) == [1024]
+    assert linears(discriminators.pair_head) == [128, 64, 16, 1]
+    assert linears(discriminators.sample_head) == [64, 1]
+    assert norms(encoder) == norms(discriminators.trunk) == 5
 
 
 def test_the_celeba_networks_are_table_3():
     model = preset("celeba").model
-    encoder, generator, judges = Encoder(model), Generator(model), Discriminators(model)
+    encoder, generator, discriminators = Encoder(model), Generator(model), Discriminators(model)
     assert convolutions(encoder) == [
         (5, 2, 128), (5, 2, 128), (5, 2, 256), (3, 2, 256), (3, 2, 512), (3, 2, 512), (2, 1, 1024),
     ]  # fmt: skip
@@ -86,16 +86,16 @@ def test_the_celeba_networks_are_table_3():
     ]  # fmt: skip
     assert linears(generator) == [4096]
     assert norms(generator) == 10
-    assert linears(judges.pair_head) == [1024, 512, 128, 1]
-    assert linears(judges.sample_head) == [128, 1]
+    assert linears(discriminators.pair_head) == [1024, 512, 128, 1]
+    assert linears(discriminators.sample_head) == [128, 1]
 
 
 def test_the_ring_networks_are_table_1():
     model = preset("ring").model
     assert linears(Encoder(model)) == [128, 2]
     assert linears(Generator(model)) == [128, 2]
-    judges = Discriminators(model)
-    assert linears(judges.pair_head) == linears(judges.sample_head) == [128, 1]
+    discriminators = Discriminators(model)
+    assert linears(discriminators.pair_head) == linears(discriminators.sample_head) == [128, 1]
 
 
 def test_initialisation_is_he_or_xavier_and_depends_on_the_seed_alone():
@@ -132,13 +132,24 @@ def test_a_signal_keeps_its_size_through_fresh_networks():
 
 
 def test_the_mismatched_pair_is_a_neighbours_and_independent_of_ranks():
-    judges = Discriminators(override(preset("ring"), {"model.z_dim": 2}).model)
+    discriminators = Discriminators(override(preset("ring"), {"model.z_dim": 2}).model)
     x, tx = torch.rand(2, 8, 2)
-    whole = judges(x, tx, x, x, mismatched=True).pair_mismatched
+    whole = discriminators(x, tx, x, x, mismatched=True).pair_mismatched
     halves = [
-        judges(x[s], tx[s], x[s], x[s], mismatched=True).pair_mismatched
+        discriminators(x[s], tx[s], x[s], x[s], mismatched=True).pair_mismatched
         for s in (slice(4), slice(4, 8))
     ]
     torch.testing.assert_close(torch.cat(halves), whole)
     swapped = tx[[1, 0, 3, 2, 5, 4, 7, 6]]
-    torch.testing.assert_close(judges.pair(swapped, x), whole)
+    torch.testing.assert_close(discriminators.pair(swapped, x), whole)
+
+
+def test_the_difference_features_and_octaves_widen_the_first_layers():
+    plain, rich = (
+        override(preset("ring"), {"model.pair_features": kind, "model.fourier": octaves}).model
+        for kind, octaves in (("concat", 0), ("difference", 3))
+    )
+    first = [next(Discriminators(m).pair_head.parameters()).shape for m in (plain, rich)]
+    assert first == [(128, 4), (128, 8)]
+    inputs = [next(Generator(m).parameters()).shape[1] for m in (plain, rich)]
+    assert inputs == [4 + 2, 4 + 2 * 7]

@@ -4,13 +4,15 @@ import copy
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import in_ranks
 
-from ivegan import layers, order
+from ivegan import order
 from ivegan.config import Config, override, preset
 from ivegan.networks import sample_shape
+from ivegan.speed import layers
 from ivegan.step import NonFiniteLossError, State, create_state, distribute, train, train_step
 
 
@@ -51,7 +53,7 @@ def test_a_step_changes_every_network(name):
     assert all(v.isfinite() for v in metrics.values())
 
 
-def test_the_discriminator_phase_gives_the_players_no_gradient_and_the_other_way_round():
+def test_each_phase_gives_gradients_to_its_own_networks_alone():
     config = tiny("digits")
     state = create_state(config)
     seen = {}
@@ -78,19 +80,19 @@ def test_steps_are_equation_3_written_out_plainly(name):
     changes: dict = {"model__norm": "none", "objective__mismatched": 0.0, "optim__ema": 0.0}
     config = tiny(name, transform__condition=False, **changes)
     state = create_state(config)
-    state.players.double()
-    state.judges.double()
+    state.generator_side.double()
+    state.discriminator_side.double()
     plain = copy.deepcopy(state)
-    for network in (plain.players, plain.judges):
+    for network in (plain.generator_side, plain.discriminator_side):
         layers.plain(network)
     E, G = plain.encoder_generator.encoder, plain.encoder_generator.generator
-    judges = plain.discriminators
+    discriminators = plain.discriminators
 
     def pair(candidate, x):
-        return judges.pair(judges.trunk(candidate), judges.trunk(x))
+        return discriminators.pair(discriminators.trunk(candidate), discriminators.trunk(x))
 
     def sample(candidate):
-        return judges.sample(judges.trunk(candidate))
+        return discriminators.sample(discriminators.trunk(candidate))
 
     def same(ours, theirs):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -111,7 +113,7 @@ def test_steps_are_equation_3_written_out_plainly(name):
         )
         plain.optimizer_d.zero_grad()
         (-value).backward()
-        same(state.discriminators, judges)
+        same(state.discriminators, discriminators)
         plain.optimizer_d.step()
         plain.optimizer_g.zero_grad()
         x_hat = G(draws.noise, E(x))
@@ -132,6 +134,11 @@ def test_steps_are_equation_3_written_out_plainly(name):
         {"objective__prior_weight": 0.5},
         {"model__norm": "group"},
         {"transform__condition": True},
+        {"transform__encoder": True},
+        {"objective__invariance": 0.1},
+        {"model__norm_d": "group"},
+        {"model__pair_features": "difference"},
+        {"optim__schedule": "cosine"},
     ],
 )
 def test_every_switch_trains_and_matters(changes):
@@ -189,33 +196,85 @@ def test_progress_counts_images_and_ends_with_the_run():
     assert seen == [48, 96, 112]
 
 
-def test_a_diverged_run_stops_with_the_name_of_the_loss():
-    config = tiny("ring")
+@pytest.mark.parametrize(("side", "networks"), [("d", "D and D'"), ("g", "E and G")])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_and_stops_the_run(side, networks):
+    """Adam alone would write it into every weight."""
+    config = tiny("digits", total_images=16 * 6, optim__ema=0.0)
     state = create_state(config)
-    with torch.no_grad():
-        next(state.discriminators.parameters()).fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match="loss/D"):
-        list(train(state, batches(config), 16))
+    optimizer = getattr(state, f"optimizer_{side}")
+    own = state.discriminators if side == "d" else state.encoder_generator
+    before: list[torch.Tensor] = []
+
+    def spoil(opt, args, kwargs):
+        if state.step >= 2:
+            if not before:
+                before.extend(p.detach().clone() for p in own.parameters())
+            gradient = next(own.parameters()).grad
+            assert gradient is not None
+            gradient.view(-1)[0] = float("inf")
+
+    optimizer.register_step_pre_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match=rf"gradient of {networks} .* in step 3;"):
+        list(train(state, batches(config), 16 * 6))
+    for old, new in zip(before, own.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def _diverge_on_rank_1(rank: int, world: int, out: str) -> None:
+    config = tiny("ring", total_images=16 * 4)
+    state = create_state(config)
+    distribute(state)
+
+    def spoiled():
+        for step, (x, draws) in enumerate(batches(config, 0, rank, world)):
+            yield (x * float("nan") if (rank, step) == (1, 1) else x), draws
+
+    with pytest.raises(NonFiniteLossError, match=r"D and D' .* in step 2;"):
+        list(train(state, spoiled(), 16 * 4))
+    Path(f"{out}-{rank}").write_text(str(bool(weights(state).isfinite().all())))
+
+
+def test_all_ranks_stop_where_one_diverges(tmp_path: Path):
+    in_ranks(2, _diverge_on_rank_1, str(tmp_path / "finite"))
+    assert [(tmp_path / f"finite-{rank}").read_text() for rank in range(2)] == ["True", "True"]
+
+
+def test_the_cosine_schedule_rises_then_falls():
+    config = tiny("ring", optim__schedule="cosine", total_images=16 * 100)
+    state, rates = create_state(config), []
+    for x, draws in itertools.islice(batches(config), 100):
+        train_step(state, x, draws)
+        rates.append(state.optimizer_g.param_groups[0]["lr"] / config.optim.lr_g)
+    assert rates[0] == pytest.approx(0.05, abs=0.01)
+    assert rates[2] == pytest.approx(1, abs=0.01)
+    assert rates[50] == pytest.approx(0.51, abs=0.01)
+    assert rates[99] == pytest.approx(0.02, abs=0.01)
+    assert np.all(np.diff(rates[2:]) < 0)
 
 
 @pytest.mark.parametrize("name", ["ring", "digits"])
-def test_a_batch_in_parts_is_the_batch(name):
+def test_micro_batches_give_the_gradients_of_the_batch(name):
     """Without batch norm, gradients are means over samples, however they are grouped."""
     config = tiny(name, model__norm="none", optim__ema=0.0)
-    whole, parted = create_state(config), create_state(config)
-    parted.parts = 4
-    for network in (whole.players, whole.judges, parted.players, parted.judges):
+    whole, split = create_state(config), create_state(config)
+    split.micro_batches = 4
+    for network in (
+        whole.generator_side,
+        whole.discriminator_side,
+        split.generator_side,
+        split.discriminator_side,
+    ):
         network.double()
     for x, draws in itertools.islice(batches(config), 5):
         x, draws = x.double(), order.Draws(*(part.double() for part in draws))
-        one, other = train_step(whole, x, draws), train_step(parted, x, draws)
+        one, other = train_step(whole, x, draws), train_step(split, x, draws)
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(weights(parted), weights(whole), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-6, atol=1e-8)
 
 
-def _train_rank(rank: int, world: int, config: Config, parts: int, out: str) -> None:
+def _train_rank(rank: int, world: int, config: Config, micro_batches: int, out: str) -> None:
     state = create_state(config)
-    state.parts = parts
+    state.micro_batches = micro_batches
     distribute(state)
     progress = list(train(state, batches(config, 0, rank, world), 16))
     if rank == 0:
@@ -223,20 +282,20 @@ def _train_rank(rank: int, world: int, config: Config, parts: int, out: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "world", "parts"),
+    ("name", "norm", "world", "micro_batches", "invariance"),
     [
-        ("ring", "none", 2, 1),
-        ("digits", "none", 2, 2),
-        ("digits", "none", 4, 1),
-        ("digits", "sync", 2, 1),
-        ("digits", "sync", 4, 1),
+        ("ring", "none", 2, 1, 0.0),
+        ("digits", "none", 2, 2, 0.0),
+        ("digits", "none", 4, 1, 0.1),
+        ("digits", "sync", 4, 1, 0.0),
     ],
 )
-def test_several_ranks_train_like_one(name, norm, world, parts, tmp_path: Path):
+def test_several_ranks_train_like_one(name, norm, world, micro_batches, invariance, tmp_path: Path):
     """Gradients are means over the global batch, so only the order of additions differs."""
-    config = tiny(name, total_images=16 * 8, model__norm=norm)
+    changes = {"model__norm": norm, "objective__invariance": invariance}
+    config = tiny(name, total_images=16 * 8, **changes)
     out = str(tmp_path / "rank0.pt")
-    in_ranks(world, _train_rank, config, parts, out)
+    in_ranks(world, _train_rank, config, micro_batches, out)
     several = torch.load(out, weights_only=True)
     state = create_state(config)
     progress = list(train(state, batches(config), 16))

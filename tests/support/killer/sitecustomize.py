@@ -1,6 +1,6 @@
 """Kills its own process group when a step of a workflow comes to a certain place.
 
-Python imports this at its start where the folder is on PYTHONPATH. ``KILL_AT`` says when:
+Python imports this at its start where the folder is on PYTHONPATH. ``KILL_AT`` is the place:
 "STEP FILE FUNCTION COUNT", the count-th call of that function in that step's process.
 """
 

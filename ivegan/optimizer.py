@@ -1,0 +1,90 @@
+"""Adam with the run's schedule, which stops by itself at a gradient that is not finite.
+
+A fused Adam skips its update where ``found_inf`` is one (torch's gradient scaler uses it). Here it
+is set on the device from the gradients, which are equal on all ranks by then, so no step waits for
+the host. It stays set, so the weights remain those before the first step that failed.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from ivegan.config import Config
+
+_ATTRIBUTES = ("_highest", "_config", "_good_steps", "_start", "found_inf")
+WARM_UP, FLOOR = 0.02, 0.02  # of the cosine schedule: share of the run, share of the rate
+
+
+class Optimizer(torch.optim.Adam):
+    """Adam of one side, with a learning rate that follows ``optim.schedule``.
+
+    Args:
+        network: its parameters are optimised.
+        lr: the learning rate at its highest.
+        config: of the run.
+    """
+
+    def __init__(self, network: nn.Module, lr: float, config: Config) -> None:
+        o, device = config.optim, next(network.parameters()).device
+        cuda = device.type == "cuda"
+        super().__init__(
+            network.parameters(),
+            # A captured step reads its learning rate from the device.
+            lr=torch.tensor(lr, device=device) if cuda else lr,
+            betas=(o.beta1, o.beta2),
+            eps=o.eps,
+            fused=True,
+            capturable=cuda,
+        )
+        self._highest, self._config = lr, config
+        self._good_steps = torch.zeros((), device=device)  # since ``_start``
+        self._start = 0
+        self.found_inf = torch.zeros((), device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
+
+    def schedule(self, step: int) -> None:
+        """Set the learning rate of a step, counted from 0."""
+        if self._config.optim.schedule == "constant":
+            return
+        lr = self._highest * cosine(step / self._config.total_steps)
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update the parameters, unless this gradient or an earlier one is not finite."""
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        failed = ~get_total_norm(gradients).isfinite()
+        self.found_inf.copy_(torch.maximum(self.found_inf, failed.float()))
+        self._good_steps += 1 - self.found_inf
+        super().step()
+
+    def first_skipped_step(self) -> int | None:
+        """Return the number of the first step that was skipped, from 1, since the last restart."""
+        if not self.found_inf.item():
+            return None
+        return self._start + int(self._good_steps.item()) + 1
+
+    @property
+    def guard(self) -> tuple[Tensor, Tensor]:
+        """The tensors that remember whether a gradient was not finite, and since when."""
+        return self.found_inf, self._good_steps
+
+    def restart(self, step: int) -> None:
+        """Count from a checkpoint's step."""
+        self._start = step
+        self._good_steps.zero_()
+
+
+def cosine(progress: float) -> float:
+    """Return the factor on the learning rate at a share of the run, in [0, 1]."""
+    falling = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
+    return min(1.0, max(progress, 1e-3) / WARM_UP) * falling
