@@ -50,6 +50,8 @@ class _CapturedStep:
 
     def _capture(self, state: State, x: Tensor, draws: Draws) -> None:
         self.x, self.draws = x.clone(), Draws(*(d.clone() for d in draws))
+        # A stream of its own: cuBLAS has one workspace per stream, which two graphs that replay at
+        # the same time must not share.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         before = _snapshot(state)
@@ -61,7 +63,7 @@ class _CapturedStep:
         for optimizer in (state.optimizer_g, state.optimizer_d):
             optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self.scalars = update(state, self.x, self.draws)
         self.graph = graph
 
