@@ -60,7 +60,7 @@ def verify(uri: str) -> list[str]:
 
 
 def main(options: Verify) -> dict[str, Any]:
-    """Verify, or tell the plan, and return the JSON object."""
+    """Verify, or print the plan, and return the JSON object."""
     manifest = read_manifest(storage.absolute(options.uri))
     summary = {
         "manifest": storage.join(storage.absolute(options.uri), MANIFEST),

@@ -1,6 +1,6 @@
 """The digits, built by the commands that train on them, where nobody has built them."""
 
-from data_prep.build import build
+from data_prep.building import build
 from ivegan import storage
 from ivegan.data.manifest import MANIFEST
 from pipelines.training.plan import Plan

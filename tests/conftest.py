@@ -43,7 +43,7 @@ def test_data() -> Path:
 @pytest.fixture(scope="session")
 def digits_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the URI of the digits, built once; a test that spoils data copies it first."""
-    from data_prep.build import build
+    from data_prep.building import build
 
     out = tmp_path_factory.mktemp("digits") / "shards"
     build("digits", None, str(out), workers=0)

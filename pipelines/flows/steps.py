@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.build import build
+from data_prep.building import build
 from ivegan import checkpoint, storage
 from ivegan.config import Config, config_hash, flatten, override, preset
 from ivegan.digest import digest

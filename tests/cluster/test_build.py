@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from datasets import files_of
 
-from data_prep import build as build_module
-from data_prep.build import build, make_plan, write_shard
+from data_prep import building
+from data_prep.build import command
+from data_prep.building import build, make_plan, write_shard
 from data_prep.verify import verify
 from ivegan import storage
 from ivegan.data.cache import load_split
@@ -97,7 +98,7 @@ def test_a_killed_build_goes_on_and_ends_like_an_unbroken_one(idx_folder, tmp_pa
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     build("mnist", str(idx_folder), str(unbroken), shard_size=4)
     plan = make_plan("mnist", str(idx_folder), str(killed), shard_size=4)
-    build_module._claim(plan)
+    building._claim(plan)
     for job in plan.jobs[:3]:
         write_shard(job)
     truncated = killed / plan.jobs[2].split / "shard-00002.tar"
@@ -129,7 +130,7 @@ def test_the_manifest_is_written_last(idx_folder, tmp_path, monkeypatch):
 
 def test_a_shard_that_cannot_be_seen_from_here_is_told(idx_folder, tmp_path, monkeypatch):
     """As where each node of a cluster writes to a disk of its own."""
-    real = build_module.write_shard
+    real = building.write_shard
 
     def elsewhere(job):
         written = real(job)
@@ -137,7 +138,7 @@ def test_a_shard_that_cannot_be_seen_from_here_is_told(idx_folder, tmp_path, mon
             (Path(job.out) / written.shard.key).unlink()
         return written
 
-    monkeypatch.setattr(build_module, "write_shard", elsewhere)
+    monkeypatch.setattr(building, "write_shard", elsewhere)
     with pytest.raises(UserError, match=r"has no train/shard-00001\.tar, though a worker wrote it"):
         build("mnist", str(idx_folder), str(tmp_path / "out"), shard_size=10)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -202,7 +203,7 @@ def test_a_wrong_argument_ends_with_its_sentence(
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["build.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        build_module.command()
+        command()
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.err.startswith(sentence)

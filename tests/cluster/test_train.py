@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from processes import free_ports, interrupted, kill, wait_for
 from safetensors.torch import load_file
 
-from data_prep.build import build
+from data_prep.building import build
 from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError

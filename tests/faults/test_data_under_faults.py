@@ -18,8 +18,8 @@ from datasets import files_of
 from fault_proxy import Fault, FaultProxy, KillableStore, Request
 from processes import wait_for
 
-from data_prep import build as build_module
-from data_prep.build import build
+from data_prep import building
+from data_prep.building import build
 from data_prep.verify import verify
 from ivegan import storage
 from ivegan.config import override, preset
@@ -112,7 +112,7 @@ class OnceTold(logging.Handler):
 def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path, monkeypatch):
     good = str(tmp_path / "good")
     build("digits", None, good, shard_size=100)
-    whole = build_module._write_shard
+    whole = building._write_shard
     done = itertools.count(1)
 
     def counted(job):
@@ -123,7 +123,7 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
     waiting = OnceTold(killable.start)
     logging.getLogger("ivegan.storage").addHandler(waiting)
     try:
-        monkeypatch.setattr(build_module, "_write_shard", counted)
+        monkeypatch.setattr(building, "_write_shard", counted)
         build("digits", None, "s3://bucket/set", shard_size=100)
         assert waiting.told >= 1
         assert remote_files("s3://bucket/set") == files_of(tmp_path / "good")

@@ -99,7 +99,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 def measure(raw: str | None, only: str | None) -> dict[str, Any]:
     """Return the numbers of the checkout that Python finds first."""
-    from data_prep.build import build
+    from data_prep.building import build
 
     numbers: dict[str, Any] = {}
     sources = {"digits": None} | ({n: f"{raw}/{n}" for n in ("mnist", "celeba")} if raw else {})

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_prep import celeba
-from data_prep.build import build
+from data_prep.building import build
 from data_prep.verify import verify
 from ivegan import storage
 from ivegan.data.cache import load_split

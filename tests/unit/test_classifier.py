@@ -148,7 +148,7 @@ def test_images_without_as_many_labels_are_refused(
 
 @pytest.mark.slow
 def test_it_reads_mnist(test_data: Path, tmp_path: Path) -> None:
-    from data_prep.build import build
+    from data_prep.building import build
 
     out = tmp_path / "mnist"
     build("mnist", str(test_data / "mnist"), str(out), workers=0)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_prep import mnist
-from data_prep.build import build
+from data_prep.building import build
 from ivegan import storage
 from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError

@@ -14,8 +14,10 @@ import pytest
 from datasets import files_of
 from PIL import Image
 
-from data_prep import build as build_module
-from data_prep.build import build, make_plan
+from data_prep import build as build_command
+from data_prep import building
+from data_prep.building import build, make_plan
+from data_prep.products import Written, table
 from data_prep.verify import verify
 from ivegan import storage
 from ivegan.data.cache import load_split
@@ -73,18 +75,18 @@ def test_equal_builds_at_once_end_as_one(tmp_path):
 
 def test_a_build_that_an_equal_one_overtakes_ends_with_its_manifest(tmp_path, monkeypatch):
     """The other ends between two shards of this one, and clears the folder of records away."""
-    out, write = str(tmp_path / "set"), build_module._write_shard
+    out, write = str(tmp_path / "set"), building._write_shard
 
     def overtaken(job):
-        monkeypatch.setattr(build_module, "_write_shard", write)
+        monkeypatch.setattr(building, "_write_shard", write)
         build("digits", None, out)
         raise UserError(f"There is no file {job.record}: correct the path.")
 
-    monkeypatch.setattr(build_module, "_write_shard", overtaken)
+    monkeypatch.setattr(building, "_write_shard", overtaken)
     assert build("digits", None, out)["samples"] == 1797
     assert verify(out) == []
 
-    monkeypatch.setattr(build_module, "_write_shard", fails)
+    monkeypatch.setattr(building, "_write_shard", fails)
     with pytest.raises(UserError, match="disk"):
         build("digits", None, str(tmp_path / "alone"))
 
@@ -99,7 +101,7 @@ def build_50(*arguments):
 
 def test_another_build_is_refused_from_the_first_moment(tmp_path):
     out = str(tmp_path / "set")
-    build_module._claim(make_plan("digits", None, out))
+    building._claim(make_plan("digits", None, out))
     with pytest.raises(UserError, match="holds an unfinished build with other settings"):
         build("digits", None, out, shard_size=50)
     assert set(files_of(tmp_path / "set")) == {".unfinished/plan.json"}
@@ -110,13 +112,13 @@ def test_a_claim_that_a_careless_store_let_another_take_ends_the_build(tmp_path,
     """Conditional writes are not atomic everywhere: both may think that they were first."""
     out = str(tmp_path / "set")
     other = make_plan("digits", None, out, shard_size=50)
-    whole = build_module._table
+    whole = building.table
 
     def taken_over(*arguments):
         storage.write_bytes(other.marker, other.identity)
         return whole(*arguments)
 
-    monkeypatch.setattr(build_module, "_table", taken_over)
+    monkeypatch.setattr(building, "table", taken_over)
     with pytest.raises(UserError, match="holds an unfinished build with other settings"):
         build("digits", None, out)
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -140,30 +142,20 @@ def test_a_folder_and_a_bucket_hold_the_same_bytes(s3, tmp_path):
     assert verify(f"{s3}/set") == []
 
 
-def test_attributes_become_columns(tmp_path):
+def test_attributes_become_columns():
     """Of a table over what two finished shards hold."""
-    plan = make_plan("digits", None, str(tmp_path))
-    about = build_module.Source(
-        dataset="faces",
-        image_shape=(3, 4, 4),
-        splits={"train": 2},
-        sources={},
-        settings={},
-        label_names=("Bald", "Smiling"),
-    )
-    plan = build_module.Plan(about=about, out="", settings={}, jobs=plan.jobs, records="")
     written = [
-        build_module.Written(
+        Written(
             shard=Shard(split="train", key=f"k{i}", samples=1, bytes=1, sha256=""),
             rows=[Row(str(i), {"attributes": [i, 1], "identity": 7 + i, "source": "x"}, 512, 9)],
         )
         for i in range(2)
     ]
-    table = pq.read_table(io.BytesIO(build_module._table(plan, written))).to_pylist()
-    assert [row["Bald"] for row in table] == [False, True]
-    assert [row["Smiling"] for row in table] == [True, True]
-    assert [row["identity"] for row in table] == [7, 8]
-    assert json.dumps(table[0]["shard"]) == '"k0"'
+    rows = pq.read_table(io.BytesIO(table(written, ("Bald", "Smiling")))).to_pylist()
+    assert [row["Bald"] for row in rows] == [False, True]
+    assert [row["Smiling"] for row in rows] == [True, True]
+    assert [row["identity"] for row in rows] == [7, 8]
+    assert json.dumps(rows[0]["shard"]) == '"k0"'
 
 
 def test_mnist_is_downloaded_built_and_not_fetched_again(idx_folder, tmp_path, capsys):
@@ -176,8 +168,8 @@ def test_mnist_is_downloaded_built_and_not_fetched_again(idx_folder, tmp_path, c
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         out = str(tmp_path / "set")
-        options = build_module.Build(dataset="mnist", source=url, out=out, workers=0, dry_run=True)
-        assert build_module.main(options) == {"source": url, "out": out}
+        options = build_command.Build(dataset="mnist", source=url, out=out, workers=0, dry_run=True)
+        assert build_command.main(options) == {"source": url, "out": out}
         assert f"{url} would first be downloaded to {out}-raw" in capsys.readouterr().out
         assert not (tmp_path / "set-raw").exists()
         assert build("mnist", url, out)["samples"] == 34
