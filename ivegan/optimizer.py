@@ -40,9 +40,9 @@ class Optimizer(torch.optim.Adam):
             capturable=cuda,
         )
         self._highest, self._config = lr, config
-        self._good_steps = torch.zeros((), device=device)  # since ``_start``
+        self._good_steps = torch.zeros((), device=device, dtype=torch.float32)  # since ``_start``
         self._start = 0
-        self.found_inf = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), device=device, dtype=torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
