@@ -8,8 +8,8 @@ from common import wait
 from torch import Tensor, nn
 
 from ivegan.config import Config
+from ivegan.layers.fast import plain
 from ivegan.networks import Discriminators, EncoderGenerator, sample_shape
-from ivegan.speed.layers import plain
 
 
 def forward_flop(network: nn.Module, *inputs: Tensor) -> float:

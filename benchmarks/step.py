@@ -23,7 +23,7 @@ from textbook import steps as textbook_steps
 from ivegan.config import Config
 from ivegan.data.batches import batches
 from ivegan.data.cache import Split
-from ivegan.speed.layers import keep_freed_memory
+from ivegan.layers.fast import keep_freed_memory
 from ivegan.step import create_state, train_step
 
 WARM_UP = 3  # steps

@@ -16,8 +16,8 @@ from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from ivegan.config import Config, Transform
+from ivegan.layers.fast import plain
 from ivegan.networks import Discriminators, EncoderGenerator
-from ivegan.speed.layers import plain
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):

@@ -7,6 +7,7 @@ The discriminator D sees an image x beside a candidate and says whether the cand
 transformation T(x) or the generator's variation G(z', E(x)). To fool it, the encoder E must keep
 what T leaves alone, and z' must supply what T changes. D' keeps samples from the prior real.
 
-Reading order: step.py, losses.py, networks.py, config.py, order.py, transforms.py, then data.py,
-shards.py, storage.py and checkpoint.py; metrics.py and evaluate.py measure the result.
+Reading order: step.py, losses.py, networks.py with layers/tables.py, config.py, order.py,
+transforms.py, optimizer.py, checkpoint.py. data/ reads shards, storage/ knows folders and S3,
+evaluation/ measures the result, speed/ captures a step as a CUDA graph.
 """

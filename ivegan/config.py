@@ -22,7 +22,7 @@ Norm = Literal["batch", "sync", "group", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The four networks; their layers stand in ``networks.ARCHITECTURES``."""
+    """The four networks; their layers stand in ``layers/tables.py``."""
 
     architecture: Literal["points", "points-deep", "digits", "mnist", "celeba"] = "mnist"
     """Which of the layer tables to build."""

@@ -1,4 +1,4 @@
-"""The four networks and the shared trunk, built from the tables in ``architectures.py``.
+"""The four networks and the shared trunk, built from the tables in ``layers/tables.py``.
 
     E(x)        encoder: image or point -> z in (-1, 1)
     G(z', z)    generator: noise and latent -> image in [0, 1], or point
@@ -11,19 +11,26 @@ wide layer (Table 2 has the two transposed); every discriminator ends in one lin
 SAME but for the 2x2 convolution, which is VALID; Table 1's D' sees the point itself.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ivegan.architectures import ARCHITECTURES, Architecture, Conv
-from ivegan.config import Model, Norm
+from ivegan.config import Model
+from ivegan.layers.build import (
+    SLOPE,
+    conv_body,
+    deconv,
+    dense,
+    hidden_units,
+    is_batch,
+    norm1d,
+    norm2d,
+    wide,
+)
+from ivegan.layers.tables import ARCHITECTURES
 from ivegan.shapes import Float
-from ivegan.speed import layers as fast
-
-SLOPE = 0.2  # of every LeakyReLU, Tables 2 and 3
 
 
 def sample_shape(model: Model) -> tuple[int, ...]:
@@ -38,9 +45,9 @@ class Encoder(nn.Module):
         super().__init__()
         table = ARCHITECTURES[model.architecture]
         if table.convs:
-            self.body = _conv_body(model, table, model.z_dim, model.norm)
+            self.body = conv_body(model, table, model.z_dim, model.norm)
         else:
-            self.body = _dense([2, *_hidden(model, table), model.z_dim], table.activation)
+            self.body = dense([2, *hidden_units(model, table), model.z_dim], table.activation)
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
         return self.body(x).tanh()
@@ -57,30 +64,30 @@ class Generator(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.frequencies: Tensor
         if not table.deconvs:
-            body = _dense([inputs, *_hidden(model, table), 2], table.activation)
+            body = dense([inputs, *hidden_units(model, table), 2], table.activation)
             self.body = nn.Sequential(body, nn.Tanh())
             return
-        filters, side = _wide(table.base[0], model), table.base[1]
+        filters, side = wide(table.base[0], model), table.base[1]
         units = filters * side * side
-        norm = _norm1d(model.norm, units)
+        norm = norm1d(model.norm, units)
         layers: list[nn.Module] = [
-            nn.Linear(inputs, units, bias=not _is_batch(norm)),
+            nn.Linear(inputs, units, bias=not is_batch(norm)),
             *norm,
             nn.LeakyReLU(SLOPE, inplace=True),
             nn.Unflatten(1, (filters, side, side)),
         ]
         channels = filters
         for conv in table.deconvs[:-1]:
-            out = _wide(conv.filters, model)
-            norm = _norm2d(model.norm, out, conv)
+            out = wide(conv.filters, model)
+            norm = norm2d(model.norm, out, conv)
             layers += [
-                *_deconv(channels, out, conv, bias=not _is_batch(norm)),
+                *deconv(channels, out, conv, bias=not is_batch(norm)),
                 *norm,
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
             channels = out
         image = table.deconvs[-1]
-        layers += [*_deconv(channels, image.filters, image, image=True), nn.Sigmoid()]
+        layers += [*deconv(channels, image.filters, image, image=True), nn.Sigmoid()]
         self.body = nn.Sequential(*layers)
 
     def forward(
@@ -157,18 +164,18 @@ class Discriminators(nn.Module):
         self.batch_norm = model.trunk_norm in ("batch", "sync")
         self.difference = model.pair_features == "difference"
         if table.convs:
-            width = _wide(table.trunk_dim, model)
+            width = wide(table.trunk_dim, model)
             self.trunk = nn.Sequential(
-                *_conv_body(model, table, width, model.trunk_norm),
+                *conv_body(model, table, width, model.trunk_norm),
                 nn.LeakyReLU(SLOPE, inplace=True),
             )
         else:
             width, self.trunk = table.trunk_dim, nn.Identity()
         features = (4 if self.difference else 2) * width
-        pair = [features, *(_wide(n, model) for n in table.pair_head), 1]
-        sample = [width, *(_wide(n, model) for n in table.sample_head), 1]
-        self.pair_head = _dense(pair, table.activation)
-        self.sample_head = _dense(sample, table.activation)
+        pair = [features, *(wide(n, model) for n in table.pair_head), 1]
+        sample = [width, *(wide(n, model) for n in table.sample_head), 1]
+        self.pair_head = dense(pair, table.activation)
+        self.sample_head = dense(sample, table.activation)
 
     def forward(
         self,
@@ -218,112 +225,3 @@ class Discriminators(nn.Module):
     def sample(self, candidate: Float[Tensor, "n f"]) -> Float[Tensor, " n"]:
         """Return the logits of D' that each candidate is real."""
         return self.sample_head(candidate).squeeze(1)
-
-
-def _wide(count: int, model: Model) -> int:
-    """Return a hidden size scaled by ``model.width``, in multiples of 4, never under 4."""
-    return count if model.width == 1 else max(4, round(count * model.width / 4) * 4)
-
-
-def _hidden(model: Model, table: Architecture) -> list[int]:
-    return [_wide(units, model) for units in table.hidden]
-
-
-def _dense(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
-    """Return dense layers of these sizes with an activation between any two."""
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(sizes):
-        leaky = activation is nn.LeakyReLU
-        layers += [nn.Linear(a, b), nn.LeakyReLU(SLOPE, inplace=True) if leaky else activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _conv_body(model: Model, table: Architecture, last: int, kind: Norm) -> nn.Sequential:
-    """Return the convolutions of a table, flattened into one dense layer of ``last`` units."""
-    channels, side, _ = table.shape
-    layers: list[nn.Module] = []
-    for conv in table.convs:
-        out = _wide(conv.filters, model)
-        valid = conv.kernel == side  # the 2x2 convolution that ends Tables 2 and 3
-        padding, norm = 0 if valid else conv.kernel // 2, _norm2d(kind, out, conv)
-        layers += [
-            fast.Conv2d(channels, out, conv.kernel, conv.stride, padding, bias=not _is_batch(norm)),
-            *norm,
-            nn.LeakyReLU(SLOPE, inplace=True),
-        ]
-        channels, side = out, 1 if valid else -(-side // conv.stride)
-    layers += [nn.Flatten(), nn.Linear(channels * side * side, last)]
-    return nn.Sequential(*layers)
-
-
-def _deconv(
-    channels: int, out: int, conv: Conv, *, bias: bool = True, image: bool = False
-) -> list[nn.Module]:
-    """Return a transposed convolution whose output is exactly ``stride`` times its input."""
-    kernel, stride = conv.kernel, conv.stride
-    if stride == 1:
-        # A stride-1 transposed convolution is a convolution with a mirrored kernel; SAME padding
-        # of an even kernel is one pixel more on the far side.
-        near, far = (kernel - 1) // 2, kernel // 2
-        pad = [nn.ZeroPad2d((near, far, near, far))] if near != far else []
-        kind = fast.ImageConv2d if image else fast.Conv2d
-        return [*pad, kind(channels, out, kernel, padding=0 if pad else near, bias=bias)]
-    padding = max(0, -(-(kernel - stride) // 2))
-    extra = stride - kernel + 2 * padding
-    return [fast.ConvTranspose2d(channels, out, kernel, stride, padding, extra, bias=bias)]
-
-
-def _is_batch(norm: list[nn.Module]) -> bool:
-    """Return whether these are a batch norm, which cancels any bias before it."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norm)
-
-
-def _norm2d(kind: Norm, channels: int, conv: Conv) -> list[nn.Module]:
-    if not conv.norm or kind == "none":
-        return []
-    if kind == "group":
-        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
-        return [nn.GroupNorm(groups, channels)]
-    return [fast.SyncBatchNorm2d(channels) if kind == "sync" else nn.BatchNorm2d(channels)]
-
-
-def _norm1d(kind: Norm, units: int) -> list[nn.Module]:
-    if kind == "none":
-        return []
-    if kind == "group":
-        return [nn.LayerNorm(units)]
-    return [fast.SyncBatchNorm1d(units) if kind == "sync" else nn.BatchNorm1d(units)]
-
-
-def initialise(network: nn.Module, seed: int) -> None:
-    """Set every weight by the tables: He before a LeakyReLU, Xavier elsewhere, biases zero.
-
-    Drawn from a generator of its own, so that the result depends on nothing but the seed. The fan
-    of a strided transposed convolution is what really reaches one output: in * kernel² / stride².
-    """
-    generator = torch.Generator().manual_seed(seed)
-    layers = [m for m in network.modules() if not list(m.children())]
-    layers = [m for m in layers if not isinstance(m, _NORMS)]
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            continue
-        fan_in, fan_out = _fans(layer)
-        he = isinstance(following, nn.LeakyReLU)
-        std = (2 / (1 + SLOPE**2) / fan_in if he else 2 / (fan_in + fan_out)) ** 0.5
-        with torch.no_grad():
-            layer.weight.normal_(0, std, generator=generator)
-            if layer.bias is not None:
-                layer.bias.zero_()
-
-
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-def _fans(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> tuple[float, float]:
-    """Return how many inputs reach one output, and how many outputs one input reaches."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    area, stride = layer.kernel_size[0] * layer.kernel_size[1], layer.stride[0] * layer.stride[1]
-    if isinstance(layer, nn.ConvTranspose2d):
-        return layer.in_channels * area / stride, layer.out_channels * area
-    return layer.in_channels * area, layer.out_channels * area / stride

@@ -29,15 +29,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ivegan import order
 from ivegan.config import Config
-from ivegan.losses import (
-    discriminator_loss,
-    generator_loss,
-    gradient_penalty,
-    invariance_loss,
-)
-from ivegan.networks import Discriminators, EncoderGenerator, Generated, Logits, initialise
+from ivegan.layers.build import initialise
+from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty, invariance_loss
+from ivegan.networks import Discriminators, EncoderGenerator, Generated, Logits
 from ivegan.optimizer import Optimizer
 from ivegan.transforms import transform
+
+_REMEDY = "lower the learning rates or change the seed"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -97,10 +95,7 @@ def create_state(
 ) -> State:
     """Return the state before the first step: seeded networks and fresh optimizers.
 
-    Args:
-        config: everything that the numbers depend on, except the precision.
-        device: device of the networks.
-        precision: what they compute in, ``torch.bfloat16`` where the device has units for it.
+    ``precision`` is what they compute in: ``torch.bfloat16`` where the device has units for it.
     """
     generator_side, discriminator_side = (
         EncoderGenerator(config.model),
@@ -319,11 +314,10 @@ def _logits(
 
 
 def _autocast(state: State) -> AbstractContextManager[object]:
-    if state.precision == torch.float32:
-        return nullcontext()
+    device, half = state.device.type, state.precision != torch.float32
     # A captured step must cast its weights anew at every replay.
-    cache = state.device.type != "cuda"
-    return torch.autocast(state.device.type, state.precision, cache_enabled=cache)
+    cache = device != "cuda"
+    return torch.autocast(device, state.precision, cache_enabled=cache) if half else nullcontext()
 
 
 @torch.no_grad()
@@ -392,7 +386,7 @@ def _means(state: State, sums: dict[str, Tensor], count: int) -> dict[str, float
         if failed := optimizer.first_skipped_step():
             raise NonFiniteLossError(
                 f"The gradient of {networks} became infinite or not a number in step {failed:,}; "
-                "lower the learning rates or change the seed."
+                f"{_REMEDY}."
             )
     values = torch.stack(list(sums.values())) / count
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -401,7 +395,5 @@ def _means(state: State, sums: dict[str, Tensor], count: int) -> dict[str, float
     means = dict(zip(sums, values.tolist(), strict=True))
     for name, value in means.items():
         if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"{name} is {value}; lower the learning rates or change the seed."
-            )
+            raise NonFiniteLossError(f"{name} is {value}; {_REMEDY}.")
     return means

@@ -16,7 +16,7 @@ from ivegan.data.manifest import read_split_manifest
 from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.evaluation.figures import progress_figures
-from ivegan.speed.layers import keep_freed_memory
+from ivegan.layers.fast import keep_freed_memory
 from ivegan.step import create_state, distribute, train
 from pipelines.training.plan import Plan, Run, stream_of
 

@@ -7,7 +7,7 @@ import torch
 from ranks import in_ranks
 from torch import Tensor, nn
 
-from ivegan.speed import layers
+from ivegan.layers import fast as layers
 
 CASES = {
     "conv": (layers.Conv2d(3, 4, 5, 2, 2), (6, 3, 8, 8)),

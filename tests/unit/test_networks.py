@@ -5,14 +5,9 @@ import torch
 from torch import nn
 
 from ivegan.config import Model, override, preset
-from ivegan.networks import (
-    ARCHITECTURES,
-    Discriminators,
-    Encoder,
-    EncoderGenerator,
-    Generator,
-    initialise,
-)
+from ivegan.layers.build import initialise
+from ivegan.layers.tables import ARCHITECTURES
+from ivegan.networks import Discriminators, Encoder, EncoderGenerator, Generator
 
 SMALL = ["ring", "digits", "mnist", "celeba"]
 

@@ -11,8 +11,8 @@ from ranks import in_ranks
 
 from ivegan import order
 from ivegan.config import Config, override, preset
+from ivegan.layers import fast as layers
 from ivegan.networks import sample_shape
-from ivegan.speed import layers
 from ivegan.step import NonFiniteLossError, State, create_state, distribute, train, train_step
 
 
