@@ -20,7 +20,7 @@ from pipelines import options as cli
 
 @dataclass(frozen=True, kw_only=True)
 class Build(cli.Options):
-    """Turn a raw data set into shards and a manifest. Run again, it goes on, or does nothing."""
+    """Turn a raw data set into shards and a manifest. Repeated, it writes only what is missing."""
 
     dataset: Literal["digits", "mnist", "celeba"]
     """digits, mnist or celeba. mnist takes any data set of four IDX files."""

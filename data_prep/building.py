@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def marker(self) -> str:
-        """Return where the identity stands while a build goes on."""
+        """Return where the identity is while a build is unfinished."""
         return storage.join(self.records, "plan.json")
 
 

@@ -244,7 +244,7 @@ def read(
                 meta["identity"] = lists.identities[name]
             yield Sample(name.removesuffix(".jpg"), image, meta)
     except Exception:
-        _images.cache_clear()  # whoever tries again opens the zip again
+        _images.cache_clear()  # the next attempt opens the zip again
         raise
 
 

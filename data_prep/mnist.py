@@ -226,8 +226,8 @@ def _fetch(url: str) -> bytes:
         error.close()
         raise UserError(f"{url} answers {error.code}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        said = " ".join(str(error).split())[:200]  # the server's words may be in it
-        raise UserError(f"{url} does not answer as it should ({said})") from error
+        reason = " ".join(str(error).split())[:200]  # the server's words may be in it
+        raise UserError(f"{url} does not answer as it should ({reason})") from error
     return body.getvalue()
 
 

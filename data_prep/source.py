@@ -1,4 +1,4 @@
-"""What a raw data set tells ``build`` about itself, and how raw files are named and digested."""
+"""Description of a raw data set, and names and digests of raw files."""
 
 import hashlib
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ resolved once, in ``s3_settings``, for boto3, pyarrow, MLflow and Metaflow alike
 left to each library's standard chain. Whatever is written appears whole or not at all.
 
 What is sent to a store carries a SHA-256 for the store to check, and the same among the object's
-metadata, where whoever reads the whole object finds it and checks again: not every store does.
+metadata, where a reader of the whole object finds it and checks again: not every store does.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def filesystem(uri: str | Path) -> "tuple[pyarrow.fs.FileSystem, str]":
     place = _parse(uri)
     if isinstance(place, Path):
         return fs.LocalFileSystem(), str(place)
-    # The constructor, unlike from_uri, does not read AWS_ENDPOINT_URL: everything is said here.
+    # The constructor, unlike from_uri, does not read AWS_ENDPOINT_URL: all settings are given here.
     settings = s3_settings()
     options: dict[str, Any] = {"region": settings["region"]}
     if settings["endpoint"]:
@@ -156,7 +156,7 @@ def is_local(uri: str | Path) -> bool:
 def exists(uri: str | Path) -> bool:
     """Return whether there is a file, or a folder with something in it."""
     place = _parse(uri)
-    with _told(uri):
+    with _reported(uri):
         if isinstance(place, Path):
             return place.exists()
         bucket, key = place
@@ -174,7 +174,7 @@ def read_bytes(uri: str | Path) -> bytes:
         UserError: no such file, no way to it, or a wrong digest.
     """
     place = _parse(uri)
-    with _told(uri):
+    with _reported(uri):
         if isinstance(place, Path):
             return place.read_bytes()
         into = io.BytesIO()
@@ -190,7 +190,7 @@ def read_range(uri: str | Path, start: int, length: int) -> bytes:
     """
     place = _parse(uri)
     into = io.BytesIO()
-    with _told(uri):
+    with _reported(uri):
         if isinstance(place, Path):
             with place.open("rb") as file:
                 file.seek(start)
@@ -212,7 +212,7 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 def new_file(uri: str | Path) -> Iterator[IO[bytes]]:
     """Yield a file to write to, which takes the old one's place when the block ends well."""
     place = _parse(uri)
-    with _told(uri):
+    with _reported(uri):
         if isinstance(place, tuple):
             body = io.BytesIO()
             yield body
@@ -231,7 +231,7 @@ def create_bytes(uri: str | Path, data: bytes) -> bytes:
     content for a moment, so look again before anything rests on it.
     """
     place = _parse(uri)
-    with _told(uri):
+    with _reported(uri):
         if isinstance(place, tuple):
             return _create_object(place, data)
         with _beside(place) as file:
@@ -258,10 +258,10 @@ def open_file(uri: str | Path) -> Iterator[io.BufferedReader]:
     """
     place = _parse(uri)
     if isinstance(place, Path):
-        with _told(uri), place.open("rb") as file:
+        with _reported(uri), place.open("rb") as file:
             yield file
         return
-    with _told(uri):
+    with _reported(uri):
         found = _head(*place)
     if found is None:
         raise UserError(f"There is no file {uri}: correct the URI.")
@@ -273,7 +273,7 @@ def list_names(uri: str | Path) -> list[str]:
     """Return the names directly below a folder, sorted; none where it does not exist."""
     place = _parse(uri)
     if isinstance(place, Path):
-        with _told(uri):
+        with _reported(uri):
             return sorted(child.name for child in place.iterdir()) if place.is_dir() else []
     return sorted({name.partition("/")[0] for name in list_files(uri)})
 
@@ -283,14 +283,16 @@ def list_files(uri: str | Path) -> dict[str, int]:
     place = _parse(uri)
     if isinstance(place, Path):
         sizes = {}
-        with _told(uri):
+        with _reported(uri):
             for path in _files(place):
-                with contextlib.suppress(FileNotFoundError):  # somebody's temporary file, gone
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # another process's temporary file, gone
                     sizes[path.relative_to(place).as_posix()] = path.stat().st_size
         return sizes
     bucket, key = place
     prefix = f"{key}/" if key else ""
-    with _told(uri):
+    with _reported(uri):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         found = [item for page in pages for item in page.get("Contents", [])]
     return {item["Key"].removeprefix(prefix): item["Size"] for item in found}
@@ -305,7 +307,7 @@ def upload_folder(local: str | Path, uri: str | Path, last: str | None = None) -
         last: the file that goes up last in an object store, so that it marks the folder as whole.
     """
     place, source = _parse(uri), Path(local)
-    with _told(uri):
+    with _reported(uri):
         if isinstance(place, Path):
             _replace_folder(source, place)
             return
@@ -314,7 +316,7 @@ def upload_folder(local: str | Path, uri: str | Path, last: str | None = None) -
         names = [path.relative_to(source).as_posix() for path in _files(source)]
         for name in sorted(names, key=lambda name: (name == last, name)):
             path = source / name
-            with _told(join(uri, name)), _told_local(path), path.open("rb") as file:
+            with _reported(join(uri, name)), _reported_local(path), path.open("rb") as file:
                 _send((bucket, f"{key}/{name}"), file)
 
 
@@ -328,13 +330,13 @@ def download_folder(uri: str | Path, local: str | Path) -> None:
     names = list_files(uri)
     if not names:
         raise UserError(f"There is no folder {uri}, or nothing in it: correct the URI.")
-    with _told(uri):
+    with _reported(uri):
         for name in names:
-            # A key is a name that somebody else chose: it must not lead out of the target.
+            # A key is a name that another program chose: it must not lead out of the target.
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise UserError(f"{uri} holds {name!r}, which is no name for a file: remove it.")
             path = target / name
-            with _told(join(uri, name)), _told_local(path), _beside(path) as file:
+            with _reported(join(uri, name)), _reported_local(path), _beside(path) as file:
                 if isinstance(place, Path):
                     shutil.copyfile(place / name, file.name)
                 else:
@@ -351,7 +353,7 @@ def delete_folder(uri: str | Path, first: str | None = None) -> None:
     """
     place = _parse(uri)
     if isinstance(place, Path):
-        with _told(uri):
+        with _reported(uri):
             if place.is_dir():
                 near = tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.")
                 with near as away:
@@ -359,7 +361,7 @@ def delete_folder(uri: str | Path, first: str | None = None) -> None:
         return
     bucket, key = place
     assert key, "a whole bucket is never deleted"
-    with _told(uri):
+    with _reported(uri):
         names = sorted(list_files(uri), key=lambda name: (name != first, name))
         batches = [names[:1], *(names[i : i + 1000] for i in range(1, len(names), 1000))]
         for batch in filter(None, batches):
@@ -437,7 +439,7 @@ def _send(place: tuple[str, str], body: _File) -> None:
 
 
 def _checks(body: _File) -> dict[str, Any]:
-    """Return what makes the store check what arrives, and whoever reads it what is there."""
+    """Return the checksums with which the store checks an upload and a reader its copy."""
     return {"ChecksumAlgorithm": "SHA256", "Metadata": {_DIGEST: _sha256(body)}}
 
 
@@ -451,7 +453,7 @@ def _create_object(place: tuple[str, str], data: bytes) -> bytes:
             s3_client().put_object(Bucket=bucket, Key=key, Body=data, **condition)
         except ClientError as error:
             status = _status(error)
-            if status == 409 and attempt < _ATTEMPTS:  # somebody else writes or deletes it now
+            if status == 409 and attempt < _ATTEMPTS:  # another client writes or deletes it now
                 _pause(attempt)
                 continue
             if status == 501 and _head(bucket, key) is None:  # no conditional writes here
@@ -526,7 +528,7 @@ def _fetch(
                 damaged = True
                 why = "its bytes are not those of its digest"
                 _empty(into)
-        # Progress is what was never had before: an object that is replaced for ever ends this too.
+        # Only new bytes are progress: an object that is replaced again and again ends this too.
         failures = 1 if into.tell() > most else failures + 1
         most = max(most, into.tell())
         if failures > _ATTEMPTS:
@@ -535,7 +537,7 @@ def _fetch(
             raise Unavailable(
                 f"Reading {uri} was cut off again and again ({why}): try again later."
             )
-        log.info("reading %s goes on at byte %d: %s", uri, into.tell(), why)
+        log.info("reading %s continues at byte %d: %s", uri, into.tell(), why)
         _pause(failures)
 
 
@@ -586,7 +588,7 @@ class _Remote(io.RawIOBase):
         if not part:
             return b""
         into = io.BytesIO()
-        with _told(self._uri):
+        with _reported(self._uri):
             _fetch(self._place, into, part, self._tag)
         self._at += into.tell()
         return into.getvalue()
@@ -641,10 +643,10 @@ def _finish(file: IO[bytes]) -> Path:
 
 
 @contextlib.contextmanager
-def _told(uri: str | Path) -> Iterator[None]:
-    """Turn what a user can mend about a place into a UserError."""
+def _reported(uri: str | Path) -> Iterator[None]:
+    """Turn errors of a place that a user can fix into a UserError."""
     if isinstance(_parse(uri), Path):
-        with _told_local(uri):
+        with _reported_local(uri):
             yield
         return
     from botocore import exceptions as aws
@@ -664,14 +666,14 @@ def _told(uri: str | Path) -> Iterator[None]:
         what = str(error).replace("\n", " ").partition(": Bucket name must")[0]
         raise UserError(f"{uri} is no valid place in an object store: {what}.") from error
     except aws.ClientError as error:
-        told = _refusal(error, uri, at)
-        if told is None:
+        reported = _refusal(error, uri, at)
+        if reported is None:
             raise
-        raise told from error
+        raise reported from error
 
 
 def _refusal(error: Any, uri: str | Path, at: str) -> UserError | None:
-    """Return what to tell about botocore's ClientError, or None if no user can mend it."""
+    """Return the error to raise for botocore's ClientError, or None if no user can fix it."""
     code, status = error.response["Error"]["Code"], _status(error)
     bucket = str(uri).removeprefix("s3://").partition("/")[0]
     missing = code in ("404", "NotFound", "NoSuchKey")
@@ -692,7 +694,7 @@ def _refusal(error: Any, uri: str | Path, at: str) -> UserError | None:
 
 
 @contextlib.contextmanager
-def _told_local(path: str | Path) -> Iterator[None]:
+def _reported_local(path: str | Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:

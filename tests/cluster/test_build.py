@@ -128,7 +128,7 @@ def test_the_manifest_is_written_last(idx_folder, tmp_path, monkeypatch):
     assert order.count("manifest.json") == 1
 
 
-def test_a_shard_that_cannot_be_seen_from_here_is_told(idx_folder, tmp_path, monkeypatch):
+def test_a_shard_that_cannot_be_seen_from_here_is_reported(idx_folder, tmp_path, monkeypatch):
     """As where each node of a cluster writes to a disk of its own."""
     real = building.write_shard
 
@@ -153,14 +153,14 @@ def test_bytes_do_not_depend_on_the_number_of_workers(idx_folder, tmp_path, ray_
 
 def test_a_mistake_found_in_a_task_is_the_same_sentence(faces, tmp_path, ray_cluster):
     folder = faces(tmp_path / "wild", size=(200, 300))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         build("celeba", str(folder), str(tmp_path / "out"), 2)
-    assert "has (200, 300) pixels instead of (178, 218)" in str(told.value)
-    assert "\n" not in str(told.value)
-    assert type(told.value) is UserError
+    assert "has (200, 300) pixels instead of (178, 218)" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert type(error.value) is UserError
 
 
-def test_a_cluster_that_does_not_answer_is_told_at_once(idx_folder, tmp_path, monkeypatch):
+def test_a_cluster_that_does_not_answer_is_reported_at_once(idx_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(UserError, match=r"No Ray cluster answers at RAY_ADDRESS 127\.0\.0\.1:9"):
@@ -204,10 +204,10 @@ def test_a_wrong_argument_ends_with_its_sentence(
     monkeypatch.setattr(sys, "argv", ["build.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         command()
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert stop.value.code == 2
-    assert said.err.startswith(sentence)
-    assert said.err.count("\n") == 1
+    assert output.err.startswith(sentence)
+    assert output.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

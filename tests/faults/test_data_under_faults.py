@@ -101,11 +101,11 @@ class OnceTold(logging.Handler):
 
     def __init__(self, what: Callable[[], None]) -> None:
         super().__init__(logging.WARNING)
-        self.what, self.told = what, 0
+        self.what, self.count = what, 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told += 1
-        if self.told == 1:
+        self.count += 1
+        if self.count == 1:
             self.what()
 
 
@@ -125,10 +125,10 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
     try:
         monkeypatch.setattr(building, "_write_shard", counted)
         build("digits", None, "s3://bucket/set", shard_size=100)
-        assert waiting.told >= 1
+        assert waiting.count >= 1
         assert remote_files("s3://bucket/set") == files_of(tmp_path / "good")
 
-        waiting.told = 0
+        waiting.count = 0
         expected = streamed(good, 150)
         manifest = read_manifest("s3://bucket/set")
         stream = Stream(data_uri="s3://bucket/set", manifest=manifest, split="train", loaders=0)
@@ -136,7 +136,7 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
         first = list(itertools.islice(batches, 10))
         killable.kill()
         rest = list(itertools.islice(batches, 140))
-        assert waiting.told >= 1
+        assert waiting.count >= 1
         assert torch.equal(torch.cat(first + rest), expected)
     finally:
         logging.getLogger("ivegan.storage").removeHandler(waiting)

@@ -74,11 +74,11 @@ def test_a_killed_sweep_is_restored_without_redoing_what_was_done(home, store, m
         seen.append(line)
         if "2 of 6 have ended" in line:
             break
-    # Tune writes down every 5 s who has ended; whom it had not, it would let go on.
-    told = time.time_ns()
+    # Tune records ended trials every 5 s; it would continue one that is not recorded.
+    before = time.time_ns()
     records = home / "runs" / "checkpoints" / "cut" / "tune"
     wait_for(
-        lambda: any(f.stat().st_mtime_ns > told for f in records.glob("experiment_state*.json")),
+        lambda: any(f.stat().st_mtime_ns > before for f in records.glob("experiment_state*.json")),
         process,
         home / "runs" / "checkpoints" / "cut" / "sweep.json",
     )

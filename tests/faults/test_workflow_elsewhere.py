@@ -118,10 +118,10 @@ def test_pod_without_places_outside_it_is_refused(home, preset, missing):
         check=False,
         env=os.environ | {"METAFLOW_KUBERNETES_WORKLOAD": "1", "METAFLOW_USER": "test"},
     )
-    told = done.stdout + done.stderr
-    assert done.returncode != 0, told
-    assert f"lost when it ends: set {missing}" in told
-    assert "Traceback" not in told
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, output
+    assert f"lost when it ends: set {missing}" in output
+    assert "Traceback" not in output
     assert not (home / "runs").exists()
 
 
@@ -184,5 +184,5 @@ def test_a_submitted_workflow_trains_on_the_jobs_cluster_and_leaves_all_outside_
         [*submit, *script], capture_output=True, text=True, env=env, check=False
     )
     assert nowhere.returncode != 0
-    told = nowhere.stdout + nowhere.stderr
-    assert "set --storage, --out, --datastore and MLFLOW_TRACKING_URI to places outside" in told
+    output = nowhere.stdout + nowhere.stderr
+    assert "set --storage, --out, --datastore and MLFLOW_TRACKING_URI to places outside" in output

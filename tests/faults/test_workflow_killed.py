@@ -30,7 +30,7 @@ PLACES = {
     "start": "flows/steps.py prepare 1",
     "sweep": "sweeps/report.py on_trial_result 5",
     "train": "ivegan/checkpoint.py save 4",
-    "evaluate": "client.py add_report 1",  # measured, but told to nobody
+    "evaluate": "client.py add_report 1",  # measured, not yet reported
     "register": "mlflow/tracking/client.py create_model_version 2",  # one half is, the other not
     "end": "flow.py end 1",
 }
@@ -89,8 +89,8 @@ def unbroken(tmp_path_factory, empty_store):
             home = tmp_path_factory.mktemp("unbroken")
             (home / "runs").mkdir()
             shutil.copy(empty_store, home / "runs" / "mlflow.db")
-            told = workflow(*RUN, *(SWEEP if sweep else []), cwd=home)
-            found[sweep] = outcome(json.loads(told.splitlines()[-1]))
+            output = workflow(*RUN, *(SWEEP if sweep else []), cwd=home)
+            found[sweep] = outcome(json.loads(output.splitlines()[-1]))
         return found[sweep]
 
     return get
@@ -102,8 +102,8 @@ def unbroken(tmp_path_factory, empty_store):
 def test_a_workflow_killed_in_any_step_ends_as_if_it_had_not(home, store, unbroken, step):
     sweep = step in ("sweep", "train")
     workflow(*RUN, *(SWEEP if sweep else []), cwd=home, kill_at=f"{step} {PLACES[step]}")
-    told = workflow("resume", "--json", cwd=home)
-    result = json.loads(told.splitlines()[-1])
+    output = workflow("resume", "--json", cwd=home)
+    result = json.loads(output.splitlines()[-1])
     before = set(list(PLACES)[: list(PLACES).index(step)]) - (set() if sweep else {"sweep"})
     assert cloned(home, result["metaflow_run"]) == before
     assert outcome(result) == unbroken(sweep)
@@ -111,5 +111,5 @@ def test_a_workflow_killed_in_any_step_ends_as_if_it_had_not(home, store, unbrok
     for half in ("encoder", "generator"):
         assert len(client.search_model_versions(f"name='ivegan-ring-{half}'")) == 1
     if step == "train":  # from its checkpoint, not from the start
-        first = next(line for line in told.splitlines() if " of 12,800 " in line)
+        first = next(line for line in output.splitlines() if " of 12,800 " in line)
         assert int(first.split(" of ")[0].split()[-1].replace(",", "")) > 3 * 1280

@@ -13,7 +13,7 @@ from mlflow_server import MlflowServer
 PROGRAM = Path(__file__).resolve().parents[2] / "pipelines" / "workflow.py"
 
 
-def test_a_step_is_tried_again_when_mlflow_was_away_and_tells_no_password(home, store):
+def test_a_step_is_tried_again_when_mlflow_was_away_and_prints_no_password(home, store):
     """The first look of the training and of the registration at the server get no answer."""
     plans = [
         times(1, Fault(drop=True), lambda request, part=part: part in request.path)
@@ -41,11 +41,11 @@ def test_a_step_is_tried_again_when_mlflow_was_away_and_tells_no_password(home, 
                 },
             )
             assert proxy.injected == {"drop": 2}
-        told = done.stdout + done.stderr
-        assert done.returncode == 0, told[-3000:]
-        assert told.count("Task is starting (retry).") == 2
-        assert told.count("No MLflow store answers at http://127.0.0.1") >= 2
-        assert "sesame" not in told
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output[-3000:]
+        assert output.count("Task is starting (retry).") == 2
+        assert output.count("No MLflow store answers at http://127.0.0.1") >= 2
+        assert "sesame" not in output
         found = MlflowClient(server.uri).search_model_versions("name='ivegan-ring-encoder'")
         assert len(found) == 1
         (card,) = (home / "runs" / ".metaflow").rglob("steps/evaluate/tasks/*/cards/*.html")

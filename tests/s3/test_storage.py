@@ -46,7 +46,7 @@ def test_what_is_written_is_read(place):
     assert storage.list_names(storage.join(place, "a/b")) == ["c.bin"]
 
 
-def test_a_folder_is_told_from_one_whose_name_starts_alike(place):
+def test_a_folder_is_distinguished_from_one_whose_name_starts_alike(place):
     storage.write_bytes(storage.join(place, "run-10/x"), b"1")
     assert not storage.exists(storage.join(place, "run-1"))
     assert storage.list_names(storage.join(place, "run-1")) == []
@@ -191,7 +191,7 @@ def test_a_local_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatc
     ],
     ids=errno.errorcode.get,
 )
-def test_a_disk_that_refuses_is_told_in_a_sentence(number, sentence, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_is_reported_in_a_sentence(number, sentence, tmp_path, monkeypatch):
     source, target = folder(tmp_path / "source", FILES), tmp_path / "target"
 
     def refuse(*_: object, **__: object) -> None:
@@ -204,9 +204,9 @@ def test_a_disk_that_refuses_is_told_in_a_sentence(number, sentence, tmp_path, m
         (lambda: storage.upload_folder(source, target), target),
         (lambda: storage.download_folder(source, target), target / "config.json"),
     ):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             act()
-        assert str(told.value) == sentence.format(named)
+        assert str(error.value) == sentence.format(named)
         assert storage.list_files(tmp_path) == {f"source/{n}": len(c) for n, c in FILES.items()}
 
 
@@ -236,13 +236,13 @@ def test_a_file_that_the_disk_does_not_take_leaves_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL, source, target], capture_output=True, text=True, check=True
     )
-    told = "grows larger than files may be here: choose another place."
+    error = "grows larger than files may be here: choose another place."
     names = ("x", "y", "up", "down/big")
-    assert done.stdout.splitlines() == [f"{target / name} {told}" for name in names]
+    assert done.stdout.splitlines() == [f"{target / name} {error}" for name in names]
     assert storage.list_files(target) == {"x": 3}
 
 
-def test_a_name_that_is_too_long_is_told_in_a_sentence(tmp_path):
+def test_a_name_that_is_too_long_is_reported_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match="is too long: choose a shorter one"):
         storage.write_bytes(tmp_path / ("n" * 300), b"")
 
@@ -254,7 +254,7 @@ def test_a_list_leaves_out_what_goes_while_it_is_made(tmp_path, monkeypatch):
 
 
 class Clock:
-    """Time that passes only where somebody sleeps."""
+    """Time that passes only in sleep."""
 
     def __init__(self) -> None:
         self.now, self.pauses = 1000.0, []
@@ -307,7 +307,7 @@ def test_patience_ends(clock):
     assert clock.pauses[0] < 0.5 < storage._LONGEST_PAUSE / 2 <= clock.pauses[-1]
 
 
-def test_nobody_waits_for_what_waiting_does_not_mend(clock):
+def test_errors_that_waiting_does_not_fix_are_raised_at_once(clock):
     def call() -> None:
         raise UserError("There is no bucket.")
 
@@ -324,9 +324,9 @@ def test_waiting_leaves_the_random_numbers_of_a_training_alone(clock):
 
 
 def test_unavailable_comes_back_from_another_process():
-    told = pickle.loads(pickle.dumps(storage.Unavailable("Away.")))
-    assert isinstance(told, storage.Unavailable)
-    assert str(told) == "Away."
+    error = pickle.loads(pickle.dumps(storage.Unavailable("Away.")))
+    assert isinstance(error, storage.Unavailable)
+    assert str(error) == "Away."
 
 
 def refusal(code: str, status: int) -> Any:
@@ -349,9 +349,9 @@ def refusal(code: str, status: int) -> Any:
         ("MalformedXML", 400, type(None)),
     ],
 )
-def test_refusals_are_told_apart(code, status, kind):
-    told = storage._refusal(refusal(code, status), "s3://bucket/x", "http://store")
-    assert type(told) is kind
+def test_refusals_are_distinguished(code, status, kind):
+    error = storage._refusal(refusal(code, status), "s3://bucket/x", "http://store")
+    assert type(error) is kind
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_an_answer_that_does_not_go_on_is_not_added(answer, same):
     assert storage._goes_on(answer, None, None)
 
 
-def test_a_missing_file_is_told_in_a_sentence(place):
+def test_a_missing_file_is_reported_in_a_sentence(place):
     uri = storage.join(place, "nothing")
     with pytest.raises(UserError, match=rf"There is no file {uri}: correct the"):
         storage.read_bytes(uri)
@@ -403,13 +403,13 @@ def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
         ("", "An empty path was given: name a folder or an s3:// URI."),
     ],
 )
-def test_a_wrong_uri_is_told_in_a_sentence(uri, sentence):
-    with pytest.raises(UserError) as told:
+def test_a_wrong_uri_is_reported_in_a_sentence(uri, sentence):
+    with pytest.raises(UserError) as error:
         storage.read_bytes(uri)
-    assert str(told.value) == sentence
+    assert str(error.value) == sentence
 
 
-def test_a_file_in_a_folders_place_is_told_in_a_sentence(tmp_path):
+def test_a_file_in_a_folders_place_is_reported_in_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a file stands in its way"):
         storage.write_bytes(tmp_path / "file" / "below", b"")
@@ -437,7 +437,7 @@ def test_one_endpoint_serves_all_libraries(monkeypatch):
     assert not [name for name in storage.environment() if "ENDPOINT" in name]
 
 
-def test_an_endpoint_without_scheme_is_told_in_a_sentence(monkeypatch):
+def test_an_endpoint_without_scheme_is_reported_in_a_sentence(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "store:9000")
     with pytest.raises(UserError, match="'store:9000', which is no URL: write http://HOST:PORT"):
         storage.exists("s3://bucket/x")
@@ -458,7 +458,7 @@ def test_a_missing_bucket_is_named(s3):
         storage.write_bytes("s3://nowhere-at-all/x", b"")
 
 
-def test_wrong_credentials_are_told_and_missing_ones_too(s3, monkeypatch):
+def test_wrong_credentials_are_reported_and_missing_ones_too(s3, monkeypatch):
     with monkeypatch.context() as with_wrong:
         with_wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         storage._client.cache_clear()

@@ -148,7 +148,7 @@ def test_an_object_that_is_always_replaced_is_not_read_for_ever(s3, proxy, behin
         storage.read_bytes(uri)
 
 
-def test_an_archive_replaced_while_it_is_read_in_place_is_told(s3, proxy):
+def test_an_archive_replaced_while_it_is_read_in_place_is_reported(s3, proxy):
     storage.write_bytes(f"{s3}/x", os.urandom(3 << 20))
     with storage.open_file(f"{s3}/x") as file:
         file.read(10)
@@ -166,9 +166,9 @@ def test_a_byte_that_is_wrong_on_arrival_is_noticed(size, s3, proxy, once):
     assert storage.read_bytes(uri) == data
     assert proxy.injected["corrupt_answer"] == 1
     proxy.plan = times(2, Fault(corrupt_answer=size // 2), is_get)
-    with pytest.raises(UserError, match=f"{s3}/x is damaged") as told:
+    with pytest.raises(UserError, match=f"{s3}/x is damaged") as error:
         storage.read_bytes(uri)
-    assert not isinstance(told.value, Unavailable)  # waiting would not mend it
+    assert not isinstance(error.value, Unavailable)  # waiting would not help
     assert proxy.injected["corrupt_answer"] == 3
 
 
@@ -269,7 +269,7 @@ def test_a_store_that_goes_away_while_an_archive_is_read_in_place(s3, proxy, onc
         assert len(file.read()) == 3 << 20
 
 
-def test_what_is_missing_stays_missing_when_nothing_can_be_said_of_its_bucket(s3, proxy, once):
+def test_what_is_missing_stays_missing_when_its_bucket_cannot_be_examined(s3, proxy, once):
     for fault in (Fault(drop=True), Fault(refuse="SlowDown")):
         proxy.plan = times(1, fault, lambda request: request.method == "HEAD")
         with pytest.raises(UserError, match=f"There is no file {s3}/x: correct the URI"):
@@ -306,7 +306,7 @@ def test_a_store_without_conditional_writes_is_looked_at_first(s3, proxy):
     assert proxy.injected["refuse"] == 2
 
 
-def test_of_many_who_create_at_once_each_gets_what_somebody_wrote(s3):
+def test_of_many_who_create_at_once_each_gets_one_written_value(s3):
     contents = [str(n).encode() for n in range(8)]
     gate = threading.Barrier(8)
 

@@ -231,11 +231,11 @@ ZIPS: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), LISTS + ZIPS)
-def test_a_wrong_list_or_zip_is_told_before_anything_is_built(face_folder, spoil, sentence):
+def test_a_wrong_list_or_zip_is_reported_before_anything_is_built(face_folder, spoil, sentence):
     spoil(face_folder)
-    with pytest.raises(UserError, match=sentence) as told:
+    with pytest.raises(UserError, match=sentence) as error:
         celeba.describe(str(face_folder), "celeba", limit=1)  # whole lists are looked through
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_wrong_list_or_zip_is_told_before_anything_is_built(face_folder, spoil
         ),
     ],
 )
-def test_a_wrong_folder_is_told_before_anything_is_built(faces, tmp_path, spoil, sentence):
+def test_a_wrong_folder_is_reported_before_anything_is_built(faces, tmp_path, spoil, sentence):
     folder = unzip(faces(tmp_path / "folder"))
     spoil(folder)
     with pytest.raises(UserError, match=sentence):
@@ -274,17 +274,17 @@ def test_a_wrong_folder_is_told_before_anything_is_built(faces, tmp_path, spoil,
     ],
 )
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_a_wrong_image_is_told_with_its_name(face_folder, kind, content, sentence):
+def test_a_wrong_image_is_reported_with_its_name(face_folder, kind, content, sentence):
     rezip(face_folder, {FIRST: content})
     if kind == "folder":
         unzip(face_folder)
     sentence = rf"The image 000001.jpg in .*faces.* cannot be used \(.*({sentence})"
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with pytest.raises(UserError, match=sentence) as told:
+        with pytest.raises(UserError, match=sentence) as error:
             tar(face_folder)
     assert seen == []
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_pixels_are_not_decoded_before_their_number_is_right(monkeypatch):
@@ -298,7 +298,7 @@ def test_pixels_are_not_decoded_before_their_number_is_right(monkeypatch):
         celeba.cut(jpeg(), "c128")
 
 
-def test_an_image_damaged_or_missing_in_the_zip_is_told(face_folder):
+def test_an_image_damaged_or_missing_in_the_zip_is_reported(face_folder):
     celeba.describe(str(face_folder), "celeba")
     path = face_folder / celeba.ZIP
     content = path.read_bytes()

@@ -124,7 +124,7 @@ def test_a_wrong_image_shape_is_found_and_the_image_named(spoilt, tmp_path):
         load_split(str(spoilt), "valid", tmp_path / "cache")
 
 
-def test_an_unknown_split_is_told_with_those_there_are(digits_dataset, tmp_path):
+def test_an_unknown_split_is_reported_with_the_existing_ones(digits_dataset, tmp_path):
     with pytest.raises(UserError, match="no split 'dev'; it has test, train, valid"):
         load_split(digits_dataset, "dev", tmp_path)
 

@@ -82,4 +82,4 @@ def test_the_invariance_loss_is_the_cross_entropy_of_finding_the_partner():
     share = weight[torch.arange(5), torch.arange(5) + 4] / weight.sum(1)
     torch.testing.assert_close(invariance_loss(z, others, first=4), -share.log().mean())
     corners = torch.tensor([[-0.99] * 16, [0.99] * 16])
-    assert invariance_loss(corners, corners) < 1e-6  # told apart, as far as codes can be
+    assert invariance_loss(corners, corners) < 1e-6  # distinct, as far as codes can be

@@ -82,17 +82,17 @@ def test_mnist_is_padded_with_zeros_and_the_split_is_as_stated(idx_folder, tmp_p
         (IMAGES, gzip.compress(idx(np.zeros((24, 28, 0), np.uint8))), "have 28 x 0 pixels instead"),
     ],
 )
-def test_a_wrong_idx_file_is_told_in_a_sentence(idx_folder, name, content, sentence):
+def test_a_wrong_idx_file_is_reported_in_a_sentence(idx_folder, name, content, sentence):
     mnist.describe(str(idx_folder), "mnist")
     (idx_folder / name).unlink()
     if content is not None:
         (idx_folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=sentence) as told:
+    with pytest.raises(UserError, match=sentence) as error:
         mnist.describe(str(idx_folder), "mnist")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_an_empty_idx_data_set_is_told_in_a_sentence(idx_folder):
+def test_an_empty_idx_data_set_is_reported_in_a_sentence(idx_folder):
     (idx_folder / IMAGES).write_bytes(gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))))
     (idx_folder / LABELS).write_bytes(idx(np.zeros(0, np.uint8)))
     with pytest.raises(UserError, match="holds an IDX file without images: nothing to build"):
@@ -304,11 +304,11 @@ def test_what_one_mirror_does_not_give_comes_from_the_next(
     assert contents(tmp_path / "good") == mirrors[1].files
     assert mirrors[1].asked == [LABELS_GZ]
     spoil(mirrors[1])
-    with pytest.raises(UserError, match=sentence) as told:
+    with pytest.raises(UserError, match=sentence) as error:
         mnist.download(str(tmp_path / "bad"), urls(mirrors))
-    assert str(told.value).startswith(f"{LABELS_GZ} cannot be downloaded ({mirrors[0].url}/")
-    assert f"; {mirrors[1].url}/" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(f"{LABELS_GZ} cannot be downloaded ({mirrors[0].url}/")
+    assert f"; {mirrors[1].url}/" in str(error.value)
+    assert "\n" not in str(error.value)
     assert set(contents(tmp_path / "bad")) == {IMAGES}  # nothing of the file that was wrong
 
 
@@ -332,7 +332,7 @@ def test_an_endless_answer_is_not_kept(mirrors, tmp_path, monkeypatch):
         tracemalloc.stop()
 
 
-def test_a_mirror_that_is_not_there_is_told(tmp_path, monkeypatch):
+def test_a_mirror_that_is_not_there_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(UserError, match=r"http://127.0.0.1:9/x/.* does not answer as it should"):
         mnist.fetched("http://127.0.0.1:9/x/", str(tmp_path / "out"))

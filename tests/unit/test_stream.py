@@ -1,4 +1,4 @@
-"""A stream gives every rank its share of one global batch, exactly, for ever, from anywhere."""
+"""A stream gives every rank its share of one global batch, exactly, indefinitely, from any step."""
 
 import dataclasses
 import itertools
@@ -158,12 +158,12 @@ def spoil(uri: str, shard: int, sample: int) -> str:
 def test_a_wrong_byte_stops_the_stream_with_shard_and_key(tmp_path, loaders):
     uri = write(tmp_path / "set", [12] * 4)
     key = spoil(uri, 2, 5)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         read(stream(uri, loaders=loaders), 16, 4)
     assert f"shard-00002.tar is not the one of the manifest (wrong sha256; wrong in it: {key})" in (
-        str(told.value)
+        str(error.value)
     )
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_bad_sample_is_left_out_and_counted_if_asked(tmp_path, caplog):
@@ -224,7 +224,7 @@ def test_a_cache_makes_room_by_deleting_what_was_not_used_for_longest(tmp_path):
     assert numbers(torch.from_numpy(np.array(held.images))) == list(range(26))
 
 
-def test_data_larger_than_the_cache_may_be_are_told(tmp_path, monkeypatch):
+def test_data_larger_than_the_cache_may_be_are_reported(tmp_path, monkeypatch):
     uri = write(tmp_path / "set", [25])
     with pytest.raises(UserError, match=r"may hold 9.9e-08 GB .*train with --stream, give --cac"):
         load_split(uri, "train", tmp_path / "cache", limit=99)

@@ -99,10 +99,10 @@ def test_the_command_ends_with_1_if_anything_is_wrong(dataset, capsys, monkeypat
     for code, ending in ((0, "OK: 1797 samples in 4 shards"), (1, f"{TRAIN} is missing.")):
         with pytest.raises(SystemExit) as stop:
             verify_module.command()
-        said = capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().out.splitlines()
         assert stop.value.code == code
-        assert said[-2] == ending
-        assert json.loads(said[-1])["wrong"] == ([] if code == 0 else [ending])
+        assert lines[-2] == ending
+        assert json.loads(lines[-1])["wrong"] == ([] if code == 0 else [ending])
         (dataset / TRAIN).unlink(missing_ok=True)
     monkeypatch.setattr(sys, "argv", ["verify.py", str(dataset / "nowhere")])
     with pytest.raises(SystemExit) as stop:
