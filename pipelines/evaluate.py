@@ -75,9 +75,14 @@ def evaluate_checkpoint(
     )
     about = checkpoint.read_facts(at)
     if about.get("mlflow_run_id") and limit is None:  # a part of the data says less
-        from pipelines.registry import store_of
+        from pipelines.models.register import store_of
         from pipelines.tracking.client import add_evaluation
 
+        run_uri = at.rpartition("/")[0]
+        name = f"evaluation-{about['images_seen']:010d}"
+        storage.write_bytes(
+            storage.join(run_uri, name, "metrics.json"), Path(out, "metrics.json").read_bytes()
+        )
         add_evaluation(
             store_of(about),
             about["mlflow_run_id"],
@@ -85,7 +90,7 @@ def evaluate_checkpoint(
             about["images_seen"],
             Path(out),
             journals=journal_dir(),
-            run_uri=at.rpartition("/")[0],
+            run_uri=run_uri,
         )
     return found["metrics"]
 
@@ -134,7 +139,7 @@ def command() -> None:
 def _resolve(uri: str) -> str:
     """Return the checkpoint that a URI of any kind means."""
     if uri.startswith("models:/"):
-        from pipelines.registry import checkpoint_of
+        from pipelines.models.pull import checkpoint_of
 
         uri = checkpoint_of(uri)
     return checkpoint.find(storage.absolute(uri))

@@ -120,10 +120,10 @@ class IveGanFlow(FlowSpec):
     @final
     def register(self) -> None:
         """Register the encoder and the generator of this run, as candidates in staging."""
-        from pipelines import registry
+        from pipelines.models.register import register
 
         print(f"registering both halves of {self.trained['run_id']}")
-        self.registered = registry.register(self.trained["checkpoint"])
+        self.registered = register(self.trained["checkpoint"])
         for name in self.registered["names"]:
             stage = self.registered["stage"]
             print(f"{name} reloads from MLflow and agrees with the checkpoint: in {stage}")

@@ -1,202 +1,87 @@
-"""What makes a folder of model files trustworthy: checksums of all of them, and no pickle in any.
+"""The files of a registered model: an exact list of names, each with its sha256.
 
-A pickle runs code when it is loaded. ``find_pickles`` looks for them by content as well as by name,
-in files and in archives within files (zip, tar, gzip, bzip2, xz); it loads nothing.
+A pickle runs code when it is loaded, so no file outside ``FILES`` is accepted, and each file must
+have the checksum that was registered.
 """
 
-import bz2
-import gzip
-import hashlib
-import io
-import lzma
-import pickletools
-import re
-import tarfile
-import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
+from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
 
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+CARD, GRAPH = "model_card.md", "data/model.pt2"
 SUMS = "SHA256SUMS"
 """Name of the file of checksums, as ``sha256sum --check`` reads it."""
-
-_COMPRESSED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_UNREADABLE = (
-    *(zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError),
-    *(NotImplementedError, RuntimeError, ValueError),
+FILES = frozenset(
+    {WEIGHTS, CONFIG, CARD, GRAPH, "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+    | {"input_example.json", "serving_input_example.json"}
 )
-_ENDS = {"STOP", "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}  # all but the first call something
-_STORES = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
-_TYPICAL = {"PROTO", "GLOBAL", "INST", "STACK_GLOBAL", "PUT 0", "BINPUT 0"}
-_PICKLED = {".pkl", ".pickle", ".pt", ".pth", ".joblib", ".dill"}
+"""All that a model's folder holds beside ``SUMS``."""
+_ADDED_BY_DOWNLOAD = "registered_model_meta"  # MLflow's own note
 
 
 def write_sums(folder: Path) -> str:
-    """Return the sha256 of the list of checksums, after writing it for every file in the folder."""
-    names = sorted(n for n in _names(folder) if n != SUMS)
-    (folder / SUMS).write_text("".join(f"{_sha256(folder / n)}  {n}\n" for n in names))
-    return _sha256(folder / SUMS)
-
-
-def check_sums(folder: Path, expected: str, *, ignore: frozenset[str] = frozenset()) -> None:
-    """Do nothing if the folder holds exactly the files that ``write_sums`` saw.
-
-    Args:
-        folder: what was fetched.
-        expected: what ``write_sums`` returned, kept elsewhere than the files.
-        ignore: files that may stand there besides.
+    """Write the checksums of a model's files and return the sha256 of their list.
 
     Raises:
-        UserError: names the files that differ, are missing or should not be there.
+        UserError: MLflow wrote other files than the expected ones.
     """
-    listed = folder / SUMS
-    if not listed.is_file() or _sha256(listed) != expected:
+    if difference := _names(folder) ^ FILES:
         raise UserError(
-            f"The checksums in {folder} are not those that were registered ({expected[:12]}…): do "
-            "not load these files, and ask where they were changed."
+            f"MLflow writes other files than expected ({', '.join(sorted(difference))}): install "
+            "the pinned versions of constraints.txt."
         )
-    lines = [line.split("  ", 1) for line in listed.read_text().splitlines()]
-    sums = {name: digest for digest, name in lines}
-    found = set(_names(folder)) - {SUMS} - ignore
-    wrong = sorted(found ^ sums.keys())
-    wrong += sorted(name for name in found & sums.keys() if _sha256(folder / name) != sums[name])
-    if wrong:
-        raise UserError(
-            f"Not as they were registered: {', '.join(wrong)} in {folder}; do not load these "
-            "files, and ask where they were changed."
-        )
+    lines = [f"{sha256_hex((folder / name).read_bytes())}  {name}\n" for name in sorted(FILES)]
+    (folder / SUMS).write_text("".join(lines))
+    return sha256_hex((folder / SUMS).read_bytes())
 
 
-def find_pickles(path: Path) -> list[str]:
-    """Return where pickles are below a path: ``data/model.pt2!inner/data.pkl`` for nested ones."""
-    files = [path / name for name in _names(path)] if path.is_dir() else [path]
-    root = path if path.is_dir() else path.parent
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in what is perhaps no pickle's text
-        return [
-            found
-            for file in files
-            for data in (file.read_bytes(),)
-            for found in _pickles(data, str(file.relative_to(root)), _allowance(data))
-        ]
+def check_sums(folder: Path, expected: str) -> None:
+    """Check that a folder holds exactly the files that were registered, before any is loaded.
+
+    Args:
+        folder: a fetched model.
+        expected: what ``write_sums`` returned, which the registry keeps apart from the files.
+
+    Raises:
+        UserError: names the files that are missing, changed or not expected.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        raise UserError(f"{SUMS} is missing in {folder}: do not load these files.")
+    if sha256_hex(sums.read_bytes()) != expected:
+        raise UserError(
+            f"{SUMS} in {folder} is not the one that was registered ({expected[:12]}…): do not "
+            "load these files, and find out where they were changed."
+        )
+    registered = dict(line.split("  ", 1)[::-1] for line in sums.read_text().splitlines())
+    names = _names(folder)
+    faults = [f"{name} is missing" for name in sorted(FILES - names)]
+    faults += [f"{name} is not expected" for name in sorted(names - FILES)]
+    faults += [
+        f"{name} was changed"
+        for name in sorted(names & FILES)
+        if sha256_hex((folder / name).read_bytes()) != registered.get(name)
+    ]
+    if faults:
+        raise UserError(
+            f"The model in {folder} is not as it was registered: {', '.join(faults)}. Do not load "
+            "it, and find out where it was changed."
+        )
 
 
 def empty_members(archive: Path, folder: str) -> None:
-    """Replace by nothing the content of all members of an archive that lie in a folder."""
-    fresh = archive.with_suffix(".fresh")
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(fresh, "w") as new:
+    """Replace the content of all members of a zip archive that lie in a folder by nothing."""
+    rewritten = archive.with_suffix(".rewritten")
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(rewritten, "w") as new:
         for member in old.infolist():
-            held = folder in PurePosixPath(member.filename).parts[:-1]
-            new.writestr(member, b"" if held else old.read(member))
-    fresh.replace(archive)
+            inside = folder in PurePosixPath(member.filename).parts[:-1]
+            new.writestr(member, b"" if inside else old.read(member))
+    rewritten.replace(archive)
 
 
-@dataclass
-class _Allowance:
-    """How many bytes may still come out of the archives of one file."""
-
-    left: int
-
-    def take(self, read: Callable[[int], bytes]) -> bytes:
-        data = read(self.left + 1)
-        self.left -= len(data)
-        if self.left < 0:
-            raise ValueError("more comes out of it than of any model")
-        return data
-
-
-def _allowance(data: bytes) -> _Allowance:
-    return _Allowance((64 << 20) + 4 * len(data))  # an archive within one takes its bytes twice
-
-
-def _pickles(data: bytes, name: str, allowance: _Allowance) -> Iterator[str]:
-    if _is_pickle(data) or _is_object_array(data):
-        yield name
-        return
-    is_archive = False
-    try:
-        for inner, content in _members(data, allowance):
-            is_archive = True
-            yield from _pickles(content, f"{name}!{inner}", allowance)
-    except _UNREADABLE:
-        yield name  # broken, encrypted or a bomb: nobody can tell
-        return
-    if data and not is_archive and PurePosixPath(name).suffix in _PICKLED:
-        yield name
-
-
-def _members(data: bytes, allowance: _Allowance) -> Iterator[tuple[str, bytes]]:
-    """Yield what an archive holds; bytes that are archives of two kinds are read as both."""
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for member in archive.infolist():
-                with archive.open(member) as stream:
-                    yield member.filename, allowance.take(stream.read)
-    if not data.startswith(tuple(_COMPRESSED)) and tarfile.is_tarfile(io.BytesIO(data)):
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                if (stream := archive.extractfile(member)) is not None:
-                    yield member.name, allowance.take(stream.read)
-    for magic, unpacked in _COMPRESSED.items():
-        if data.startswith(magic):
-            with unpacked(io.BytesIO(data)) as stream:
-                yield "content", allowance.take(stream.read)
-
-
-def _is_object_array(data: bytes) -> bool:
-    """Return whether the bytes are a ``.npy`` of objects, whose values are a pickle."""
-    if not data.startswith(np.lib.format.MAGIC_PREFIX):
-        return False
-    stream = io.BytesIO(data)
-    try:
-        old = np.lib.format.read_magic(stream) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-        return read(stream)[2].hasobject
-    except ValueError:
-        return True  # nobody can tell
-
-
-def _is_pickle(data: bytes) -> bool:
-    """Return whether an unpickler would get through the bytes to their end or to a call.
-
-    What stands behind that is of no concern: it would be too late. But weights and text can look
-    like a few instructions by chance: those count only in a stream that begins with its protocol,
-    that imports or numbers something, as those do that Python writes, or that ends with them.
-    """
-    stack: list[bool] = []  # the unpickler's; True is a mark
-    seen: set[str] = set()
-    try:
-        for code, arg, at in pickletools.genops(data):
-            before = code.stack_before
-            takes = len(before)
-            if pickletools.markobject in before or (code.name == "POP" and stack[-1:] == [True]):
-                while not stack.pop():
-                    pass
-                takes = before.index(pickletools.markobject) if code.name != "POP" else 0
-            taken = [stack.pop() for _ in range(takes)]
-            if any(taken) or ("GET" in code.name and not seen & _STORES):
-                return False
-            if code.name in ("GLOBAL", "INST") and not re.fullmatch(r"[\w.]+ [\w.]+", str(arg)):
-                return False
-            seen |= {code.name, f"{code.name} 0"} if arg == 0 else {code.name}
-            if code.name in _ENDS:
-                return bool(seen & _TYPICAL) or not data[(at or 0) + 1 :].strip()
-            stack += [left is pickletools.markobject for left in code.stack_after]
-    except (ValueError, IndexError, KeyError, EOFError):  # an unpickler would have failed too
-        return False
-    return False
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _names(folder: Path) -> set[str]:
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    return names - {SUMS, _ADDED_BY_DOWNLOAD}

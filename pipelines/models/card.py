@@ -1,27 +1,29 @@
-"""The text that travels with a registered model: what it is, of what data, how good, for what."""
+"""The model card that a registered model carries: data, training, quality, intended use."""
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ivegan import storage
 from ivegan.evaluation import report
 
 _DATA = {
     "ring": "Points of a mixture of Gaussians, drawn from a formula.",
     "grid": "Points of a mixture of Gaussians, drawn from a formula.",
     "digits": "Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; UCI repository, "
-    "CC BY 4.0), as scikit-learn holds it.",
+    "CC BY 4.0), as included in scikit-learn.",
     "mnist": "MNIST (Y. LeCun, C. Cortes, C. Burges; CC BY-SA 3.0), or a data set in its layout.",
     "celeba": "CelebA (Z. Liu, P. Luo, X. Wang, X. Tang; MMLAB, CUHK). **Its licence allows "
-    "non-commercial research only, and so for what is made from it.** The faces are of people who "
-    "were not asked; the model must not be used to recognise or to depict anybody.",
+    "non-commercial research only, for the data and for models made from them.** The people in "
+    "the images did not consent; the model must not be used to recognise or depict a person.",
 }
 _USE = {
     "encoder": "Codes for search, clustering, few-label classification and comparison of images "
-    "like those it was trained on. A code keeps what stays the same under the transformations "
-    "below, and little else; of other images it says nothing.",
-    "generator": "Variations of an image from its code, samples and interpolations, for looking at "
-    "what the encoder keeps. Its images are made up: they are no evidence of anything.",
+    "like those it was trained on. A code keeps what is invariant under the transformations below, "
+    "and little else; for other images it is meaningless.",
+    "generator": "Variations of an image from its code, samples and interpolations, to look at "
+    "what the encoder keeps. Its images are synthetic: they are no evidence of anything.",
 }
 
 
@@ -29,9 +31,8 @@ def render(
     name: str,
     half: str,
     usage: str,
-    facts: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    seeds: Sequence[Mapping[str, float]],
+    metadata: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, float]],
 ) -> str:
     """Return a model card in Markdown.
 
@@ -39,41 +40,77 @@ def render(
         name: of the registered model.
         half: encoder or generator.
         usage: inputs and outputs, in a sentence.
-        facts: of its checkpoint, with ``config``.
-        metrics: of the evaluation of the checkpoint, under their full names; may be empty.
-        seeds: the same of every evaluated run that differs in nothing but its seed, this run's own
-            included.
+        metadata: of its checkpoint, with ``config``.
+        evaluations: metrics of the checkpoint under their full names, then those of runs that
+            differ in their seed only; may be empty.
     """
-    config = facts["config"]
+    config = metadata["config"]
     lines = [f"# {name}", "", usage, "", "## Intended use", "", _USE[half], "", "## Data", ""]
-    lines += [_DATA[config["dataset"]], "", f"Data set hash: `{facts.get('dataset_hash')}`", ""]
+    lines += [_DATA[config["dataset"]], "", f"Data set hash: `{metadata.get('dataset_hash')}`", ""]
     moved = {k: v for k, v in config["transform"].items() if v and k not in ("border", "condition")}
-    lines += ["## Training", "", f"IVE-GAN, {facts['images_seen']:,} images seen, one seed."]
+    lines += ["## Training", "", f"IVE-GAN, {metadata['images_seen']:,} images seen, one seed."]
     lines += [f"Transformations: {', '.join(f'{k} {v}' for k, v in moved.items())}.", ""]
-    told = ("run_id", "mlflow_run_id", "git_commit", "config_hash")
-    lines += [f"- {key}: `{facts.get(key)}`" for key in told]
+    origin = ("run_id", "mlflow_run_id", "git_commit", "config_hash")
+    lines += [f"- {key}: `{metadata[key]}`" for key in origin if key in metadata]
     lines += ["", "All settings: `config.json`.", "", "## Quality, on held-out data", ""]
-    if metrics:
-        several = len(seeds) > 1
-        spread = f" mean ± sd of {len(seeds)} seeds |" if several else ""
-        lines += [f"| | this run |{spread} to hold it against |"]
-        lines += ["| --- | --- |" + " --- |" * several + " --- |"]
-        wide = _spread(seeds)
-        for title, value, against, _ in report.rows(metrics):
-            beside = f" {wide.get(title, '-')} |" if several else ""
-            lines.append(f"| {title} | {value} |{beside} {against} |")
-        if not several:
-            lines += ["", "One training: another seed gives other numbers, and no spread is known."]
-    else:
-        lines += ["Not evaluated when it was registered."]
+    if not evaluations:
+        return "\n".join([*lines, "Not evaluated when it was registered."]) + "\n"
+    several = len(evaluations) > 1
+    spread = f" mean ± sd of {len(evaluations)} seeds |" if several else ""
+    lines += [f"| | this run |{spread} to compare with |"]
+    lines += ["| --- | --- |" + " --- |" * several + " --- |"]
+    spreads = _spread(evaluations)
+    for title, value, references, _ in report.rows(evaluations[0]):
+        column = f" {spreads.get(title, '-')} |" if several else ""
+        lines.append(f"| {title} | {value} |{column} {references} |")
+    if not several:
+        lines += ["", "One training: another seed gives other numbers, and the spread is unknown."]
     return "\n".join(lines) + "\n"
 
 
-def _spread(seeds: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return mean ± sd of each number that all of the runs have, by its title."""
+def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
+    """Return the metrics of a checkpoint, then those of runs that differ in their seed only.
+
+    Args:
+        run_uri: folder of the checkpoint's run; the other runs are beside it.
+        images_seen: by the checkpoint.
+
+    Returns:
+        one evaluation for each seed; nothing where the checkpoint was not evaluated.
+    """
+    own = _evaluation(run_uri, images_seen)
+    if own is None:
+        return []
+    seeds = {_config(own)["seed"]: own["metrics"]}
+    folder, _, run_id = run_uri.rpartition("/")
+    for name in storage.list_names(folder):
+        other = None if name == run_id else _evaluation(storage.join(folder, name), images_seen)
+        if other is not None and _settings(other) == _settings(own):
+            seeds.setdefault(_config(other)["seed"], other["metrics"])
+    return list(seeds.values())
+
+
+def _evaluation(run_uri: str, images_seen: int) -> dict[str, Any] | None:
+    """Return the ``metrics.json`` of a run's checkpoint, or None."""
+    uri = storage.join(run_uri, f"evaluation-{images_seen:010d}", "metrics.json")
+    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def _settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that two evaluations must share to be seeds of one experiment."""
+    data = {"dataset_hash": evaluation["facts"].get("dataset_hash")}
+    return {**_config(evaluation), "seed": None, **data}
+
+
+def _config(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return evaluation["facts"]["config"]
+
+
+def _spread(evaluations: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return mean ± sd of each number that all evaluations have, by its title."""
     out = {}
-    for name in set.intersection(*map(set, seeds)) if len(seeds) > 1 else ():
-        values, short = [one[name] for one in seeds], name.removeprefix(report.PREFIX)
+    for name in set.intersection(*map(set, evaluations)) if len(evaluations) > 1 else ():
+        values, short = [one[name] for one in evaluations], name.removeprefix(report.PREFIX)
         if short in report.MEANINGS:
             mean, sd = (
                 report.shown(short, f(values)) for f in (statistics.fmean, statistics.stdev)

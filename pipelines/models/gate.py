@@ -1,25 +1,23 @@
-"""What a pair of models must show before it goes to production.
+"""The gate to production: what a pair of models must show before it goes there.
 
-The candidate and the pair in production are measured alike, by ``ivegan.evaluate.quality`` on the
-validation split of the same data, from the weights as they lie in the registry. A candidate passes
-if it is traceable, good enough for its data set, and not worse than what it replaces.
+Candidate and incumbent are measured alike, by ``ivegan.evaluation.evaluate.quality`` on the
+validation split of the same data, from the weights in the registry. A candidate passes if its
+origin is recorded, it is good enough for its data set, and it is not worse than the incumbent.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from ivegan.config import Config
+from ivegan import checkpoint, storage
 from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import quality
+from pipelines.models.artifact import CONFIG
+from pipelines.models.package import Halves
 
-# The least of quality and of some of its parts (``ivegan.evaluate.quality``), all in [0, 1]. What
-# untrained pairs have is under each: quality .33 on digits, since even random codes have neighbours
-# of their own class, and .37 on the ring; the demo's pair has .65.
+# Least quality and least of some of its parts, all in [0, 1]. Untrained pairs are below each: their
+# quality is 0.33 on digits, where even random codes have neighbours of their class, 0.37 on ring.
 _POINTS = {"quality": 0.5, "right_mode": 0.5, "coverage": 0.5}
 _CLASSES = {"quality": 0.4, "same_class": 0.3, "one_nn": 0.5}
 LEAST: dict[str, dict[str, float]] = {
@@ -30,70 +28,82 @@ LEAST: dict[str, dict[str, float]] = {
     "celeba": {"quality": 0.4, "same_attributes": 0.55, "probe_auroc": 0.6},
 }
 MARGIN = 0.01
-"""How much worse than the pair in production counts as equal: two seeds differ by more."""
+"""How much worse than the incumbent counts as equal: two seeds differ by more."""
 
-_TRACEABLE = ("run_id", "dataset_hash", "config_hash", "git_commit")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A registered pair, from its own files."""
-
-    config: Config
-    encoder: nn.Module
-    generator: nn.Module
-    facts: Mapping[str, Any]
-    """Of its checkpoint, as both halves carry them."""
+_ORIGIN = ("run_id", "dataset_hash", "config_hash", "git_commit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the gate measured, and why it stays shut."""
+    """The gate's numbers, and why a candidate does not pass."""
 
     scores: Mapping[str, float]
     """Quality and its parts, of the candidate."""
-    holder_scores: Mapping[str, float] | None
+    incumbent_scores: Mapping[str, float] | None
     """Of the pair in production, where there is one."""
     faults: tuple[str, ...]
     """In words with their numbers; empty for a pass."""
 
 
 def examine(
-    candidate: Contender, holder: Contender | None, *, data: str | None, cache_dir: Path
+    candidate: Halves,
+    incumbent: Halves | None,
+    *,
+    checkpoint_uri: str | None,
+    data: str | None,
+    cache_dir: Path,
 ) -> Verdict:
-    """Return the verdict on a candidate.
+    """Measure a candidate and the incumbent, and return the verdict.
 
     Args:
-        candidate: who wants to go to production.
-        holder: who is there.
-        data: shards to judge both on; those that the candidate was trained on by default.
+        candidate: the pair to promote.
+        incumbent: the pair in production.
+        checkpoint_uri: that the candidate was registered from.
+        data: shards to measure both on; those that the candidate was trained on by default.
         cache_dir: for decoded images and the classifier.
 
     Raises:
-        UserError: there are no data to judge on.
+        UserError: there are no data to measure on.
     """
-    dataset = candidate.config.dataset
-    where = None if candidate.config.is_points else data or candidate.facts.get("data")
-    if where is None and not candidate.config.is_points:
-        raise UserError("The candidate does not say where its data are: give --data.")
-    faults = [f"it does not say its {name}" for name in _TRACEABLE if not candidate.facts.get(name)]
-    trained_on = candidate.facts.get("dataset_hash")
-    if where is not None and trained_on and read_manifest(where).hash != trained_on:
-        faults.append(f"{where} is not the data set that it was trained on")
+    config, metadata = candidate[0].config, candidate[0].metadata
+    shards_uri = None if config.is_points else data or metadata.get("data")
+    if shards_uri is None and not config.is_points:
+        raise UserError("The candidate does not record where its data are: give --data.")
+    faults = _unlike_checkpoint(candidate, checkpoint_uri)
+    faults += [f"its {name} is not recorded" for name in _ORIGIN if not metadata.get(name)]
+    trained_on = metadata.get("dataset_hash")
+    if shards_uri and trained_on and read_manifest(shards_uri).hash != trained_on:
+        faults.append(f"{shards_uri} is not the data set that it was trained on")
 
-    def scores_of(one: Contender) -> dict[str, float]:
-        return quality(one.config, one.encoder, one.generator, where, cache_dir)
+    def measure(pair: Halves) -> dict[str, float]:
+        encoder, generator = pair
+        return quality(encoder.config, encoder.network, generator.network, shards_uri, cache_dir)
 
-    scores = scores_of(candidate)
-    holder_scores = None if holder is None else scores_of(holder)
+    scores = measure(candidate)
+    former = None if incumbent is None else measure(incumbent)
     faults += [
-        f"its {name} {scores[name]:.3f} is under {least}, the least for {dataset}"
-        for name, least in LEAST[dataset].items()
+        f"its {name} {scores[name]:.3f} is under {least}, the least for {config.dataset}"
+        for name, least in LEAST[config.dataset].items()
         if not scores[name] >= least
     ]
-    if holder_scores is not None and not scores["quality"] >= holder_scores["quality"] - MARGIN:
+    if former is not None and not scores["quality"] >= former["quality"] - MARGIN:
         faults.append(
-            f"its quality {scores['quality']:.3f} is under {holder_scores['quality']:.3f}, of the "
-            "pair it replaces"
+            f"its quality {scores['quality']:.3f} is under {former['quality']:.3f}, of the pair it "
+            "replaces"
         )
-    return Verdict(scores=scores, holder_scores=holder_scores, faults=tuple(faults))
+    return Verdict(scores=scores, incumbent_scores=former, faults=tuple(faults))
+
+
+def _unlike_checkpoint(pair: Halves, uri: str | None) -> list[str]:
+    """Return, in words, what differs between a pair and the checkpoint it was registered from."""
+    try:
+        if uri is None or not storage.exists(storage.join(uri, CONFIG)):
+            return [f"its checkpoint {uri} is gone, so its origin cannot be checked"]
+        _, encoder, generator, _ = checkpoint.load_networks(uri)
+    except UserError as error:
+        return [f"its checkpoint cannot be read ({error})"]
+    return [
+        f"the {half.kind} is not that of its checkpoint {uri}"
+        for half, network in zip(pair, (encoder, generator), strict=True)
+        if half.weights_sha256 != replace(half, network=network).weights_sha256
+    ]

@@ -1,12 +1,10 @@
-"""One half of a trained pair as a model that MLflow serves to strangers: made, checked, fetched.
+"""One half of a trained pair as a model that MLflow loads without this repository.
 
 A model's folder holds the graph as torch exports it (``data/model.pt2``), the same weights as
-safetensors, the configuration, a model card and the checksums of all of them. Nothing in it is a
-pickle, and nothing of this project is needed to load it.
+safetensors, the configuration, a model card and the checksums of all of them, and no pickle.
 """
 
 import functools
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -19,43 +17,47 @@ import numpy as np
 import torch
 from mlflow import MlflowClient, pyfunc, pytorch
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModel, LoggedModelOutput, Run
+from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
+from requests import RequestException
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ivegan.config import Config, flatten, from_dict, to_dict
+from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
-from ivegan.evaluation import report
 from ivegan.networks import Encoder, Generator, sample_shape
-from pipelines.models import card as model_card
-from pipelines.models.artifact import check_sums, empty_members, find_pickles, write_sums
-
-KINDS = ("encoder", "generator")
+from pipelines.models import card
+from pipelines.models.artifact import (
+    CARD,
+    CONFIG,
+    GRAPH,
+    WEIGHTS,
+    check_sums,
+    empty_members,
+    write_sums,
+)
+from pipelines.models.versions import model_name
 
 TOLERANCE = 1e-5  # between a registered model and the network it was made from
-
-WEIGHTS, CONFIG, CARD = "weights.safetensors", "config.json", "model_card.md"
-_ADDED_BY_MLFLOW = frozenset({"registered_model_meta"})  # a note that each download writes
-_SAME_RESULT = frozenset({"seed", "workers", "threads", "stream"})  # settings that change nothing
 _BATCHES = (1, 2, 5)  # one is the size that an exported graph is most easily frozen to
 
 
 class EncoderModel(nn.Module):
-    """E as it is registered: uint8 images (N, C, H, W), or float32 points (N, 2) -> float32 z."""
+    """The encoder as it is registered: uint8 images or float32 points -> float32 z."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return z; pixels are scaled here, so that nobody has to know how."""
+        """Return z; the scaling of pixels is part of the model."""
         return self.encoder(x.float() / 255 if x.dtype == torch.uint8 else x)
 
 
 class GeneratorModel(nn.Module):
-    """G as it is registered: one float32 tensor [z, z'] -> float32 images in [0, 1], or points."""
+    """The generator as it is registered: float32 [z, z'] -> float32 images in [0, 1], or points."""
 
     def __init__(self, generator: Generator, z_dim: int) -> None:
         super().__init__()
@@ -69,14 +71,14 @@ class GeneratorModel(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """One of the two models of a run, and what its users see of it."""
+    """The encoder or the generator of a run, with the interface that is registered."""
 
     kind: str
     """encoder or generator"""
     preset: str
     config: Config
     network: nn.Module
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     """Of its checkpoint."""
 
     @property
@@ -100,23 +102,23 @@ class Half:
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """Checksum of the weights alone, by which a version is known again."""
-        return hashlib.sha256(self.weights).hexdigest()
+        """Checksum of the weights alone, by which an existing version is found."""
+        return sha256_hex(self.weights)
 
     @property
     def signature(self) -> ModelSignature:
         """Types and shapes; unnamed, since MLflow hands named tensors over as a dictionary."""
         batch = self.batch(2)
         with torch.no_grad():
-            answer = self.model(torch.from_numpy(batch)).numpy()
+            output = self.model(torch.from_numpy(batch)).numpy()
         inputs, outputs = (
-            Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (batch, answer)
+            Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (batch, output)
         )
         return ModelSignature(inputs=inputs, outputs=outputs)
 
     @property
     def usage(self) -> str:
-        """What goes in and comes out, for people."""
+        """Inputs and outputs, in a sentence."""
         sizes, shape = self.config.model, ("N", *sample_shape(self.config.model))
         samples = f"{'points' if self.config.is_points else 'images'} {shape}".replace("'", "")
         if self.kind == "encoder":
@@ -141,16 +143,23 @@ class Half:
         return random.integers(0, 256, shape, dtype=np.uint8)
 
 
-def model_name(preset: str, kind: str) -> str:
-    """Return the name that one half of a preset is registered under."""
-    return f"ivegan-{preset}-{kind}"
+Halves = tuple[Half, Half]
+"""Encoder and generator of one run."""
 
 
-def log(tracked: MlflowClient, half: Half, run_id: str) -> tuple[str, str]:
-    """Return (id, checksum) of a half, logged as a model of its run."""
-    run = tracked.get_run(run_id)
-    logged = tracked.create_logged_model(
-        run.info.experiment_id,
+def log(
+    client: MlflowClient, half: Half, run_id: str, evaluations: list[dict[str, float]]
+) -> tuple[str, str]:
+    """Log a half as a model of an MLflow run; return its id and the checksum of its files.
+
+    Args:
+        client: of the store.
+        half: the model.
+        run_id: of the MLflow run.
+        evaluations: for the model card; its own first, then those of other seeds.
+    """
+    logged = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id,
         name=half.kind,
         source_run_id=run_id,
         params={name: str(value) for name, value in flatten(half.config).items()},
@@ -158,34 +167,15 @@ def log(tracked: MlflowClient, half: Half, run_id: str) -> tuple[str, str]:
     try:
         with tempfile.TemporaryDirectory() as tmp:
             folder = Path(tmp) / "model"
-            digest = _write(folder, half, logged, run_id, _evaluations(tracked, run))
-            tracked.log_model_artifacts(logged.model_id, str(folder))
-        tracked.finalize_logged_model(logged.model_id, "READY")
-        output = LoggedModelOutput(logged.model_id, step=half.facts["images_seen"])
-        tracked.log_outputs(run_id, [output])
+            digest = _write(folder, half, logged, run_id, evaluations)
+            client.log_model_artifacts(logged.model_id, str(folder))
+        client.finalize_logged_model(logged.model_id, "READY")
+        output = LoggedModelOutput(logged.model_id, step=half.metadata["images_seen"])
+        client.log_outputs(run_id, [output])
     except BaseException:
-        tracked.delete_logged_model(logged.model_id)
+        client.delete_logged_model(logged.model_id)
         raise
     return logged.model_id, digest
-
-
-def _evaluations(tracked: MlflowClient, run: Run) -> dict[str, dict[str, float]]:
-    """Return by run id the evaluation of this run, and of those that differ only in their seed."""
-
-    def settings(one: Run) -> dict[str, str]:
-        return {k: v for k, v in one.data.params.items() if k not in _SAME_RESULT}
-
-    like = f"params.total_images = '{run.data.params.get('total_images')}'"
-    found = tracked.search_runs([run.info.experiment_id], like, max_results=1000)
-    out: dict[str, dict[str, float]] = {}
-    seeds = set()
-    for one in (run, *found):
-        metrics = {k: v for k, v in one.data.metrics.items() if k.startswith(report.PREFIX)}
-        seed = one.data.params.get("seed")
-        if metrics and seed not in seeds and settings(one) == settings(run):
-            seeds.add(seed)
-            out[one.info.run_id] = metrics
-    return out
 
 
 def _write(
@@ -193,10 +183,10 @@ def _write(
     half: Half,
     logged: LoggedModel,
     run_id: str,
-    evaluations: Mapping[str, Mapping[str, float]],
+    evaluations: list[dict[str, float]],
 ) -> str:
-    """Return the checksum of a model's folder, after writing all that belongs in it."""
-    about = Model(
+    """Write all files of a model and return the checksum of their list."""
+    description = Model(
         artifact_path=logged.artifact_location,
         model_uuid=logged.model_id,
         run_id=run_id,
@@ -206,74 +196,88 @@ def _write(
     pytorch.save_model(
         half.model.eval(),
         str(folder),
-        mlflow_model=about,
+        mlflow_model=description,
         signature=half.signature,
         input_example=half.batch(2),  # of one, the batch size would be frozen
         # "+cpu" is a build, not a version; it would keep others from installing theirs
         pip_requirements=[f"{k}=={v.partition('+')[0]}" for k, v in versions.items()],
         serialization_format="pt2",
     )
-    # The exported graph lies on the CPU, but MLflow picks a GPU where it sees one, and fails.
-    about.flavors["python_function"]["config"]["device"] = "cpu"
-    about.save(str(folder / "MLmodel"))
-    # torch keeps the example beside the graph, as a pickle, and does without it if it is empty.
-    empty_members(folder / "data" / "model.pt2", "sample_inputs")
+    # The exported graph is on the CPU, but MLflow picks a GPU where it finds one, and fails.
+    description.flavors["python_function"]["config"]["device"] = "cpu"
+    description.save(str(folder / "MLmodel"))
+    # torch pickles the example beside the graph, and loads the graph if that file is empty.
+    empty_members(folder / GRAPH, "sample_inputs")
     (folder / WEIGHTS).write_bytes(half.weights)
-    stored = {**half.facts, "config": to_dict(half.config), "half": half.kind, "usage": half.usage}
+    stored = {**half.metadata, "config": to_dict(half.config)}
+    stored |= {"half": half.kind, "usage": half.usage}
     (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
-    own, seeds = evaluations.get(run_id, {}), list(evaluations.values())
-    card = model_card.render(half.name, half.kind, half.usage, stored, own, seeds)
-    (folder / CARD).write_text(card)
+    text = card.render(half.name, half.kind, half.usage, stored, evaluations)
+    (folder / CARD).write_text(text)
     return write_sums(folder)
 
 
-def check(model_uri: str, digest: str, half: Half | None = None) -> Half:
-    """Return a model's network if the model comes back as it was sent and computes what that does.
+def check(model_uri: str, sha256: str | None, half: Half | None = None) -> Half:
+    """Check that a model comes back as it was registered and computes what its network does.
 
     Args:
-        model_uri: of the model, any form that MLflow knows.
-        digest: its checksum.
-        half: the network; the one that the model's own weights and configuration make by default.
+        model_uri: in any form that MLflow resolves.
+        sha256: the checksum that it was registered with.
+        half: the network; by default the one of the model's own weights and configuration.
 
     Raises:
-        UserError: changed files, a pickle among them, or other numbers.
+        UserError: changed files or other numbers.
     """
     with tempfile.TemporaryDirectory() as tmp:
-        folder = fetch(model_uri, digest, Path(tmp))
+        folder = fetch(model_uri, sha256, Path(tmp))
         half = half or load(folder)
         model = pyfunc.load_model(str(folder))
         for size in _BATCHES:
             batch = half.batch(size, seed=size)
             with torch.no_grad():
                 expected = half.model(torch.from_numpy(batch)).numpy()
-            found = np.asarray(model.predict(batch))
-            far = np.inf if found.shape != expected.shape else np.abs(found - expected).max()
-            if not far <= TOLERANCE:
+            output = np.asarray(model.predict(batch))
+            same_shape = output.shape == expected.shape
+            distance = np.abs(output - expected).max() if same_shape else np.inf
+            if not distance <= TOLERANCE:
                 raise UserError(
-                    f"{half.name} as MLflow loads it is {far:.2g} away from its network on a batch "
-                    f"of {size} (at most {TOLERANCE:g} is allowed): it cannot be registered."
+                    f"{half.name} as MLflow loads it is {distance:.2g} away from its network on a "
+                    f"batch of {size} (at most {TOLERANCE:g} is allowed): it cannot be registered."
                 )
         return half
 
 
-def fetch(model_uri: str, digest: str, into: Path) -> Path:
+def fetch(model_uri: str, sha256: str | None, into: Path) -> Path:
     """Return the folder of a model, fetched and verified, nothing of it loaded.
 
     Raises:
-        UserError: changed files, or a pickle among them.
+        UserError: files that are missing, changed or unreadable.
     """
-    folder = Path(download_artifacts(model_uri, dst_path=str(into / "model")))
-    check_sums(folder, digest, ignore=_ADDED_BY_MLFLOW)
-    if pickles := find_pickles(folder):
-        raise UserError(f"{model_uri} holds pickles ({', '.join(pickles)}): do not load it.")
+    if sha256 is None:
+        raise UserError(f"{model_uri} has no checksum: register its checkpoint with registry.py.")
+    try:
+        folder = Path(download_artifacts(model_uri, dst_path=str(into / "model")))
+    except RequestException:
+        raise  # an OSError too, but of MLflow's server
+    except OSError as error:
+        raise UserError(
+            f"{model_uri} cannot be copied to {into} ({error}): check that its files are in "
+            "MLflow's store, and that there is space."
+        ) from error
+    check_sums(folder, sha256)
     return folder
 
 
 def load(folder: Path) -> Half:
-    """Return the half whose weights and configuration lie in a verified folder."""
-    facts = json.loads((folder / CONFIG).read_text())
-    config = from_dict(facts["config"])
-    network = (Encoder if facts["half"] == "encoder" else Generator)(config.model).eval()
+    """Return the half whose weights and configuration are in a verified folder."""
+    metadata = json.loads((folder / CONFIG).read_text())
+    config = from_dict(metadata["config"])
+    network = (Encoder if metadata["half"] == "encoder" else Generator)(config.model).eval()
     network.load_state_dict(load_file(folder / WEIGHTS))
-    preset = facts.get("preset") or config.dataset
-    return Half(kind=facts["half"], preset=preset, config=config, network=network, facts=facts)
+    return Half(
+        kind=metadata["half"],
+        preset=metadata.get("preset") or config.dataset,
+        config=config,
+        network=network,
+        metadata=metadata,
+    )

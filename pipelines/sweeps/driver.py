@@ -216,7 +216,8 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
         preset, config, options: of the sweep.
         result: result of ``sweep``.
     """
-    from pipelines import evaluate, registry
+    from pipelines import evaluate
+    from pipelines.models.register import register
     from pipelines.progress import Display
     from pipelines.training.fit import fit
 
@@ -229,7 +230,7 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
         trained = fit(plan, show=display)
     out = runs_dir() / "reports" / plan.run_id
     evaluated = evaluate.evaluate_checkpoint(trained["checkpoint"], data=plan.data_uri, out=out)
-    registered = registry.register(trained["checkpoint"])
+    registered = register(trained["checkpoint"])
     return {**trained, "evaluation": evaluated, "report": str(out), "registered": registered}
 
 

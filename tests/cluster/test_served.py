@@ -17,7 +17,7 @@ from processes import free_ports, kill, wait_for
 from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.step import create_state
-from pipelines import registry
+from pipelines.models.register import register
 
 NAMES = ("ivegan-digits-encoder", "ivegan-digits-generator")
 
@@ -27,9 +27,9 @@ def pair(home: Path, store: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Register an untrained pair; return by name what to ask it and what it must answer."""
     state = create_state(override(preset("digits"), {"model.width": 0.25}))
     facts = {"preset": "digits", "run_id": "a"}
-    at = checkpoint.save(state, str(home / "a"), facts)
-    registry.register(at)
-    _, encoder, generator, _ = checkpoint.load_networks(at)
+    uri = checkpoint.save(state, str(home / "a"), facts)
+    register(uri)
+    _, encoder, generator, _ = checkpoint.load_networks(uri)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (3, 1, 16, 16), dtype=np.uint8)
     latent = random.uniform(-1, 1, (3, 20)).astype(np.float32)

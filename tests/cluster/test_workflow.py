@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 
 from ivegan.config import preset
 from ivegan.errors import UserError
-from pipelines import registry
 from pipelines.flows import steps
+from pipelines.models.pull import pull
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
@@ -41,7 +41,7 @@ def test_workflow_ends_with_models_in_staging_and_numbers_in_mlflow(home, store)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.metrics["eval/modes"] == result["evaluation"]["eval/modes"]
     assert client.get_model_version_by_alias("ivegan-ring-generator", "staging").version
-    registry.pull("ivegan-ring-generator", stage="staging", to=home / "got")
+    pull("ivegan-ring-generator", stage="staging", to=home / "got")
     assert "| Modes found |" in (home / "got" / "model_card.md").read_text()  # as it was evaluated
 
 

@@ -21,7 +21,6 @@ from mlflow_server import MlflowServer, postgres
 from processes import kill
 
 from ivegan import storage
-from pipelines import registry
 from pipelines.tracking import client as tracking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +157,7 @@ def test_training_goes_on_without_its_mlflow_server(
     server.start()
     result = training.result()
     assert result["images_seen"] == total
-    registry.sync(journals)
+    tracking.deliver(journals)
     assert tracking.waiting(journals) == tracking.waiting(f"{s3}/runs") == {}
     (run,) = mlflow_runs(server.uri)
     assert run.info.run_id == result["mlflow_run_id"]
@@ -223,7 +222,7 @@ def test_a_sweep_goes_on_without_its_mlflow_server(
     if back is None:
         assert len(tracking.waiting(journals)) >= 4  # the sweep and three trials
         server.start()
-    registry.sync(journals)
+    tracking.deliver(journals)
     assert tracking.waiting(journals) == {}
     runs = {run.info.run_name: run for run in mlflow_runs(server.uri)}
     assert len(mlflow_runs(server.uri)) == len(runs)

@@ -20,7 +20,7 @@ from mlflow_server import MlflowServer
 from ivegan import storage
 from ivegan.config import PRESETS, flatten, preset
 from ivegan.errors import UserError
-from pipelines import registry
+from pipelines.models.stages import overview
 from pipelines.tracking import client as tracking
 from pipelines.training import plan as planning
 
@@ -195,7 +195,7 @@ def test_no_password_is_shown_when_no_server_answers(home, monkeypatch, caplog, 
     tracking.Tracker(journal).close()
     tracking.end_run(uri, "a", "FINISHED", journal)
     calls = (lambda: tracking.check(uri), lambda: tracking.deliver(home / "journal"))
-    for call in (*calls, registry.overview):
+    for call in (*calls, overview):
         with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x") as told:
             call()
         assert "sesame" not in str(told.value)

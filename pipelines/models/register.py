@@ -1,0 +1,174 @@
+"""Register both halves of a checkpoint as candidates in staging."""
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from ivegan import checkpoint, storage
+from ivegan.config import config_hash, flatten, to_dict
+from pipelines import paths
+from pipelines.models import package
+from pipelines.models.card import evaluations_of
+from pipelines.models.package import Half
+from pipelines.models.stages import move
+from pipelines.models.versions import (
+    KINDS,
+    Pair,
+    aliases_of,
+    describe,
+    model_name,
+    registry_client,
+    tag,
+    versions_of,
+)
+from pipelines.tracking import client as tracking
+
+
+def register(
+    checkpoint_uri: str, *, tracking_uri: str | None = None, dry_run: bool = False
+) -> dict[str, Any]:
+    """Register both halves of a checkpoint as candidates in staging; return what ``--json`` prints.
+
+    Before either is registered, both are fetched back, loaded as MLflow loads them and compared
+    with the networks. The same checkpoint again makes no second version, and completes a
+    registration that was interrupted.
+
+    Args:
+        checkpoint_uri: a checkpoint, or a run's folder, whose newest is taken.
+        tracking_uri: of the MLflow store; the one that the run is mirrored to by default.
+        dry_run: return the names without registering anything.
+
+    Raises:
+        UserError: no checkpoint, no MLflow, or a registered model that computes something else.
+    """
+    uri = checkpoint.find(storage.absolute(checkpoint_uri))
+    if dry_run:
+        metadata = checkpoint.read_facts(uri)
+        preset = metadata.get("preset") or metadata["config"]["dataset"]
+        names = [model_name(preset, kind) for kind in KINDS]
+        return {"checkpoint": uri, "names": names, "stage": "staging"}
+    config, encoder, generator, metadata = checkpoint.load_networks(uri)
+    preset = metadata.get("preset") or config.dataset
+    halves = [
+        Half(kind=kind, preset=preset, config=config, network=network, metadata=metadata)
+        for kind, network in zip(KINDS, (encoder, generator), strict=True)
+    ]
+    with registry_client(tracking_uri or store_of(metadata)) as client:
+        existing = [_version_of(client, half) for half in halves]
+        missing = [h for h, version in zip(halves, existing, strict=True) if version is None]
+        if missing:
+            run_ids = [version.run_id for version in existing if version is not None]
+            run_id = run_ids[0] if run_ids else _mlflow_run(client, uri, halves[0])
+            assert run_id
+            _add(client, missing, run_id, uri)
+        pair = Pair(*(v for half in halves if (v := _version_of(client, half)) is not None))
+        tag(client, pair.encoder, partner_version=pair.generator.version)
+        tag(client, pair.generator, partner_version=pair.encoder.version)
+        if aliases_of(client, halves[0].name).get("production") != str(pair.encoder.version):
+            move(client, pair, "staging")
+        rows = {
+            half.kind: describe(version, aliases_of(client, half.name))
+            for half, version in zip(halves, pair, strict=True)
+        }
+    return {
+        "preset": preset,
+        "run_id": metadata.get("run_id"),
+        "mlflow_run_id": pair.encoder.run_id,
+        "stage": rows["encoder"]["stage"],
+        "new": bool(missing),
+        "names": [half.name for half in halves],
+        **rows,
+    }
+
+
+def store_of(metadata: Mapping[str, Any]) -> str:
+    """Return the MLflow store that a checkpoint's run was tracked in, or the default one."""
+    uri = metadata.get("tracking_uri") or ""
+    missing = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
+    default = not uri or missing or "MLFLOW_TRACKING_URI" in os.environ
+    return paths.tracking_uri() if default else uri
+
+
+def _version_of(client: MlflowClient, half: Half) -> ModelVersion | None:
+    """Return the version that holds exactly these weights of this run, or None."""
+    tags = {"weights_sha256": half.weights_sha256, "run_id": str(half.metadata.get("run_id"))}
+    for version in versions_of(client, half.name):
+        if tags.items() <= version.tags.items():
+            return version
+    return None
+
+
+def _add(client: MlflowClient, halves: list[Half], run_id: str, checkpoint_uri: str) -> None:
+    """Log the halves, check the logged files, and make versions of them only then.
+
+    Raises:
+        UserError: a logged model differs from its network; nothing is left registered.
+    """
+    evaluations = evaluations_of(
+        checkpoint_uri.rpartition("/")[0], halves[0].metadata["images_seen"]
+    )
+    logged: list[tuple[Half, str, str]] = []
+    try:
+        for half in halves:
+            model_id, digest = package.log(client, half, run_id, evaluations)
+            logged.append((half, model_id, digest))
+            package.check(f"models:/{model_id}", digest, half)
+    except BaseException:
+        for _, model_id, _ in logged:
+            client.delete_logged_model(model_id)
+        raise
+    for half, model_id, digest in logged:
+        if not client.search_registered_models(f"name='{half.name}'"):
+            client.create_registered_model(half.name, {"preset": half.preset}, half.usage)
+        metadata = half.metadata
+        tags = {
+            "registered_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "preset": half.preset,
+            "run_id": metadata.get("run_id"),
+            "checkpoint": checkpoint_uri,
+            "images_seen": metadata["images_seen"],
+            "dataset_hash": metadata.get("dataset_hash"),
+            "config_hash": config_hash(half.config),
+            "git_commit": metadata.get("git_commit"),
+            "sha256": digest,
+            "weights_sha256": half.weights_sha256,
+        }
+        client.create_model_version(
+            half.name,
+            f"models:/{model_id}",
+            run_id,
+            tags={name: str(value) for name, value in tags.items()},
+            description=f"Run {metadata.get('run_id')} after {metadata['images_seen']:,} images.",
+            model_id=model_id,
+        )
+
+
+def _mlflow_run(client: MlflowClient, checkpoint_uri: str, half: Half) -> str:
+    """Return the MLflow run of a checkpoint, made where the store has none."""
+    metadata, config = half.metadata, half.config
+    run, name = metadata.get("mlflow_run_id"), str(metadata.get("run_id"))  # an id, or a key
+    if run is not None and (existing := tracking.find_run(client, run)) is not None:
+        return existing
+    dataset_hash = str(metadata.get("dataset_hash"))
+    run_id = tracking.start_run(
+        client.tracking_uri,
+        experiment=f"ivegan-{config.dataset}",
+        run_name=name,
+        params=flatten(config),
+        tags={
+            "preset": str(metadata.get("preset")),
+            "git_commit": str(metadata.get("git_commit")),
+            "config_hash": config_hash(config),
+            "dataset_hash": dataset_hash,
+            "mlflow.note.content": f"Created when {name} was registered; tracked elsewhere.",
+        },
+        config=to_dict(config),
+        dataset=(config.dataset, dataset_hash, str(metadata.get("data") or config.dataset)),
+    )
+    tracking.end_run(client.tracking_uri, run_id, "FINISHED")
+    return run_id
