@@ -1,4 +1,4 @@
-"""What several test files share: real data where there is some, a real S3 server, one Ray."""
+"""Fixtures for several test files: real data, a real S3 server, one Ray, MLflow stores."""
 
 import gzip
 import importlib.util
@@ -25,8 +25,13 @@ RNG = np.random.default_rng(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of ``cluster/`` on one worker of pytest-xdist, which starts one Ray."""
+    """Mark the tests of ``faults/`` as slow, and keep those of ``cluster/`` on one worker.
+
+    A worker of pytest-xdist that has them starts one Ray for all.
+    """
     for item in items:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
         if "cluster" in item.path.parts:
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
@@ -69,7 +74,7 @@ def _idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def faces() -> Callable[..., Path]:
-    """Return a function that writes a folder in CelebA's layout, of images that were no faces."""
+    """Return a function that writes a folder in CelebA's layout, of random images."""
 
     def write(
         folder: Path, counts: tuple[int, int, int] = (5, 3, 2), size: tuple[int, int] = (178, 218)

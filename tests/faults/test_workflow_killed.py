@@ -98,7 +98,7 @@ def unbroken(tmp_path_factory, empty_store):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("step", PLACES)
+@pytest.mark.parametrize("step", ["sweep", "train", "register"])
 def test_a_workflow_killed_in_any_step_ends_as_if_it_had_not(home, store, unbroken, step):
     sweep = step in ("sweep", "train")
     workflow(*RUN, *(SWEEP if sweep else []), cwd=home, kill_at=f"{step} {PLACES[step]}")

@@ -154,5 +154,5 @@ def test_it_reads_mnist(test_data: Path, tmp_path: Path) -> None:
     build("mnist", str(test_data / "mnist"), str(out), workers=0)
     train = load_split(str(out), "train", tmp_path)
     test = load_split(str(out), "test", tmp_path)
-    model = train_classifier(train.images, train.labels)
-    assert np.mean(classify(model, test.images)[0] == test.labels) > 0.99
+    model = train_classifier(train.images[:10_000], train.labels[:10_000])
+    assert np.mean(classify(model, test.images)[0] == test.labels) > 0.97

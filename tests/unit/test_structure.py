@@ -123,7 +123,11 @@ def test_words_are_those_of_the_glossary() -> None:
     hits = []
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if path.suffix not in (".py", ".md", ".yaml", ".toml", ".sh", "") or not path.is_file():
+        if (
+            name == "docs/glossary.md"
+            or path.suffix not in (".py", ".md", ".yaml", ".toml", ".sh", "")
+            or not path.is_file()
+        ):
             continue
         text = path.read_text()
         rows = text.splitlines()
