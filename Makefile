@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-slow lint check install ui bench clean
 
 demo: install
-	$(BIN)/python pipelines/workflow.py run digits
+	$(BIN)/python pipelines/workflow.py run digits-plus
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
