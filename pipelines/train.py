@@ -4,9 +4,9 @@
     python pipelines/train.py ring --workers 0 --optim.lr_g 1e-4
     ray job submit -- python pipelines/train.py celeba --data s3://bucket/celeba --workers 8 --gpu
 
-The workers compute and write checkpoints; this process, the driver, starts them, shows progress and
-is the only one that talks to MLflow. Workers send it events through a queue, so neither a slow
-terminal nor a dead tracking server can hold a step up.
+The workers compute and write points, figures and checkpoints into the run's folder. This process,
+the driver, starts them, shows progress from that folder and mirrors it to MLflow, so neither a slow
+terminal nor a dead tracking server delays a step.
 """
 
 import json

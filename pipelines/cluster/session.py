@@ -19,11 +19,8 @@ from ivegan.errors import UserError
 from pipelines.training.plan import Run
 
 T = TypeVar("T")
-# A Ray that lives and dies with this process has nobody to report to and no node to lose, and what
-# its processes do while they wait is taken from two cores that train. By Ray's default workers are
-# the nicest of all; here they are as nice as the others, which then give way (``_give_way``).
+# A Ray of this process's own has nobody to report to, and no node to lose.
 QUIET = {
-    "RAY_worker_niceness": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -32,40 +29,47 @@ QUIET = {
 
 
 @contextlib.contextmanager
-def ray_session(dashboard: bool = False) -> Iterator[bool]:
-    """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed.
-
-    Entering it returns whether Ray was started, so that nobody else uses it.
-    """
+def ray_session(dashboard: bool = False) -> Iterator[None]:
+    """Attach to the cluster of RAY_ADDRESS, or start a local Ray for as long as it is needed."""
     # Where a signal ends a run, the thread that it ran in must not start Ray once more.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # read when ray is imported
     import ray
 
     if ray.is_initialized():
-        yield False
+        yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    told = {"logging_level": logging.ERROR, "log_to_driver": False}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     alone = not os.environ.get("RAY_ADDRESS")
     if not alone:
-        ray.init(runtime_env={"env_vars": storage.environment()}, **told)
+        ray.init(runtime_env={"env_vars": storage.environment()}, **quiet)
     else:
         for name, value in {**QUIET, **storage.environment()}.items():
             os.environ.setdefault(name, value)  # its processes inherit them
-        ray.init(address="local", include_dashboard=dashboard, **told)
+        ray.init(address="local", include_dashboard=dashboard, **quiet)
     try:
-        yield alone
+        yield
     finally:
-        workers = with_children(named("raylet")) if alone else set()
+        workers = _below_raylets() if alone else []
         ray.shutdown()
         _end(workers)
 
 
-def _end(processes: set[psutil.Process]) -> None:
-    """Kill what is there of processes that were told to end, after five seconds.
+def _below_raylets() -> list[psutil.Process]:
+    """Return the raylets that this process started, and their workers."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if process.name().startswith("raylet"):
+                found += [process, *process.children(recursive=True)]
+    return found
 
-    Ray's workers wait for themselves at their end, now and then, and for ever.
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Kill the processes that have not ended after five seconds.
+
+    Ray's workers now and then deadlock at their exit.
     """
 
     def alive() -> list[psutil.Process]:
@@ -84,7 +88,7 @@ def _end(processes: set[psutil.Process]) -> None:
             process.kill()
 
 
-def require_resources(run: Run, say: Callable[[str], None]) -> None:
+def require_resources(run: Run, log_line: Callable[[str], None]) -> None:
     """Return once the cluster can hold the workers.
 
     Raises:
@@ -93,7 +97,7 @@ def require_resources(run: Run, say: Callable[[str], None]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     need = needs(run)
-    told = " and ".join(f"{v:g} {k}" for k, v in need.items())
+    each = " and ".join(f"{v:g} {k}" for k, v in need.items())
     deadline = time.monotonic() + run.wait_for_nodes
     asked = False
     try:
@@ -101,16 +105,16 @@ def require_resources(run: Run, say: Callable[[str], None]) -> None:
             if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
                 waited = f" after waiting {run.wait_for_nodes:g} s" if asked else ""
                 raise UserError(
-                    f"{run.workers} workers of {told} each were asked for, but the cluster has "
+                    f"{run.workers} workers of {each} each were asked for, but the cluster has "
                     f"room for {room}{waited}; lower --workers or --threads, or add nodes"
                     + ("." if waited else " (--wait-for-nodes waits for an autoscaler).")
                 )
             request_resources(bundles=[need] * run.workers)
             asked = True
-            say(f"waiting for nodes: room for {room} of {run.workers} workers of {told} each")
+            log_line(f"waiting for nodes: room for {room} of {run.workers} workers of {each} each")
             threading.Event().wait(5)  # the autoscaler offers nothing to wait on
     finally:
-        if asked:  # taken back, or the autoscaler would hold the nodes for ever
+        if asked:  # taken back, or the autoscaler would hold the nodes indefinitely
             request_resources(bundles=[])
 
 
@@ -201,29 +205,3 @@ def stopped(stop: BaseException, flags: str) -> NoReturn:
     print(f"stopped; continue with {flags}", file=sys.stderr)
     by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
     raise SystemExit(128 + by) from None
-
-
-def named(name: str) -> set[psutil.Process]:
-    """Return the processes below this one whose name begins so."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-            if process.name().startswith(name):
-                found.add(process)
-    return found
-
-
-def with_children(processes: set[psutil.Process]) -> set[psutil.Process]:
-    """Return these and all below them."""
-    found = set(processes)
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found |= set(process.children(recursive=True))
-    return found
-
-
-def threads(process: psutil.Process) -> set[int]:
-    """Return what has a priority of its own: on Linux every thread, elsewhere the process."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return {t.id for t in process.threads()} if sys.platform == "linux" else {process.pid}
-    return set()

@@ -11,8 +11,9 @@ from ivegan.config import override
 from ivegan.step import NonFiniteLossError
 from pipelines.sweeps.space import Objective
 from pipelines.training.fit import fit
+from pipelines.training.follow import Event
 from pipelines.training.plan import Plan, beside
-from pipelines.training.worker import Event, device_of
+from pipelines.training.worker import device_of
 
 SEED = 20_161_105
 """Seed of the draws of a score; an evaluation has another one, so that trials are not chosen on the

@@ -38,6 +38,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from ivegan import storage
 from ivegan.errors import UserError
 from pipelines.paths import public
+from pipelines.training import record as records
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ _NAME = "journal"  # of the copy in a run's folder
 _EVALUATION = "evaluation-"  # and images seen: where an evaluation's journal is kept
 # All that MLflow raises of servers; where artifacts go to S3 directly, boto3's errors come through.
 _TROUBLE_OF_MLFLOW = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
-_TROUBLE = (*_TROUBLE_OF_MLFLOW, UserError)
+TROUBLE = (*_TROUBLE_OF_MLFLOW, UserError)
 _ENDED = "ended"  # the tag that says why a nested run was stopped from outside
 _BUSY = (408, 409, 425, 429)  # the statuses below 500 after which a request is made again
 _KEY = "run_key"  # the tag by which a run is found again
@@ -148,7 +149,7 @@ def start_run(
         "experiment": experiment,
         "run_name": run_name,
         "params": {name: str(value) for name, value in params.items()},
-        "tags": {**_note(params), **tags, **source, "mlflow.user": _user()},
+        "tags": {**note_of(params), **tags, **source, "mlflow.user": user()},
         "config": dict(config),
         "dataset": dataset,
         "parent": parent_run_id,
@@ -158,7 +159,7 @@ def start_run(
         try:
             journal.keep()
             journal.send()
-        except _TROUBLE as error:
+        except TROUBLE as error:
             log.warning("MLflow does not answer (%s); %s goes on", first_line(error), run_name)
         return journal.run_id
     try:
@@ -191,7 +192,7 @@ def end_run(uri: str, run_id: str, status: str, journal: "Journal | None" = None
         else:
             journal.add({"status": status})
             journal.send_all()
-    except _TROUBLE as error:
+    except TROUBLE as error:
         left = journal.unsent if journal is not None else 1
         log.warning(
             "MLflow did not take %d entries of run %s, the last of them that it is %s (%s)%s",
@@ -250,7 +251,7 @@ def add_evaluation(
     try:
         with contextlib.suppress(*_TROUBLE_OF_MLFLOW):  # away, so it may have the run
             # One that began in an outage has only a key, and may wait in its own journal.
-            if _is_id(run_id) and find_run(client(uri), run_id) is None:
+            if is_id(run_id) and find_run(client(uri), run_id) is None:
                 return False
         journal = Journal.open(path, uri, run_id, storage.join(run_uri, name))
         add_report(journal, metrics, images_seen, folder)
@@ -261,7 +262,7 @@ def add_evaluation(
         except UserError:  # it is the folder of somebody else's run
             journal = Journal.open(path, uri, run_id)
         journal.send_all()
-    except _TROUBLE as error:
+    except TROUBLE as error:
         log.warning(
             "MLflow did not take all of the evaluation of run %s (%s); "
             "`python pipelines/registry.py sync` brings the rest.",
@@ -304,18 +305,20 @@ def end_children(
     return len(left)
 
 
-def end_stopped(run_uri: str, note: str) -> None:
-    """End the run whose journal is kept in a folder, if it runs, as ``end_children`` would.
+def _end_trials(uri: str, children: Sequence[str], note: str) -> None:
+    from pipelines.tracking.mirror import mirror
 
-    Raises:
-        MlflowException, OSError, UserError: the server does not answer.
-    """
-    with _journals(run_uri) as found:
-        for journal in found:
-            tracked = client(journal.uri)
-            run_id = find_run(tracked, journal.run_id)
-            if run_id is not None and tracked.get_run(run_id).info.status == "RUNNING":
-                _end_from_outside(tracked, run_id, note)
+    for child in children:
+        if records.exists(child):
+            if records.read_record(child).status == "RUNNING":
+                records.end_record(child, "KILLED", ended=note)
+            mirror(child, uri)
+
+
+def end_stopped(run_uri: str, note: str) -> None:
+    """Record that a run was stopped from outside, unless it had finished."""
+    if records.exists(run_uri) and records.read_record(run_uri).status in ("RUNNING", "KILLED"):
+        records.end_record(run_uri, "KILLED", ended=note)
 
 
 def _end_from_outside(tracked: MlflowClient, run_id: str, note: str) -> None:
@@ -732,7 +735,7 @@ class Journal:
         try:
             tracked.log_batch(run_id, metrics=points)
         except MlflowException as error:
-            if not _is_refused(error):
+            if not is_refused(error):
                 raise
             half = len(points) // 2
             self._tell_points(tracked, run_id, points[:half])
@@ -743,8 +746,8 @@ class Journal:
         """Leave out, with a warning, what MLflow refuses for good: the rest is not to wait."""
         try:
             yield
-        except _TROUBLE as error:
-            if not _is_refused(error):
+        except TROUBLE as error:
+            if not is_refused(error):
                 raise
             if find_run(tracked, run_id) is None:  # somebody deleted the run: it is made again
                 self._found = False
@@ -764,8 +767,7 @@ class Journal:
         if "tags" in entry:
             tracked.log_batch(run_id, tags=[RunTag(k, v) for k, v in entry["tags"].items()])
         if "end_children" in entry:
-            for child in entry["children"]:
-                deliver(child)
+            _end_trials(self.uri, entry["children"], entry["end_children"])
             end_children(self.uri, run_id, entry["end_children"])
         if "file" in entry:
             self._tell_file(tracked, run_id, entry["file"])
@@ -828,7 +830,7 @@ def deliver(where: str | Path) -> dict[str, int]:
                 continue
             try:
                 journal.send_all()
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 told = UserError(
                     f"MLflow at {public(journal.uri)} does not take the rest of run "
                     f"{journal.run_id} ({first_line(error)}): try sync again later."
@@ -842,11 +844,7 @@ def deliver(where: str | Path) -> dict[str, int]:
     return out
 
 
-def curve(run_uri: str, name: str) -> tuple[list[int], list[float]]:
-    """Return images seen and values of a metric, as the journal kept in a run's folder has them."""
-    copy = _Copy.read(storage.join(run_uri, _NAME)) or _Copy({})
-    points = {e["step"]: e["metrics"][name] for e in copy.entries if name in e.get("metrics", {})}
-    return sorted(points), [points[step] for step in sorted(points)]
+curve = records.curve
 
 
 def waiting(where: str | Path) -> dict[str, int]:
@@ -878,7 +876,7 @@ def _journals(where: str | Path) -> Iterator[list[Journal]]:
         yield sorted(there, key=lambda one: (not one.begun, one.nested))
 
 
-def _experiment(tracked: MlflowClient, name: str, uri: str) -> str:
+def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
     """Return the id of an experiment, made if it is not there."""
     found = tracked.get_experiment_by_name(name)
     if found is None:
@@ -906,7 +904,7 @@ def run_exists(tracked: MlflowClient, run_id: str) -> bool:
 
 def find_run(tracked: MlflowClient, run_id: str) -> str | None:
     """Return the MLflow id of a run that is given by its id or its key; None if there is none."""
-    if not _is_id(run_id):
+    if not is_id(run_id):
         everywhere = [one.experiment_id for one in tracked.search_experiments()]
         wanted = f"tags.{_KEY} = '{run_id}'"
         found = tracked.search_runs(everywhere, wanted, max_results=1) if everywhere else []
@@ -920,7 +918,17 @@ def find_run(tracked: MlflowClient, run_id: str) -> str | None:
     return run_id if alive else None
 
 
-def _is_id(run_id: str) -> bool:
+@contextlib.contextmanager
+def absent_as_none() -> Iterator[None]:
+    """Leave the block where MLflow has no such run."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+def is_id(run_id: str) -> bool:
     """Return whether this is MLflow's id of a run, not our key."""
     return re.fullmatch("[0-9a-f]{32}", run_id) is not None
 
@@ -930,13 +938,13 @@ def _create(
 ) -> str:
     """Return the id of a new run, which lacks what ``_complete`` adds."""
     parent = start["parent"]
-    if parent and not _is_id(parent):
+    if parent and not is_id(parent):
         parent = find_run(tracked, parent)
         if parent is None:
             raise UserError(f"the run {start['parent']} has to come first")
     nested = {"mlflow.parentRunId": parent} if parent else {}
     run = tracked.create_run(
-        _experiment(tracked, start["experiment"], uri),
+        experiment_of(tracked, start["experiment"], uri),
         run_name=start["run_name"],
         start_time=start.get("timestamp"),
         tags={**start["tags"], **nested, **tags},
@@ -972,7 +980,7 @@ def is_away(error: Exception) -> bool:
     return status in _BUSY or (status >= 500 and status != 501)
 
 
-def _is_refused(error: Exception) -> bool:
+def is_refused(error: Exception) -> bool:
     """Return whether it would be refused for ever; of other errors too many may be mended."""
     if isinstance(error, MlflowException):
         return error.error_code == "INVALID_PARAMETER_VALUE"
@@ -992,7 +1000,7 @@ def _status(error: Exception) -> int:
     return 500
 
 
-def _note(params: Mapping[str, object]) -> dict[str, str]:
+def note_of(params: Mapping[str, object]) -> dict[str, str]:
     """Return the run's description for people, from its settings."""
     told = {
         "total_images": "{:,} images",
@@ -1009,7 +1017,7 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _user() -> str:
+def user() -> str:
     return next((v for n in ("USER", "USERNAME", "LOGNAME") if (v := os.environ.get(n))), "unknown")
 
 

@@ -17,9 +17,6 @@ from ivegan.networks import sample_shape
 from pipelines import options as cli
 from pipelines.paths import cache_dir, journal_dir, new_id, public, runs_dir, runs_uri, tracking_uri
 
-# No settings of the method, but numbers depend on them.
-HOW = ("stream", "precision", "accumulate", "compile")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Execution(cli.Options):

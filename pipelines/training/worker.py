@@ -1,11 +1,13 @@
 """The loop of one rank: from the run's last checkpoint to the end of the training."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -17,25 +19,70 @@ from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.evaluation.figures import progress_figures
 from ivegan.layers.fast import keep_freed_memory
-from ivegan.step import create_state, distribute, train
+from ivegan.step import State, create_state, distribute, train
 from pipelines.training.plan import Plan, Run, stream_of
-
-Event = dict[str, Any]
-Emit = Callable[[Event], None]
+from pipelines.training.record import MetricsWriter
 
 
-def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def work(
+    plan: Plan, facts: dict[str, Any], flushed: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Train on one rank, from the run's last checkpoint if there is one.
 
-    Every rank calls this and emits the same events, rank 0's with figures. Returned are checkpoint,
-    images seen, steady rate, world size and the last metrics.
+    Rank 0 writes points, figures and checkpoints into the run's folder.
+
+    Args:
+        plan: of the run.
+        facts: of the run, for the checkpoints.
+        flushed: called on rank 0 after every flush and checkpoint.
+
+    Returns:
+        Checkpoint, images seen, steady rate, world size and the last metrics.
     """
     run, config = plan.run, plan.config
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    state, saved = _state(plan)
+    source = _training_data(plan)
+    pictured = first_images(source, 10) if source is not None and rank == 0 else None
+    inputs = batches(config, source, state.step, rank, world_size, state.device)
+    log_every = run.log_every or max(1, config.total_images // 100)
+    save_every = run.save_every or max(1, config.total_images // 10)
+    before = state.images_seen
+    clock, writer = Clock(before), MetricsWriter(plan.run_uri)
+    metrics: dict[str, float] = {}
+    with contextlib.closing(writer):
+        for progress in train(state, inputs, log_every):
+            seen = progress.images_seen
+            clock.lap(seen)
+            metrics = progress.metrics | {"rate/images_per_second": clock.rate}
+            save = progress.step == config.total_steps or seen // save_every > before // save_every
+            if rank == 0:
+                writer.add(seen, metrics | system_metrics(state.device))
+                if save:
+                    figures = progress_figures(state.encoder_generator, config, pictured)
+                    for name, png in figures.items():
+                        writer.add_figure(name, seen, png)
+                    writer.join()  # a resumed run computes no earlier points again
+                    saved = checkpoint.save(state, plan.run_uri, facts)
+                flushed()
+            before = seen
+            clock.resume()
+    return {
+        "checkpoint": saved,
+        "images_seen": state.images_seen,
+        "images_per_second": round(clock.steady_rate, 1),
+        "world_size": world_size,
+        "metrics": metrics,
+    }
+
+
+def _state(plan: Plan) -> tuple[State, str | None]:
+    """Return the state to train on from, and the checkpoint that it was restored from."""
+    run = plan.run
     torch.set_num_threads(run.threads)
     if not run.gpu:
         keep_freed_memory()
-    state = create_state(config, device_of(run), getattr(torch, run.precision))
+    state = create_state(plan.config, device_of(run), getattr(torch, run.precision))
     state.micro_batches = run.accumulate
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
@@ -44,38 +91,22 @@ def work(plan: Plan, facts: dict[str, Any], emit: Emit) -> dict[str, Any]:
         for network in (state.generator_side, state.discriminator_side):
             network.compile(dynamic=False)
     distribute(state)
-    source = _training_data(plan)
-    pictured = first_images(source, 10) if source is not None and rank == 0 else None
-    inputs = batches(config, source, state.step, rank, world_size, state.device)
-    log_every = run.log_every or max(1, config.total_images // 100)
-    save_every = run.save_every or max(1, config.total_images // 10)
-    saved, before = start, state.images_seen
-    clock = Clock(before)
-    metrics: dict[str, float] = {}
-    for progress in train(state, inputs, log_every):
-        seen = progress.images_seen
-        clock.lap(seen)
-        metrics = progress.metrics | {"rate/images_per_second": clock.rate}
-        event: Event = {
-            "images_seen": seen,
-            "total_images": config.total_steps * config.batch_size,
-            "metrics": metrics,
-        }
-        if progress.step == config.total_steps or seen // save_every > before // save_every:
-            if rank == 0:
-                saved = checkpoint.save(state, plan.run_uri, facts)
-                event["figures"] = progress_figures(state.encoder_generator, config, pictured)
-            event["checkpoint"] = saved
-        emit(event)
-        before = seen
-        clock.resume()
-    return {
-        "checkpoint": saved,
-        "images_seen": state.images_seen,
-        "images_per_second": round(clock.steady_rate, 1),
-        "world_size": world_size,
-        "metrics": metrics,
+    return state, start
+
+
+def system_metrics(device: torch.device) -> dict[str, float]:
+    """Return the load of this node since the last call, under MLflow's names."""
+    memory = psutil.virtual_memory()
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
     }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found["system/gpu_0_memory_usage_megabytes"] = (total - free) / 1e6
+        found["system/gpu_0_memory_usage_percentage"] = 100 * (total - free) / total
+    return found
 
 
 def _training_data(plan: Plan) -> Split | Stream | None:

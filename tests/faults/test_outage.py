@@ -21,7 +21,10 @@ from mlflow_server import MlflowServer, postgres
 from processes import kill
 
 from ivegan import storage
+from pipelines import registry
 from pipelines.tracking import client as tracking
+from pipelines.tracking import mirror
+from pipelines.training import record as records
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
@@ -101,13 +104,12 @@ def command(home: Path) -> Iterator[Callable[..., Command]]:
             one.process.stdout.close()
 
 
-def check_delivered(uri: str, run: Run, journal: Path) -> None:
-    """See that MLflow has every point and file of a journal, and each of them once."""
-    entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+def check_delivered(uri: str, run: Run, run_uri: str) -> None:
+    """Check that MLflow has every point and figure of a run's folder, and each of them once."""
     points: dict[str, list[tuple[int, float, int]]] = defaultdict(list)
-    for entry in entries:
-        for name, value in entry.get("metrics", {}).items():
-            points[name].append((entry["step"], value, entry["timestamp"]))
+    for point in records.read_metrics(run_uri):
+        for name, value in point.metrics.items():
+            points[name].append((point.images_seen, value, point.time))
     client = MlflowClient(uri)
     assert set(run.data.metrics) == set(points)
     for name, wanted in points.items():
@@ -116,14 +118,8 @@ def check_delivered(uri: str, run: Run, journal: Path) -> None:
             (p.step, p.value, p.timestamp) for p in client.get_metric_history(run.info.run_id, name)
         ]
         assert sorted(got) == sorted(wanted), name
-    figures = {entry["file"] for entry in entries if "file" in entry}
+    figures = {f"figures/{name}" for name in storage.list_names(f"{run_uri}/figures")}
     assert {f.path for f in client.list_artifacts(run.info.run_id, "figures")} == figures
-
-
-def steps_of(journal: Path, name: str) -> list[int]:
-    """Return the steps of a metric in a journal."""
-    entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
-    return [entry["step"] for entry in entries if name in entry.get("metrics", {})]
 
 
 LENGTHS = [
@@ -152,22 +148,22 @@ def test_training_goes_on_without_its_mlflow_server(
         assert training.until(saved)
     training.until(lambda line: time.monotonic() - killed >= seconds)
     assert time.monotonic() - killed >= seconds, "the training was too short for a minute"
-    journals = home / "runs" / "journal"
-    assert sum(tracking.waiting(journals).values()) >= 3
+    assert sum(mirror.waiting(f"{s3}/runs").values()) >= 3
     server.start()
     result = training.result()
     assert result["images_seen"] == total
-    tracking.deliver(journals)
-    assert tracking.waiting(journals) == tracking.waiting(f"{s3}/runs") == {}
+    mirror.sync(f"{s3}/runs")
+    assert mirror.waiting(f"{s3}/runs") == {}
     (run,) = mlflow_runs(server.uri)
-    assert run.info.run_id == result["mlflow_run_id"]
+    assert run.info.run_id == json.loads(storage.read_bytes(f"{s3}/runs/a/mlflow.json"))["run_id"]
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.lr_g"] == "0.0003"
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == "ring"
-    assert steps_of(journals / "a.jsonl", "loss/D") == list(range(every, total + 1, every))
+    images, _ = records.curve(f"{s3}/runs/a", "loss/D")
+    assert images == list(range(every, total + 1, every))
     assert len([name for name in storage.list_names(f"{s3}/runs/a") if "checkpoint" in name]) == 10
-    check_delivered(server.uri, run, journals / "a.jsonl")
+    check_delivered(server.uri, run, f"{s3}/runs/a")
 
 
 def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
@@ -180,18 +176,13 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
     assert training.until(lambda line: "saved checkpoint-" in line)
     server.kill()
     training.result()
-    journals = home / "runs" / "journal"
-    kept = home / "kept.jsonl"
-    (journals / "a.jsonl").rename(kept)
-    shutil.rmtree(journals)
+    shutil.rmtree(home / "runs", ignore_errors=True)
     server.start()
-    (run,) = mlflow_runs(server.uri)
-    assert run.info.status == "RUNNING"
-    assert tracking.deliver(f"{s3}/runs")[run.info.run_id] > 0
-    assert tracking.deliver(f"{s3}/runs/a") == {}
+    assert mirror.sync(f"{s3}/runs")["a"] > 0
+    assert mirror.sync(f"{s3}/runs/a") == {}
     (run,) = mlflow_runs(server.uri)
     assert run.info.status == "FINISHED"
-    check_delivered(server.uri, run, kept)
+    check_delivered(server.uri, run, f"{s3}/runs/a")
 
 
 SWEEPS = [
@@ -220,10 +211,11 @@ def test_a_sweep_goes_on_without_its_mlflow_server(
     result = sweep.result()
     journals = home / "runs" / "journal"
     if back is None:
-        assert len(tracking.waiting(journals)) >= 4  # the sweep and three trials
+        assert len(tracking.waiting(journals) | mirror.waiting(f"{s3}/runs")) >= 4
         server.start()
-    tracking.deliver(journals)
-    assert tracking.waiting(journals) == {}
+    registry.sync(journals)
+    registry.sync(f"{s3}/runs")
+    assert tracking.waiting(journals) == mirror.waiting(f"{s3}/runs") == {}
     runs = {run.info.run_name: run for run in mlflow_runs(server.uri)}
     assert len(mlflow_runs(server.uri)) == len(runs)
     states = {f"s-{trial['trial']}": trial["state"] for trial in result["trials"]}
@@ -240,4 +232,4 @@ def test_a_sweep_goes_on_without_its_mlflow_server(
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("FINISHED" if state == "done" else "KILLED"), name
         assert ("ended" in run.data.tags) == (state == "stopped early"), name
-        check_delivered(server.uri, run, journals / f"{name}.jsonl")
+        check_delivered(server.uri, run, f"{s3}/runs/{name}")

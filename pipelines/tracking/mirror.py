@@ -1,0 +1,353 @@
+"""MLflow as a mirror of run folders: one idempotent function copies what MLflow lacks.
+
+A run is found by its key, which is a tag. Points sent twice are one point, since MLflow drops equal
+ones, so a copy may be cut anywhere and made again. ``mlflow.json`` in the run's folder names the
+MLflow run, and once all was copied, of which state of the folder.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+
+from ivegan import storage
+from ivegan.config import flatten, from_dict
+from ivegan.digest import digest
+from ivegan.errors import UserError
+from pipelines.paths import public, tracking_uri
+from pipelines.tracking import client as tracking
+from pipelines.training import record as records
+from pipelines.training.record import RunRecord
+
+log = logging.getLogger(__name__)
+
+_INTERVAL, _LONGEST_PAUSE, _LAST_CHANCE = 3.0, 30.0, 20.0  # seconds
+_COPIED = re.compile(
+    r"(metrics/\d[^/]*\.jsonl|figures/\w[^/]*\.png|evaluation-\d+/\w[^/]*|sweep\.(html|png))"
+)
+_KEY, _PARENT, _ENDED = "run_key", "mlflow.parentRunId", "ended"
+
+
+@dataclasses.dataclass
+class _Note:
+    """What ``mlflow.json`` holds: where the run is, and once it ended, the state copied."""
+
+    tracking_uri: str = ""
+    run_id: str = ""
+    files: int = 0
+    record: str = ""
+
+    @classmethod
+    def read(cls, run_uri: str) -> "_Note":
+        where = storage.join(run_uri, "mlflow.json")
+        try:
+            return cls(**json.loads(storage.read_bytes(where))) if storage.exists(where) else cls()
+        except (ValueError, TypeError):
+            return cls()
+
+    def write(self, run_uri: str) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2)
+        storage.write_bytes(storage.join(run_uri, "mlflow.json"), text.encode())
+
+
+def mirror(run_uri: str, uri: str, copied: set[str] | None = None) -> int:
+    """Copy to MLflow what it lacks of a run, and return how many files that were.
+
+    A run that was deleted in MLflow stays deleted.
+
+    Args:
+        run_uri: ``STORAGE/RUN_ID``.
+        uri: of the tracking store.
+        copied: names that need no second look, updated; of a caller that comes again.
+
+    Raises:
+        MlflowException, OSError, UserError: a server does not answer; what is missing is copied by
+            the next call.
+    """
+    copied = set() if copied is None else copied
+    record, names = records.read_record(run_uri), _files(run_uri)
+    tracked, note = tracking.client(uri), _Note.read(run_uri)
+    run_id = _run_of(tracked, record, run_uri, uri, note)
+    if run_id is None or note == _complete_note(uri, run_id, names, record):
+        return 0
+    if run_id not in copied:
+        copied.clear()
+        _write_settings(tracked, run_id, record, run_uri)
+        copied.add(run_id)
+    new = [name for name in names if name not in copied]
+    points = [name for name in new if name.endswith(".jsonl")]
+    for start in range(0, len(points), 20):  # one request holds 1,000 points at most
+        _copy_points(tracked, run_id, run_uri, points[start : start + 20])
+        copied.update(points[start : start + 20])
+    _copy_artifacts(tracked, run_id, run_uri, [name for name in new if name not in points])
+    copied.update(new)
+    _copy_status(tracked, run_id, record)
+    if record.status in records.ENDED:
+        _complete_note(uri, run_id, names, record).write(run_uri)
+    elif (note.run_id, note.tracking_uri) != (run_id, public(uri)):
+        _Note(public(uri), run_id).write(run_uri)
+    return len(new)
+
+
+def _complete_note(uri: str, run_id: str, names: list[str], record: RunRecord) -> _Note:
+    return _Note(public(uri), run_id, len(names), digest(dataclasses.asdict(record)))
+
+
+def _files(run_uri: str) -> list[str]:
+    """Return the names of a run's files that MLflow gets; of evaluations, those of the newest."""
+    names = sorted(name for name in storage.list_files(run_uri) if _COPIED.fullmatch(name))
+    folders = [name.partition("/")[0] for name in names if name.startswith("evaluation-")]
+    newest = max(folders, default="")
+    return [n for n in names if not n.startswith("evaluation-") or n.startswith(f"{newest}/")]
+
+
+def _run_of(
+    tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str, note: _Note
+) -> str | None:
+    """Return the id of the run's MLflow run, made if there is none; None if it was deleted."""
+    if note.run_id and note.tracking_uri == public(uri):
+        with tracking.absent_as_none():
+            if tracked.get_run(note.run_id).info.lifecycle_stage == "active":
+                return note.run_id
+    found = _search(tracked, record.key)
+    if not found:
+        if record.schema == 0:  # its journal begins it
+            return None
+        tracked.create_run(
+            tracking.experiment_of(tracked, record.experiment, uri),
+            run_name=record.run_id,
+            start_time=record.started,
+            tags={_KEY: record.key, **_parent_tag(tracked, record, run_uri, uri)},
+        )
+        found = _search(tracked, record.key)  # another mirror may have made one at once
+    active = [run for run in found if run.info.lifecycle_stage == "active"]
+    active.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+    for run in active[1:]:
+        tracked.delete_run(run.info.run_id)
+    return active[0].info.run_id if active else None
+
+
+def _search(tracked: MlflowClient, key: str) -> list[Any]:
+    """Return the runs of a key, deleted ones included."""
+    everywhere = [e.experiment_id for e in tracked.search_experiments(ViewType.ALL)]
+    if not everywhere:
+        return []
+    return list(tracked.search_runs(everywhere, f"tags.{_KEY} = '{key}'", ViewType.ALL))
+
+
+def _parent_tag(tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str) -> dict[str, str]:
+    """Return the tag that nests a run; the run above it is made first."""
+    parent = record.parent
+    if parent is None:
+        return {}
+    if tracking.is_id(parent):
+        return {_PARENT: parent}
+    above = storage.join(run_uri.rpartition("/")[0], parent)
+    if records.exists(above):
+        note = _Note.read(above)
+        run_id = _run_of(tracked, records.read_record(above), above, uri, note) or note.run_id
+    else:
+        run_id = tracking.find_run(tracked, parent)
+        if run_id is None:
+            raise UserError(f"the run {parent} has to come first")
+    return {_PARENT: run_id} if run_id else {}
+
+
+def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_uri: str) -> None:
+    """Write parameters, data set and configuration, as far as they are missing."""
+    config = from_dict(record.config)
+    params = {k: v for k, v in flatten(config).items() if f"space.{k}" not in record.params}
+    params |= record.params
+    if record.kind == "train":
+        params |= {"threads": record.threads, "stream": record.stream, "compile": record.compile}
+        params |= {"precision": record.precision, "accumulate": record.micro_batches}
+    existing = tracked.get_run(run_id).data.params
+    missing = [Param(k, str(v)) for k, v in params.items() if k not in existing]
+    source = "tune.py" if record.kind == "sweep" or record.parent else "train.py"
+    tags = {
+        **tracking.note_of(params),
+        "preset": record.preset,
+        "git_commit": record.git_commit,
+        "config_hash": record.config_hash,
+        "dataset_hash": record.dataset_hash,
+        "checkpoints": run_uri,
+        "mlflow.source.type": "JOB",
+        "mlflow.source.name": source,
+        "mlflow.user": tracking.user(),
+    }
+    tracked.log_batch(run_id, params=missing, tags=[RunTag(k, v) for k, v in tags.items()])
+    place = json.dumps({"uri": record.data or config.dataset})
+    data = Dataset(config.dataset, record.dataset_hash[:36], "ivegan", place)
+    context = InputTag("mlflow.data.context", "training")
+    tracked.log_inputs(run_id, datasets=[DatasetInput(data, [context])])
+    tracked.log_dict(run_id, record.config, "config.json")
+
+
+def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[str]) -> None:
+    metrics = [
+        Metric(key, value, point.time, point.images_seen)
+        for name in names
+        for point in records.read_points(storage.join(run_uri, name))
+        for key, value in point.metrics.items()
+    ]
+    for start in range(0, len(metrics), 1000):  # MLflow's limit of one request
+        tracked.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: list[str]) -> None:
+    """Copy figures, and files of an evaluation with its numbers; leave out what is refused."""
+    if not names:
+        return
+    existing = {file.path for file in tracked.list_artifacts(run_id, "figures")}
+    for name in names:
+        if name in existing:
+            continue
+        content = storage.read_bytes(storage.join(run_uri, name))
+        if name.endswith("/metrics.json"):
+            _copy_evaluation(tracked, run_id, content)
+        folder = "figures" if name.startswith("figures/") else "evaluation"
+        with TemporaryDirectory() as tmp:
+            path = Path(tmp, PurePosixPath(name).name)
+            path.write_bytes(content)
+            try:
+                tracked.log_artifact(run_id, str(path), folder)
+            except tracking.TROUBLE as error:
+                if not tracking.is_refused(error):
+                    raise
+                reason = tracking.first_line(error)
+                log.warning("MLflow refuses %s of run %s (%s): left out", name, run_id, reason)
+
+
+def _copy_evaluation(tracked: MlflowClient, run_id: str, content: bytes) -> None:
+    """Copy an evaluation's numbers; evaluated again, a checkpoint gets no second point."""
+    found = json.loads(content)
+    images_seen, existing = found["images_seen"], tracked.get_run(run_id).data.metrics
+    metrics = []
+    for key, value in found["metrics"].items():
+        history = tracked.get_metric_history(run_id, key) if key in existing else []
+        if math.isfinite(value) and all(point.step != images_seen for point in history):
+            metrics.append(Metric(key, value, found.get("time") or records.now(), images_seen))
+    tracked.log_batch(run_id, metrics=metrics)
+
+
+def _copy_status(tracked: MlflowClient, run_id: str, record: RunRecord) -> None:
+    """Bring tags and status up to date."""
+    run = tracked.get_run(run_id)
+    tags = [RunTag(k, v) for k, v in record.tags.items() if run.data.tags.get(k) != v]
+    tracked.log_batch(run_id, tags=tags)
+    if _ENDED in run.data.tags and _ENDED not in record.tags:
+        tracked.delete_tag(run_id, _ENDED)
+    if record.status in records.ENDED:
+        tracked.set_terminated(run_id, record.status, record.ended)
+    elif record.status == "RUNNING" and run.info.status != "RUNNING":
+        tracked.update_run(run_id, status="RUNNING")
+
+
+class Mirror:
+    """Mirrors a run every few seconds, in a thread that training never waits for."""
+
+    def __init__(self, run_uri: str, uri: str) -> None:
+        self._run_uri, self._uri = run_uri, uri
+        self._copied: set[str] = set()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The id of the MLflow run, as long as there is one."""
+        try:
+            return _Note.read(self._run_uri).run_id or None
+        except UserError:
+            return None
+
+    def close(self) -> None:
+        """Copy the rest, in about twenty seconds; what MLflow does not take is left to ``sync``."""
+        self._done.set()
+        self._thread.join(_LAST_CHANCE)
+        if self._thread.is_alive():
+            log.warning("MLflow does not answer; %s", _REMEDY)
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            done = self._done.is_set()
+            try:
+                mirror(self._run_uri, self._uri, self._copied)
+                failures = 0
+            except Exception as error:  # of any kind: training is worth more
+                reason = tracking.first_line(error)
+                if done:
+                    log.warning("MLflow has not all of %s (%s); %s", self._run_uri, reason, _REMEDY)
+                elif not failures:
+                    log.warning("MLflow does not answer (%s); training continues", reason)
+                failures += 1
+            if done:
+                return
+            self._done.wait(min(_INTERVAL * 2.0 ** min(failures, 9), _LONGEST_PAUSE))
+
+
+_REMEDY = "`python pipelines/registry.py sync` copies the rest."
+
+
+def sync(where: str | Path) -> dict[str, int]:
+    """Mirror all runs of a folder or bucket; return how many files of which run were copied.
+
+    Runs whose driver died on this machine are ended as KILLED.
+
+    Args:
+        where: a folder of runs, or a run's folder.
+
+    Raises:
+        UserError: a server does not take a run; all others are copied nevertheless.
+    """
+    copied, failed = {}, None
+    for run_uri, record in _pending(where):
+        uri = _store_of(run_uri)
+        try:
+            copied[record.run_id] = mirror(run_uri, uri)
+        except tracking.TROUBLE as error:
+            failed = failed or UserError(
+                f"MLflow at {public(uri)} does not take all of run {record.run_id} "
+                f"({tracking.first_line(error)}): try sync again later."
+            )
+    if failed is not None:
+        raise failed
+    return copied
+
+
+def waiting(where: str | Path) -> dict[str, int]:
+    """Return by run id how many files ``sync`` would look at; nothing is copied."""
+    return {record.run_id: len(_files(run_uri)) for run_uri, record in _pending(where)}
+
+
+def _pending(where: str | Path) -> Iterator[tuple[str, RunRecord]]:
+    """Yield the runs that are not completely copied, those that others are nested under first."""
+    found = []
+    for run_uri in records.list_runs(storage.absolute(where)):
+        record = records.end_if_dead(run_uri, records.read_record(run_uri))
+        note = _Note.read(run_uri)
+        complete = _complete_note(note.tracking_uri, note.run_id, _files(run_uri), record)
+        # An older run's journal delivers it; one of a folder in use elsewhere is its driver's.
+        if record.schema and note != complete:
+            found.append((run_uri, record))
+    yield from sorted(found, key=lambda one: one[1].parent is not None)
+
+
+def _store_of(run_uri: str) -> str:
+    """Return the store that a run is mirrored to, with the password that no file holds."""
+    noted = _Note.read(run_uri).tracking_uri
+    if not noted:
+        return tracking_uri()
+    here = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return here if public(here) == noted else noted

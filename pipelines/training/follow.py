@@ -1,0 +1,110 @@
+"""What the driver shows and measures while a run goes on: read from the run's record."""
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ivegan import checkpoint, storage
+from ivegan.errors import UserError
+from pipelines.training.plan import Plan
+from pipelines.training.record import METRICS, read_points, write_points
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+Show = Callable[[Event], None]
+Measure = Callable[[str], dict[str, float]]
+_INTERVAL = 1.0  # seconds between two looks at a run's folder
+
+
+class Follower:
+    """Passes on what is new in a run's folder: points, and checkpoints with their scores."""
+
+    def __init__(self, plan: Plan, show: Show | None, measure: Measure | None) -> None:
+        self._plan, self._show, self._measure = plan, show, measure
+        self._total = plan.config.total_steps * plan.config.batch_size
+        self._folder = storage.join(plan.run_uri, METRICS)
+        self._names = set(storage.list_names(self._folder))
+        self._saved = set(checkpoint.checkpoints(plan.run_uri))
+        self._warned = False
+
+    def look(self) -> None:
+        """Pass on what is new; trouble with the storage is left to the workers, who write to it."""
+        try:
+            # Checkpoints first: the points of a checkpoint are written before it.
+            names = storage.list_names(self._plan.run_uri)
+            saved = [storage.join(self._plan.run_uri, n) for n in names if n.startswith(PREFIX)]
+            saved = [uri for uri in saved if uri not in self._saved and _is_whole(uri)]
+            new = [n for n in storage.list_names(self._folder) if n not in self._names]
+            flushes = sorted(n for n in new if re.fullmatch(r"\d+\.jsonl", n))
+            events = {name: self._event(name) for name in flushes}
+            for uri in saved:
+                name = f"{uri.rpartition('-')[2]}.jsonl"
+                events.setdefault(name, self._event(name))["checkpoint"] = uri
+        except UserError as error:
+            if not self._warned:
+                log.warning("The progress of the run cannot be read (%s)", error)
+            self._warned = True
+            return
+        self._names.update(new)
+        self._saved.update(saved)
+        for name in sorted(events):
+            self._handle(events[name])
+
+    def _event(self, name: str) -> Event:
+        (point,) = read_points(storage.join(self._folder, name))
+        return {
+            "images_seen": point.images_seen,
+            "total_images": self._total,
+            "metrics": dict(point.metrics),
+        }
+
+    def _handle(self, event: Event) -> None:
+        if self._measure is not None and "checkpoint" in event:
+            scores = self._measure(event["checkpoint"])
+            write_points(self._plan.run_uri, event["images_seen"], scores, "score")
+            event["metrics"] |= scores
+        try:
+            if self._show is not None:
+                self._show(event)
+        except OSError as error:  # a closed pipe, a full disk: no reason to stop training
+            self._show = None
+            log.warning("Progress is no longer shown (%s); training continues", error)
+
+
+PREFIX = checkpoint.PREFIX
+
+
+def _is_whole(checkpoint_uri: str) -> bool:
+    return storage.exists(storage.join(checkpoint_uri, "config.json"))
+
+
+@contextlib.contextmanager
+def following(follower: Follower) -> Iterator[None]:
+    """Look at a run's folder about once a second while the block runs, and once at its end.
+
+    Raises:
+        Exception: what showing or measuring raised, after the block ended.
+    """
+    done, failures = threading.Event(), list[Exception]()
+
+    def look() -> None:
+        try:
+            while not done.wait(_INTERVAL):
+                follower.look()
+            follower.look()
+        except Exception as error:  # of any kind: raised when the workers ended
+            failures.append(error)
+
+    thread = threading.Thread(target=look, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,244 @@
+"""The record of a run: files in its folder, written whole by the process that knows their content.
+
+    run.json                      settings, data, code and status, written by the driver
+    metrics/0000012800.jsonl      points of one flush, written by rank 0; never rewritten
+    figures/samples-0000012800.png
+
+MLflow is a mirror of these files (``pipelines.tracking.mirror``); nothing is read back from it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+
+from ivegan import storage
+from ivegan.errors import UserError
+
+RUN, METRICS, FIGURES = "run.json", "metrics", "figures"
+SCHEMA = 1
+ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What ``run.json`` holds; every default stands for what an older run did not write."""
+
+    schema: int = SCHEMA
+    run_id: str
+    kind: str = "train"
+    preset: str
+    config: dict[str, Any]
+    precision: str = "float32"
+    micro_batches: int = 1
+    stream: bool = False
+    compile: bool = False
+    threads: int = 1
+    world_size: int = 1
+    data: str | None = None
+    dataset_hash: str = ""
+    config_hash: str = ""
+    git_commit: str = "unknown"
+    parent: str | None = None
+    """Run id of the sweep, or an MLflow run id."""
+    experiment: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    """MLflow parameters beside the configuration; of a sweep, its space."""
+    key: str
+    """Unique per run; the MLflow run is found by it."""
+    status: str = "RUNNING"
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    pid_started: float = field(default_factory=lambda: psutil.Process().create_time())
+    started: int = field(default_factory=lambda: now())
+    ended: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Point(NamedTuple):
+    """Metrics at a number of images seen."""
+
+    images_seen: int
+    time: int
+    metrics: dict[str, float]
+
+
+def now() -> int:
+    """Return the time in milliseconds, as MLflow counts it."""
+    return time.time_ns() // 1_000_000
+
+
+def new_key(run_id: str) -> str:
+    """Return a key for a new run, unlike any other."""
+    return f"{run_id}-{uuid.uuid4().hex[:12]}"
+
+
+def exists(run_uri: str) -> bool:
+    """Return whether a folder holds the record of a run."""
+    return storage.exists(storage.join(run_uri, RUN))
+
+
+def read_record(run_uri: str) -> RunRecord:
+    """Return a run's record; what an older version did not write is filled in.
+
+    Raises:
+        UserError: there is none, or it is not readable.
+    """
+    where = storage.join(run_uri, RUN)
+    try:
+        found = json.loads(storage.read_bytes(where))
+        if "schema" not in found:
+            found = _of_older_run(found, run_uri)
+        names = {f.name for f in dataclasses.fields(RunRecord)}
+        return RunRecord(**{k: v for k, v in found.items() if k in names})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is not the record of a run: {error}.") from error
+
+
+def _of_older_run(found: dict[str, Any], run_uri: str) -> dict[str, Any]:
+    run_id = found.get("run_id") or run_uri.rpartition("/")[2]
+    return {
+        **found,
+        "schema": 0,
+        "run_id": run_id,
+        "preset": found.get("preset", found["config"]["dataset"]),
+        "micro_batches": found.get("accumulate", 1),
+        "threads": found.get("threads_per_worker", 1),
+        "experiment": f"ivegan-{found['config']['dataset']}",
+        "key": found.get("run_key") or found.get("mlflow_run_id") or run_id,
+        "status": "UNKNOWN",  # it was in MLflow only
+        "host": "",
+        "pid": 0,
+        "pid_started": 0.0,
+        "started": 0,
+    }
+
+
+def write_record(run_uri: str, record: RunRecord) -> None:
+    """Write a run's record."""
+    text = json.dumps(dataclasses.asdict(record), indent=2) + "\n"
+    storage.write_bytes(storage.join(run_uri, RUN), text.encode())
+
+
+def end_record(run_uri: str, status: str, **tags: str) -> None:
+    """Write that a run ended, with tags that say why."""
+    record = read_record(run_uri)
+    changes = {"status": status, "ended": now(), "tags": {**record.tags, **tags}}
+    write_record(run_uri, dataclasses.replace(record, **changes))
+
+
+def end_if_dead(run_uri: str, record: RunRecord) -> RunRecord:
+    """Return the record, ended as KILLED if its driver is dead on this machine."""
+    if record.status != "RUNNING" or record.host != socket.gethostname():
+        return record
+    try:
+        if abs(psutil.Process(record.pid).create_time() - record.pid_started) < 1:
+            return record
+    except psutil.NoSuchProcess:
+        pass
+    record = dataclasses.replace(record, status="KILLED", ended=now())
+    write_record(run_uri, record)
+    return record
+
+
+def list_runs(storage_uri: str) -> list[str]:
+    """Return the URIs of all runs directly below a folder, and of the folder if it is a run's."""
+    found = [storage_uri] if exists(storage_uri) else []
+    below = (storage.join(storage_uri, name) for name in storage.list_names(storage_uri))
+    return found + [uri for uri in below if exists(uri)]
+
+
+def write_points(
+    run_uri: str, images_seen: int, metrics: Mapping[str, float], suffix: str = ""
+) -> None:
+    """Write one file of points, unless it exists; numbers that are not finite are left out."""
+    name = f"{images_seen:010d}{suffix and f'-{suffix}'}.jsonl"
+    where = storage.join(run_uri, METRICS, name)
+    finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
+    point = {"images_seen": images_seen, "time": now(), "metrics": finite}
+    if finite and not storage.exists(where):
+        storage.write_bytes(where, json.dumps(point).encode() + b"\n")
+
+
+def read_points(uri: str) -> list[Point]:
+    """Return the points of one file."""
+    lines = storage.read_bytes(uri).decode().splitlines()
+    return [Point(**json.loads(line)) for line in lines]
+
+
+def read_metrics(run_uri: str) -> list[Point]:
+    """Return all points of a run, in the order of images seen."""
+    folder = storage.join(run_uri, METRICS)
+    names = [n for n in storage.list_names(folder) if n.endswith(".jsonl") and n[0] != "."]
+    return [point for name in names for point in read_points(storage.join(folder, name))]
+
+
+def curve(run_uri: str, name: str) -> tuple[list[int], list[float]]:
+    """Return images seen and values of a metric."""
+    points = {p.images_seen: p.metrics[name] for p in read_metrics(run_uri) if name in p.metrics}
+    return sorted(points), [points[images] for images in sorted(points)]
+
+
+class MetricsWriter:
+    """Writes a run's points and figures in a thread, so that training does not wait for storage."""
+
+    def __init__(self, run_uri: str) -> None:
+        self._run_uri = run_uri
+        self._queue: queue.SimpleQueue[functools.partial[None] | None] = queue.SimpleQueue()
+        self._failures: list[Exception] = []
+        self._thread = self._start()
+
+    def add(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Write points at a number of images seen."""
+        self._queue.put(functools.partial(write_points, self._run_uri, images_seen, dict(metrics)))
+
+    def add_figure(self, name: str, images_seen: int, png: bytes) -> None:
+        """Write a figure."""
+        where = storage.join(self._run_uri, FIGURES, f"{name}-{images_seen:010d}.png")
+        self._queue.put(functools.partial(_write_new, where, png))
+
+    def join(self) -> None:
+        """Return when all is written; a checkpoint is saved after that.
+
+        Raises:
+            UserError: the storage does not take it.
+        """
+        self.close()
+        self._thread = self._start()
+
+    def close(self) -> None:
+        """Return when all is written, and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._failures:
+            raise self._failures.pop()
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        thread.start()
+        return thread
+
+    def _run(self) -> None:
+        while (write := self._queue.get()) is not None:
+            try:
+                if not self._failures:
+                    storage.patiently(write)
+            except Exception as error:  # of any kind: raised where the checkpoint is saved
+                self._failures.append(error)
+
+
+def _write_new(uri: str, content: bytes) -> None:
+    if not storage.exists(uri):
+        storage.write_bytes(uri, content)

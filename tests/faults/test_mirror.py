@@ -1,0 +1,157 @@
+"""MLflow mirrors run folders: each point once, deleted runs stay deleted, parents come first."""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from ivegan.config import preset, to_dict
+from ivegan.errors import UserError
+from pipelines.tracking import mirror as mirrors
+from pipelines.tracking.mirror import Mirror, mirror, sync, waiting
+from pipelines.training import record as records
+from pipelines.training.record import MetricsWriter, RunRecord
+
+
+def run_folder(storage: Path, run_id: str = "a", status: str = "FINISHED", **changes) -> str:
+    """Write the record of a run with three flushes and a figure; return its URI."""
+    run_uri = str(storage / run_id)
+    record = RunRecord(
+        run_id=run_id,
+        preset="ring",
+        config=to_dict(preset("ring")),
+        dataset_hash="ring",
+        experiment="ivegan-ring",
+        key=records.new_key(run_id),
+        status=status,
+        **changes,
+    )
+    records.write_record(run_uri, record)
+    writer = MetricsWriter(run_uri)
+    for images_seen in (64, 128, 192):
+        writer.add(images_seen, {"loss/D": images_seen / 64, "other": float("nan")})
+    writer.add_figure("samples", 192, b"png")
+    writer.close()
+    return run_uri
+
+
+def points(uri: str, run_id: str, name: str = "loss/D") -> list[tuple[int, float]]:
+    return [(p.step, p.value) for p in MlflowClient(uri).get_metric_history(run_id, name)]
+
+
+def run_id_of(run_uri: str) -> str:
+    return json.loads(Path(run_uri, "mlflow.json").read_text())["run_id"]
+
+
+def test_a_run_is_copied_once_however_often_it_is_mirrored(store, home, mlflow_runs):
+    run_uri = run_folder(home / "runs")
+    assert mirror(run_uri, store) == 4
+    assert mirror(run_uri, store) == 0
+    Path(run_uri, "mlflow.json").unlink()  # as if the mirror had been killed before it
+    assert mirror(run_uri, store) == 4
+    (run,) = mlflow_runs(store)
+    assert points(store, run.info.run_id) == [(64, 1.0), (128, 2.0), (192, 3.0)]
+    assert run.info.status == "FINISHED"
+    assert set(run.data.metrics) == {"loss/D"}
+    files = MlflowClient(store).list_artifacts(run.info.run_id, "figures")
+    assert [file.path for file in files] == ["figures/samples-0000000192.png"]
+    assert waiting(home / "runs") == {}
+
+
+def test_a_point_is_never_rewritten(home):
+    run_uri = run_folder(home)
+    before = records.read_metrics(run_uri)
+    records.write_points(run_uri, 128, {"loss/D": 9.0})
+    assert records.read_metrics(run_uri) == before
+    assert records.curve(run_uri, "loss/D") == ([64, 128, 192], [1.0, 2.0, 3.0])
+
+
+def test_a_run_deleted_in_mlflow_stays_deleted(store, home, mlflow_runs):
+    run_uri = run_folder(home / "runs", status="RUNNING")
+    mirror(run_uri, store)
+    MlflowClient(store).delete_run(run_id_of(run_uri))
+    records.end_record(run_uri, "FINISHED")
+    for _ in range(2):
+        assert mirror(run_uri, store) == 0
+    Path(run_uri, "mlflow.json").unlink()
+    assert mirror(run_uri, store) == 0
+    assert mlflow_runs(store) == []
+
+
+def test_two_mirrors_at_once_leave_one_run(store, home, mlflow_runs):
+    run_uri = run_folder(home / "runs")
+
+    def copy(_: int) -> None:
+        with contextlib.suppress(MlflowException):  # both write the parameters; the next call ends
+            mirror(run_uri, store)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(copy, range(2)))
+    mirror(run_uri, store)
+    (run,) = mlflow_runs(store)
+    assert points(store, run.info.run_id) == [(64, 1.0), (128, 2.0), (192, 3.0)]
+
+
+def test_a_parent_is_mirrored_before_its_child(store, home, mlflow_runs):
+    child = run_folder(home / "runs", "a-000", parent="a")
+    run_folder(home / "runs", "a", kind="sweep")
+    mirror(child, store)
+    runs = {run.info.run_name: run for run in mlflow_runs(store)}
+    assert runs["a-000"].data.tags["mlflow.parentRunId"] == runs["a"].info.run_id
+    assert sync(home / "runs").keys() == {"a"}
+
+
+def test_a_running_record_of_a_dead_driver_is_killed(store, home, mlflow_runs):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    run_uri = run_folder(home / "runs", status="RUNNING", pid=dead.pid)
+    alive = run_folder(home / "runs", "alive", status="RUNNING")
+    sync(home / "runs")
+    assert records.read_record(run_uri).status == "KILLED"
+    assert records.read_record(alive).status == "RUNNING"
+    assert {run.info.status for run in mlflow_runs(store)} == {"KILLED", "RUNNING"}
+
+
+def test_an_outage_is_logged_and_sync_copies_the_rest(store, home, monkeypatch, caplog):
+    uri = "http://user:sesame@127.0.0.1:9/x"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(mirrors, "_LAST_CHANCE", 20.0)
+    run_uri = run_folder(home / "runs")
+    Mirror(run_uri, uri).close()
+    assert "registry.py sync" in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x.*try sync again") as raised:
+        sync(home / "runs")
+    assert "sesame" not in caplog.text + str(raised.value)
+    assert "sesame" not in "".join(p.read_text() for p in Path(run_uri).rglob("*") if p.is_file())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert sync(home / "runs") == {"a": 4}
+
+
+def test_a_continued_run_is_one_run_in_mlflow(store, home, mlflow_runs):
+    run_uri = run_folder(home / "runs", status="KILLED", tags={"ended": "early"})
+    mirror(run_uri, store)
+    record = dataclasses.replace(records.read_record(run_uri), status="RUNNING", tags={})
+    records.write_record(run_uri, record)
+    records.write_points(run_uri, 256, {"loss/D": 4.0})
+    mirror(run_uri, store)
+    (run,) = mlflow_runs(store)
+    assert (run.info.status, "ended" in run.data.tags) == ("RUNNING", False)
+    assert len(points(store, run.info.run_id)) == 4
+
+
+def test_a_record_of_version_0_1_0_is_read(home):
+    old = {"preset": "ring", "run_id": "old", "dataset_hash": "ring", "accumulate": 2}
+    old |= {"threads_per_worker": 1, "run_key": "old-1", "config": to_dict(preset("ring"))}
+    (home / "old").mkdir()
+    (home / "old" / "run.json").write_text(json.dumps(old))
+    record = records.read_record(str(home / "old"))
+    assert (record.micro_batches, record.key, record.precision) == (2, "old-1", "float32")
+    assert waiting(home) == {}  # its journal delivers it
