@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ivegan.step import NonFiniteLossError
 from pipelines.paths import runs_dir
 from pipelines.progress import Display
 from pipelines.sweeps import definition, driver, space
+from pipelines.training import record as records
 from pipelines.training.fit import fit
 from pipelines.training.plan import Execution, Plan, beside, check_data, resolve, run_of, shared
 
@@ -222,19 +224,23 @@ def train(flow: Any, plan: Plan) -> dict[str, Any]:
 def finished_result(plan: Plan) -> dict[str, Any] | None:
     """Return the result of a finished run, as ``fit`` returned it; None if it is not finished."""
     last = checkpoint.latest(plan.run_uri)
-    if last is None:
+    if last is None or records.read_record(plan.run_uri).status != "FINISHED":
         return None
-    facts = checkpoint.read_facts(last)
-    if facts["images_seen"] != plan.config.total_steps * plan.config.batch_size:
+    metadata = checkpoint.read_facts(last)
+    if metadata["images_seen"] != plan.config.total_steps * plan.config.batch_size:
         return None
+    metrics = [p.metrics for p in records.read_metrics(plan.run_uri)]
+    metrics = next((m for m in reversed(metrics) if "loss/D" in m), {})
+    mirrored = storage.join(plan.run_uri, "mlflow.json")
+    mlflow = json.loads(storage.read_bytes(mirrored)) if storage.exists(mirrored) else {}
     return {
         "run_id": plan.run_id,
-        "mlflow_run_id": facts["mlflow_run_id"],
+        "mlflow_run_id": mlflow.get("run_id") or metadata["mlflow_run_id"],
         "checkpoint": last,
-        "images_seen": facts["images_seen"],
-        "images_per_second": None,
-        "world_size": facts["world_size"],
-        "metrics": {},
+        "images_seen": metadata["images_seen"],
+        "images_per_second": metrics.get("rate/images_per_second"),
+        "world_size": metadata["world_size"],
+        "metrics": metrics,
     }
 
 

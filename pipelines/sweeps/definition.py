@@ -62,6 +62,10 @@ class Sweep(Execution):
     restore: str | None = None
     """Name of an interrupted sweep, to finish it with its own options. Only from storage that you
     trust: Ray's records of a sweep are pickles."""
+    confirm: int = 0
+    """Number of best trials to train again on fresh seeds; the best mean score wins. 0 is none."""
+    confirm_seeds: int = 2
+    """Fresh seeds of each confirmed trial."""
     retrain: bool = False
     """Train the best configuration at full length, evaluate it and register it as a candidate."""
     retrain_images: int = 0
@@ -70,6 +74,7 @@ class Sweep(Execution):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(samples=1, scores=1, workers=1, reduction=2, retrain_images=0)
+        self.at_least(confirm=0, confirm_seeds=1)
         self.at_least(score_images=0, grace=0, time_budget=0, max_concurrent=0)
 
 
@@ -85,7 +90,6 @@ class Definition:
     trials: list[dict[str, Any]] | None
     """Settings of each trial; None where Optuna proposes them."""
     dataset_hash: str = ""
-    run_key: str = ""
     result: dict[str, Any] | None = None
 
 
@@ -104,6 +108,8 @@ def define(preset: str, config: Config, options: Sweep) -> Definition:
     elif importlib.util.find_spec("optuna") is None:
         raise UserError("--search optuna needs Optuna: pip install optuna.")
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
+    if options.confirm and "seed" in searched:
+        raise UserError("--confirm needs fresh seeds, but --space searches seed: remove one.")
     if options.data:  # the same from any folder
         kept["data"] = storage.absolute(options.data)
     return Definition(

@@ -6,20 +6,18 @@ import functools
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ivegan import storage
-from ivegan.config import Config, flatten, override, to_dict
+from ivegan.config import Config, config_hash, override, to_dict
 from ivegan.config import preset as preset_of
-from ivegan.errors import UserError
 from pipelines.cluster.session import (
     Terminated,
     in_a_thread,
     ray_session,
     require_resources,
+    started,
     terminated_by_signal,
 )
 from pipelines.digits import prepare_digits
@@ -27,9 +25,12 @@ from pipelines.paths import runs_dir
 from pipelines.sweeps import definition as definitions
 from pipelines.sweeps import space
 from pipelines.sweeps.definition import Definition, Sweep, define, plan_of, restored
-from pipelines.sweeps.report import result_of
+from pipelines.sweeps.report import Progress, command_of, picture, result_of
 from pipelines.sweeps.trial import index_name, trial, trial_name
 from pipelines.tracking import client as tracking
+from pipelines.tracking.mirror import mirror
+from pipelines.training import record as records
+from pipelines.training.fit import fit, recorded
 from pipelines.training.plan import (
     Plan,
     beside,
@@ -39,6 +40,7 @@ from pipelines.training.plan import (
     resolve,
     run_of,
 )
+from pipelines.training.record import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -77,23 +79,98 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         check_same_data(
             f"The sweep {plan.run_id}", plan, existing.dataset_hash, definition.dataset_hash
         )
-    key = tracking.new_key(plan.run_id) if existing is None else existing.run_key
-    definition = dataclasses.replace(definition, run_key=key)
-    if existing is None:
+    else:
         tracking.check(plan.tracking_uri)
+    record = _record(plan, definition, options)
     definitions.write(plan.run_uri, definition)
-    with _tracked(plan, definition, options) as (parent, journal):
-        ends = _search(beside(plan, config, plan.run_id, parent), definition, options)
-        result = result_of(plan, definition, ends) | {"parent_run_id": parent}
-        _publish(plan, journal, result)
+    with recorded(plan.run_uri, record, plan.tracking_uri) as mirrored:
+        result = _searched(plan, definition, options)
+        if options.confirm:
+            result = _confirmed(plan, definition, options, result)
+        _publish(plan, result)
+    result["parent_run_id"] = mirrored.run_id or record.key
     definitions.write(plan.run_uri, dataclasses.replace(definition, result=result))
     return result
 
 
+def _record(plan: Plan, definition: Definition, options: Sweep) -> RunRecord:
+    """Return the record of a sweep that starts now, for the first time or again."""
+    record = RunRecord(
+        run_id=plan.run_id,
+        kind="sweep",
+        preset=plan.preset,
+        config=to_dict(plan.config),
+        precision=plan.run.precision,
+        stream=plan.run.stream,
+        threads=plan.run.threads,
+        world_size=options.workers,
+        data=plan.data_uri,
+        dataset_hash=definition.dataset_hash,
+        config_hash=config_hash(plan.config),
+        git_commit=git_commit(),
+        experiment=f"ivegan-{plan.config.dataset}",
+        tags={"kind": "sweep"},
+        params={
+            **{f"space.{name}": text for name, text in definition.space.items()},
+            "search": options.search,
+            "samples": options.samples,
+            "workers": options.workers,
+        },
+        key=records.new_key(plan.run_id),
+    )
+    if not records.exists(plan.run_uri):
+        return record
+    earlier = records.read_record(plan.run_uri)
+    return dataclasses.replace(record, key=earlier.key, started=earlier.started)
+
+
+def _searched(plan: Plan, definition: Definition, options: Sweep) -> dict[str, Any]:
+    """Run all trials of a definition and return their result."""
+    with _trials_ended(plan, definition):
+        ends = _search(plan, definition, options)
+    return result_of(plan, definition, ends)
+
+
+def _confirmed(
+    plan: Plan, definition: Definition, options: Sweep, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Train the best candidates again on fresh seeds, and sort them by their mean score.
+
+    The seed of a search is part of what it selects for: its best score is biased upwards.
+    """
+    metric, objective = definition.objective.metric, definition.objective
+    best = [t for t in result["trials"] if t[metric] is not None][: options.confirm]
+    seeds = [plan.config.seed + 1_000_003 + i for i in range(options.confirm_seeds)]
+    runs = [t["config"] | {"seed": seed} for t in best for seed in seeds]
+    print(f"confirming the best {len(best)} trials on {len(seeds)} fresh seeds", flush=True)
+    again = _searched(
+        beside(plan, plan.config, f"{plan.run_id}-confirm", plan.run_id),
+        dataclasses.replace(definition, trials=runs),
+        dataclasses.replace(options, grace=_length(plan), time_budget=0),
+    )
+    scores = {t["trial"]: t[metric] for t in again["trials"]}
+    for i, candidate in enumerate(best):
+        own = [scores[index_name(i * len(seeds) + j)] for j in range(len(seeds))]
+        finite = [score for score in own if score is not None]
+        candidate["confirmed_scores"] = own  # None: the candidate diverged on that seed
+        mean = sum(finite) / len(finite) if len(finite) == len(own) else None
+        candidate["confirmed"] = mean
+    best.sort(key=lambda t: objective.rank(t["confirmed"]))
+    others = [t for t in result["trials"] if "confirmed" not in t]
+    return result | {
+        "trials": best + others,
+        "best_config": best[0]["config"],
+        "best_metric": best[0]["confirmed"],
+        "command": command_of(plan, best[0]["config"]),
+    }
+
+
+def _length(plan: Plan) -> int:
+    return plan.config.total_steps * plan.config.batch_size
+
+
 def _search(plan: Plan, definition: Definition, options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
-    from pipelines.sweeps.report import Progress
-
     # With its dashboard: without it, a stopped trial's resources are never given back.
     with ray_session(dashboard=True), terminated_by_signal():
         require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
@@ -106,8 +183,6 @@ def _search(plan: Plan, definition: Definition, options: Sweep) -> Any:
 def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     """Return Tune's own sweep: the interrupted one, or a new one."""
     from ray import tune
-
-    from pipelines.sweeps.report import Progress
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress prints failures
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Tune's own records, for --restore
@@ -133,8 +208,8 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     # Tune cannot read what a kill left of its first seconds; our checkpoints are elsewhere.
     storage.delete_folder(folder)
     count = options.samples if trials is None else len(trials)
-    length = plan.config.total_steps * plan.config.batch_size
-    progress = Progress(count, length, objective, functools.partial(_end_stopped, plan.run_uri))
+    length = _length(plan)
+    progress = Progress(count, length, objective, functools.partial(_end_stopped, plan))
     return tune.Tuner(
         trainable,
         param_space={} if trials is None else {"trial": tune.grid_search(list(range(count)))},
@@ -165,6 +240,15 @@ def _tune_config(plan: Plan, definition: Definition, options: Sweep, length: int
             mode=objective.mode,
             seed=options.search_seed,
         )
+    scheduler = None  # no early stopping
+    if options.grace < length:
+        scheduler = ASHAScheduler(
+            time_attr="images_seen",
+            max_t=length - 1,  # no rung at the very end, where a trial stops by itself
+            stop_last_trials=False,
+            grace_period=options.grace or max(1, length // 4),
+            reduction_factor=options.reduction,
+        )
     return tune.TuneConfig(
         metric=objective.metric,
         mode=objective.mode,
@@ -173,13 +257,7 @@ def _tune_config(plan: Plan, definition: Definition, options: Sweep, length: int
         trial_dirname_creator=_folder_name,
         time_budget_s=options.time_budget or None,
         search_alg=algorithm,
-        scheduler=ASHAScheduler(
-            time_attr="images_seen",
-            max_t=length - 1,  # no rung at the very end, where a trial stops by itself
-            stop_last_trials=False,
-            grace_period=min(options.grace or max(1, length // 4), length - 1),
-            reduction_factor=options.reduction,
-        ),
+        scheduler=scheduler,
     )
 
 
@@ -219,7 +297,6 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
     from pipelines import evaluate
     from pipelines.models.register import register
     from pipelines.progress import Display
-    from pipelines.training.fit import fit
 
     images = options.retrain_images or preset_of(preset).total_images
     best = override(config, {**result["best_config"], "total_images": images})
@@ -234,102 +311,58 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
     return {**trained, "evaluation": evaluated, "report": str(out), "registered": registered}
 
 
-# --- Tracking ---
-
-
 @contextlib.contextmanager
-def _tracked(
-    plan: Plan, definition: Definition, options: Sweep
-) -> Iterator[tuple[str, tracking.Journal]]:
-    """Yield (id, journal) of the sweep's MLflow run, which ends as the sweep does."""
-    journal = tracking.Journal.open(
-        Path(plan.journal), plan.tracking_uri, definition.run_key, plan.run_uri
-    )
-    parent = _start_tracking(plan, definition, options, journal)
-    status = "FAILED"
+def _trials_ended(plan: Plan, definition: Definition) -> Iterator[None]:
+    """Record trials that still run when the block ends as KILLED, and mirror all trials."""
+    reason = "the sweep was ended by a failure"
     try:
-        yield parent, journal
-        status = "FINISHED"
+        yield
+        reason = _EARLY
     except (KeyboardInterrupt, SystemExit, Terminated):
-        status = "KILLED"
+        reason = "the sweep was stopped"
         raise
     finally:
-        _end_trials(plan, definition, parent, status, journal)
-        tracking.end_run(plan.tracking_uri, parent, status, journal)
+        folder = plan.run_uri.rpartition("/")[0]
+        if definition.trials is None:
+            names = [n for n in storage.list_names(folder) if n.startswith(f"{plan.run_id}-")]
+        else:
+            names = [f"{plan.run_id}-{index_name(i)}" for i in range(len(definition.trials))]
+        for uri in (storage.join(folder, name) for name in names):
+            _end_trial(uri, plan.tracking_uri, reason)
 
 
-def _end_stopped(run_uri: str, name: str) -> None:
-    """End the MLflow run of a trial that was stopped early."""
-    tracking.end_stopped(f"{run_uri}-{name}", "stopped early by the sweep")
+_EARLY = "stopped early by the sweep"
 
 
-def _end_trials(
-    plan: Plan, definition: Definition, parent: str, status: str, journal: tracking.Journal
-) -> None:
-    """End the MLflow runs of stopped trials, with their last points."""
-    if status == "FINISHED":
-        note = "stopped early by the sweep"
-    else:
-        note = f"the sweep was {'stopped' if status == 'KILLED' else 'ended by a failure'}"
+def _end_trial(run_uri: str, tracking_uri: str, reason: str) -> None:
+    """Record a trial that still runs as KILLED, and mirror it; ``sync`` repeats what fails."""
+    if not records.exists(run_uri):
+        return
+    if records.read_record(run_uri).status == "RUNNING":
+        records.end_record(run_uri, "KILLED", ended=reason)
     try:
-        tracking.deliver(Path(plan.journal).parent)
-    except UserError as error:
-        log.warning("%s", error)
-    folder, _, _ = plan.run_uri.rpartition("/")
-    if definition.trials is None:
-        names = [one for one in storage.list_names(folder) if one.startswith(f"{plan.run_id}-")]
-    else:
-        names = [f"{plan.run_id}-{index_name(i)}" for i in range(len(definition.trials))]
-    trials = [storage.join(folder, name) for name in names]
-    tracking.end_children(plan.tracking_uri, parent, note, journal, trials)
+        mirror(run_uri, tracking_uri)
+    except tracking.TROUBLE as error:
+        log.warning("MLflow lacks the end of %s: %s", run_uri, tracking.first_line(error))
 
 
-def _start_tracking(
-    plan: Plan, definition: Definition, options: Sweep, journal: tracking.Journal
-) -> str:
-    """Return the id of the sweep's MLflow run, or its key during an outage."""
-    dataset, digest = plan.config.dataset, definition.dataset_hash
-    settings = {k: v for k, v in flatten(plan.config).items() if k not in definition.space}
-    return tracking.start_run(
-        plan.tracking_uri,
-        experiment=f"ivegan-{dataset}",
-        run_name=plan.run_id,
-        params={
-            **settings,
-            **{f"space.{name}": text for name, text in definition.space.items()},
-            "search": options.search,
-            "samples": options.samples,
-            "workers": options.workers,
-        },
-        tags={
-            "preset": plan.preset,
-            "kind": "sweep",
-            "dataset_hash": digest,
-            "git_commit": git_commit(),
-            "checkpoints": plan.run_uri,
-        },
-        config=to_dict(plan.config),
-        dataset=(dataset, digest, plan.data_uri or dataset),
-        journal=journal,
-    )
+def _end_stopped(plan: Plan, name: str) -> None:
+    """Record a trial that was stopped early, in a thread: Tune does not wait for MLflow."""
+    started(_end_trial, f"{plan.run_uri}-{name}", plan.tracking_uri, _EARLY)
 
 
-def _publish(plan: Plan, journal: tracking.Journal, result: dict[str, Any]) -> None:
-    """Write a sweep's figure to storage, and figure and best trial to its MLflow run."""
-    from pipelines.sweeps.report import picture
-
-    png = picture(result)
-    storage.write_bytes(result["figure"], png)
-    metric = result["objective"]["metric"]
-    with tempfile.TemporaryDirectory() as tmp:
-        (Path(tmp) / "sweep.png").write_bytes(png)
-        tracking.add_report(journal, {metric: result["best_metric"]}, 0, Path(tmp))
-    best = result["trials"][0]
+def _publish(plan: Plan, result: dict[str, Any]) -> None:
+    """Write the figure of a sweep, its best score and the tags of its best trial."""
+    storage.write_bytes(result["figure"], picture(result))
+    metric, best, score = result["objective"]["metric"], result["trials"][0], result["best_metric"]
+    records.write_points(plan.run_uri, 0, {metric: score})
     tags = {f"best.{k}": str(v) for k, v in best["config"].items()}
-    tags |= {"best.run_id": best["run_id"], f"best.{metric}": str(best[metric])}
+    tags |= {"best.run_id": best["run_id"], f"best.{metric}": str(score)}
     tags["mlflow.note.content"] = (
         f"{len(result['trials'])} trials of {result['length']:,} images; the best has "
-        f"{metric.removeprefix('valid/')} {best[metric]:.3f}. Train it with\n\n"
+        f"{metric.removeprefix('valid/')} {score:.3f}. Train it with\n\n"
         f"    {result['command']}"
     )
-    tracking.set_tags(plan.tracking_uri, journal.run_id, tags, journal)
+    record = records.read_record(plan.run_uri)
+    record = dataclasses.replace(record, tags=record.tags | tags)
+    records.write_record(plan.run_uri, record)

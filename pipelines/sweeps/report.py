@@ -17,7 +17,7 @@ from ivegan.evaluation import figures
 from pipelines.sweeps.definition import Definition
 from pipelines.sweeps.space import Objective
 from pipelines.sweeps.trial import index_name, trial_name
-from pipelines.tracking import client as tracking
+from pipelines.training import record as records
 from pipelines.training.plan import Plan, Run, shared
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _trial_result(
     diverged = bool(last.get("diverged"))
     run_id = f"{plan.run_id}-{name}"
     run_uri = storage.join(plan.run_uri.rpartition("/")[0], run_id)
-    images, scores = tracking.curve(run_uri, objective.metric)
+    images, scores = records.curve(run_uri, objective.metric)
     if objective.metric in last and last["images_seen"] > max(images, default=0):
         images.append(last["images_seen"])
         scores.append(last[objective.metric])
@@ -212,14 +212,15 @@ def table(result: Mapping[str, Any]) -> list[str]:
     """
     trials, objective = result["trials"], Objective(**result["objective"])
     names = list(trials[0]["config"])
-    rows = [["trial", objective.name, "images", "", *names]]
+    confirmed = ["confirmed"] if "confirmed" in trials[0] else []
+    rows = [["trial", objective.name, *confirmed, "images", "", *names]]
     for one in trials:
-        score = one[objective.metric]
+        scores = [one[objective.metric], *(one.get(name) for name in confirmed)]
         settings = [one["config"].get(name, "") for name in names]
         rows.append(
             [
                 one["trial"],
-                "" if score is None else f"{score:.4f}",
+                *("" if score is None else f"{score:.4f}" for score in scores),
                 f"{one['images_seen']:,}",
                 one["state"],
                 *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in settings),
@@ -228,7 +229,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i in (0, 3) else cell.rjust(width)
+            cell.ljust(width) if i in (0, len(confirmed) + 3) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

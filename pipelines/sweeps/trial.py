@@ -45,7 +45,8 @@ def trial(
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None, "a Tune session"
     run_id = f"{plan.run_id}-{trial_name(chosen, trial_id)}"
-    own = beside(plan, override(plan.config, changes), run_id)
+    parent = plan.run.parent_run or plan.run_id
+    own = beside(plan, override(plan.config, changes), run_id, parent)
     # With DDP workers this process has no GPU of its own.
     device = torch.device("cpu") if plan.run.workers else device_of(plan.run)
 

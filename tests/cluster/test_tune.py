@@ -285,6 +285,31 @@ def test_time_budget_ends_running_trials_and_lists_the_others(
     assert set(statuses.values()) <= {"KILLED"}
 
 
+def test_best_trials_are_confirmed_on_fresh_seeds(home, store, monkeypatch, capsys):
+    """The best of the search diverges on one of two fresh seeds; the second is stable."""
+    length = 64 * 40
+    search = [end_of(i, length, quality=q) for i, q in enumerate((0.9, 0.8, 0.1))]
+    confirm = [end_of(i, length, quality=q) for i, q in ((0, 0.9), (2, 0.6), (3, 0.7))]
+    searches = iter([search, confirm])
+    definitions = []
+
+    def ends(plan, definition, options):
+        definitions.append(definition)
+        return next(searches)
+
+    monkeypatch.setattr(driver, "_search", ends)
+    result = tune.main("ring", small(), Sweep(samples=3, sweep_id="s", confirm=2))
+    assert [t["trial"] for t in result["trials"]] == ["001", "000", "002"]
+    assert result["best_metric"] == pytest.approx(0.65)
+    assert result["best_config"] == result["trials"][0]["config"]
+    assert result["trials"][1]["confirmed_scores"] == [0.9, None]
+    assert result["trials"][1]["confirmed"] is None
+    assert "confirmed" in capsys.readouterr().out
+    first, second = definitions[1].trials[:2]
+    assert first["seed"] != second["seed"]
+    assert first | {"seed": 0} == second | {"seed": 0} == definitions[0].trials[0] | {"seed": 0}
+
+
 def test_diverged_trial_does_not_count_and_the_best_is_registered(
     home, store, ray_cluster, mlflow_runs, capsys
 ):

@@ -30,7 +30,7 @@ PLACES = {
     "start": "flows/steps.py prepare 1",
     "sweep": "sweeps/report.py on_trial_result 5",
     "train": "ivegan/checkpoint.py save 4",
-    "evaluate": "client.py add_report 1",  # measured, not yet reported
+    "evaluate": "ivegan/evaluation/report.py render 1",  # measured, but not written
     "register": "mlflow/tracking/client.py create_model_version 2",  # one half is, the other not
     "end": "flow.py end 1",
 }
