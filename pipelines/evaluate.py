@@ -1,12 +1,13 @@
 """Measure a checkpoint or a registered model: numbers, the paper's figures, one HTML page.
 
     python pipelines/evaluate.py runs/checkpoints/RUN_ID --out runs/reports/RUN_ID
-    python pipelines/evaluate.py models:/ivegan-digits-encoder@production --out /tmp/report
+    python pipelines/evaluate.py models:/ivegan-digits-encoder@production --out s3://bucket/report
 
-Digits take half a minute on two cores the first time, when the classifier that judges the images is
+Digits take half a minute on two cores the first time, when the classifier that reads the images is
 trained, and less after that.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from ivegan.evaluation.evaluate import evaluate
 from ivegan.evaluation.report import rows
 from pipelines import options as cli
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(cli.Options):
@@ -28,9 +31,9 @@ class Evaluate(cli.Options):
     checkpoint: str
     """A checkpoint's folder, a run's folder (its newest is taken) or a models:/ URI."""
     out: str | None = None
-    """Folder for metrics.json, the figures and report.html."""
+    """Folder or s3:// URI for metrics.json, the figures and report.html."""
     data: str | None = None
-    """Shards to judge on; those that the checkpoint was trained on by default."""
+    """Shards to measure on; those that the checkpoint was trained on by default."""
     device: str = "cpu"
     """Where the networks run: cpu or cuda."""
     seed: int = 0
@@ -50,65 +53,33 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Return the numbers of a checkpoint, ``eval/same_class`` and so on, after writing all files.
 
-    Numbers and files also go under the MLflow run that made the checkpoint, where it is at hand.
+    An evaluation without a limit is also copied to the run's folder and to MLflow.
 
     Args:
         uri: a checkpoint, a run's folder, or a registered model of either half.
         data: shards; those that the checkpoint was trained on by default.
-        out: folder for ``metrics.json``, the figures and ``report.html``.
-        device, seed, limit: as for ``ivegan.evaluate.evaluate``.
+        out: folder or s3:// URI for ``metrics.json``, the figures and ``report.html``.
+        device, seed, limit: as for ``ivegan.evaluation.evaluate.evaluate``.
 
     Raises:
-        UserError: as for ``ivegan.evaluate.evaluate``.
+        UserError: as for ``ivegan.evaluation.evaluate.evaluate``.
     """
-    from pipelines.paths import cache_dir, journal_dir
-
-    at = _resolve(uri)
-    found = evaluate(
-        at,
-        data,
-        out,
-        cache_dir=cache_dir(),
-        device=device,
-        seed=seed,
-        limit=limit,
-    )
-    about = checkpoint.read_facts(at)
-    if about.get("mlflow_run_id") and limit is None:  # a part of the data says less
-        from pipelines.models.register import store_of
-        from pipelines.tracking.client import add_evaluation
-
-        run_uri = at.rpartition("/")[0]
-        name = f"evaluation-{about['images_seen']:010d}"
-        storage.write_bytes(
-            storage.join(run_uri, name, "metrics.json"), Path(out, "metrics.json").read_bytes()
-        )
-        add_evaluation(
-            store_of(about),
-            about["mlflow_run_id"],
-            found["metrics"],
-            about["images_seen"],
-            Path(out),
-            journals=journal_dir(),
-            run_uri=run_uri,
-        )
-    return found["metrics"]
+    return _evaluate(_resolve(uri), data, str(out), device, seed, limit)["metrics"]
 
 
 def main(options: Evaluate) -> dict[str, Any]:
-    """Evaluate, or tell the plan, and return what ``--json`` prints."""
+    """Evaluate, or print the plan, and return what ``--json`` prints."""
     if options.out is None:
         raise UserError("evaluate.py needs --out, a folder for numbers, figures and report.")
     _check_device(options.device)
     uri = _resolve(options.checkpoint)
-    about = checkpoint.read_facts(uri)
-    data = options.data or about.get("data")
-    out = Path(options.out).absolute()
+    metadata = checkpoint.read_facts(uri)
+    data = options.data or metadata.get("data")
     plan = {
         "checkpoint": uri,
-        "images_seen": about["images_seen"],
+        "images_seen": metadata["images_seen"],
         "data": None if data is None else storage.absolute(data),
-        "out": str(out),
+        "out": storage.absolute(options.out),
         "device": options.device,
         "seed": options.seed,
         "limit": options.limit,
@@ -117,18 +88,11 @@ def main(options: Evaluate) -> dict[str, Any]:
         for name, value in plan.items():
             print(f"{name:12} {value}")
         return plan
-    metrics = evaluate_checkpoint(
-        uri,
-        data=plan["data"],
-        out=out,
-        device=options.device,
-        seed=options.seed,
-        limit=options.limit,
-    )
-    report = out / "report.html"
-    _tell(metrics, report)
-    figures = sorted(str(path) for path in out.glob("*.png"))
-    return plan | {"metrics": metrics, "figures": figures, "report": str(report)}
+    settings = options.device, options.seed, options.limit
+    result = _evaluate(uri, plan["data"], plan["out"], *settings)
+    _print(result["metrics"], result["report"])
+    figures = sorted(result["figures"].values())
+    return plan | {"metrics": result["metrics"], "figures": figures, "report": result["report"]}
 
 
 def command() -> None:
@@ -136,10 +100,50 @@ def command() -> None:
     cli.run(main, Evaluate)
 
 
+def _evaluate(
+    uri: str, data: str | None, out: str, device: str, seed: int, limit: int | None
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, and copy a whole evaluation to the run's folder and to MLflow."""
+    from pipelines.paths import cache_dir
+
+    result = evaluate(uri, data, out, cache_dir=cache_dir(), device=device, seed=seed, limit=limit)
+    if limit is None:  # numbers of a part of the data are not the run's
+        _record(uri, result)
+    return result
+
+
+def _record(uri: str, result: Mapping[str, Any]) -> None:
+    """Bring an evaluation to MLflow, and copy its files to the run's folder."""
+    from pipelines.paths import journal_dir
+    from pipelines.registry import store_of
+    from pipelines.tracking.client import add_evaluation
+
+    run_uri, _, name = uri.rpartition("/")
+    metadata, out = checkpoint.read_facts(uri), result["report"].rpartition("/")[0]
+    folder = storage.join(run_uri, name.replace("checkpoint", "evaluation"))
+    try:
+        for path in (*result["figures"].values(), result["report"], f"{out}/metrics.json"):
+            data = storage.patiently(storage.read_bytes, path)
+            copy = storage.join(folder, path.rpartition("/")[2])
+            storage.patiently(storage.write_bytes, copy, data)
+    except UserError as error:  # a run of another owner
+        log.warning("The evaluation was not copied to %s: %s", folder, error)
+    if metadata.get("mlflow_run_id") and storage.is_local(out):
+        add_evaluation(
+            store_of(metadata),
+            metadata["mlflow_run_id"],
+            result["metrics"],
+            metadata["images_seen"],
+            Path(out),
+            journals=journal_dir(),
+            run_uri=run_uri,
+        )
+
+
 def _resolve(uri: str) -> str:
-    """Return the checkpoint that a URI of any kind means."""
+    """Return the checkpoint that a URI of any kind names."""
     if uri.startswith("models:/"):
-        from pipelines.models.pull import checkpoint_of
+        from pipelines.registry import checkpoint_of
 
         uri = checkpoint_of(uri)
     return checkpoint.find(storage.absolute(uri))
@@ -152,13 +156,13 @@ def _check_device(device: str) -> None:
         raise UserError(f"--device is {device}, but torch sees no CUDA device; leave it out.")
 
 
-def _tell(metrics: Mapping[str, float], report: Path) -> None:
-    """Print a table of the numbers, each with what to hold it against, and where to look."""
+def _print(metrics: Mapping[str, float], report: str) -> None:
+    """Print a table of the numbers, each with what to compare it with, and the page's place."""
     table = rows(metrics)
     title_width = max(len(title) for title, *_ in table)
     value_width = max(len(value) for _, value, *_ in table)
-    for title, value, against, _ in table:
-        print(f"{title:{title_width}}  {value:>{value_width}}   {against}")
+    for title, value, references, _ in table:
+        print(f"{title:{title_width}}  {value:>{value_width}}   {references}")
     print(f"\nWhat they mean, with pictures: {report}")
 
 

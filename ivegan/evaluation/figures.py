@@ -1,20 +1,20 @@
-"""The pictures: arrays in, pillow images out; nothing here opens a checkpoint or a file.
+"""Grids of images and densities: arrays in, pillow images out; no checkpoint, no file.
 
-Grids of images and densities are drawn with pillow alone, because training draws them too and must
-run where there is no matplotlib. Scatter plots use matplotlib, without its global state.
+All is drawn with pillow alone, because training draws it too and runs without matplotlib; scatter
+plots are in ``plots``.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ivegan import order
 from ivegan.config import Config
-from ivegan.order import modes
-from ivegan.shapes import Float, Int, UInt8
+from ivegan.shapes import Float, UInt8
 from ivegan.transforms import to_float, to_uint8
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def density(
 
 def _smoothed(points: np.ndarray, dataset: str, side: int) -> np.ndarray:
     """Return the density of points over the data's square, (side, side), y upwards."""
-    means, _ = modes(dataset)
+    means, _ = order.modes(dataset)
     extent = 1.3 * np.abs(means).max()
     edges = np.linspace(-extent, extent, side + 1)
     counts = np.histogram2d(points[:, 1], points[:, 0], bins=(edges, edges))[0][::-1]
@@ -189,274 +189,47 @@ def _coloured(values: np.ndarray) -> Image.Image:
     return Image.fromarray((stops[low] * (1 - share) + stops[low + 1] * share).astype(np.uint8))
 
 
-def closeup(
-    panels: Sequence[tuple[str, Float[np.ndarray, "n 2"]]], title: str, *, note: str = ""
-) -> Image.Image:
-    """Return all modes laid over each other: distances from the centre, in the data's stds.
-
-    Args:
-        panels: (name, offsets from the mode's centre or from x, in stds); at most 6 stds are shown.
-        title, note: one line each, above the panels.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Circle
-
-    figure = Figure(figsize=(3.2 * len(panels) + 0.4, 4.2), dpi=150)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for i, (axis, (name, offsets)) in enumerate(zip(axes, panels, strict=True)):
-        axis.scatter(*offsets.T, s=3, color=PALETTE[0], alpha=0.25, linewidths=0, rasterized=True)
-        for radius in (1, 2, 3):
-            axis.add_patch(Circle((0, 0), radius, fill=False, color="#CC6677", linewidth=0.9))
-        axis.set(xlim=(-6, 6), ylim=(-6, 6), aspect="equal", xticks=(-6, -3, 0, 3, 6))
-        axis.set_title(name, fontsize=10, color=INK)
-        _plain_axis(axis)
-        shown = np.mean(np.abs(offsets).max(axis=1) <= 6)
-        axis.set_xlabel(f"standard deviations; {shown:.0%} shown", fontsize=8, color=MUTED)
-        axis.tick_params(labelleft=i == 0)
-    return _finished(figure, title, note)
-
-
-# --- Codes --------------------------------------------------------------------------------------
-
-
-def scatter(
-    codes: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    names: Sequence[str],
-    title: str,
-    *,
-    note: str = "",
-    axes: bool = True,
-) -> Image.Image:
-    """Return codes in two or three dimensions, coloured by label (Fig. 5 of the paper).
-
-    Args:
-        codes: d is 2 or 3.
-        labels: indices into ``names``; -1 is drawn in pale grey, below the rest.
-        names: of the classes, for the legend.
-        title, note: one line each, above the plot.
-        axes: whether the axes are entries of z; they mean nothing otherwise and are left out.
-    """
-    from matplotlib.figure import Figure
-
-    solid = codes.shape[1] == 3
-    figure = Figure(figsize=(7.8, 6.9), dpi=150)
-    axis: Any = figure.add_subplot(projection="3d" if solid else None)
-    size = float(np.clip(14000 / len(codes), 4, 24))
-    for label in range(-1, len(names)):
-        own = codes[labels == label]
-        if len(own):
-            axis.scatter(
-                *own.T,
-                s=size,
-                color=FAINT if label < 0 else PALETTE[label % len(PALETTE)],
-                label="other" if label < 0 else names[label],
-                alpha=0.75,
-                linewidths=0,
-            )
-    if solid:
-        axis.view_init(elev=22, azim=-60)
-        axis.set_box_aspect((1, 1, 1), zoom=0.97)
-        for pane in (axis.xaxis, axis.yaxis, axis.zaxis):
-            pane.set_pane_color((1, 1, 1, 1))
-            pane.line.set_color(MUTED)
-            pane._axinfo["grid"].update(color=FAINT, linewidth=0.6)
-    else:
-        _plain_axis(axis)
-        axis.set_aspect("equal")
-        if labels.min() >= 0:
-            _name_groups(axis, codes, labels, names)
-    if axes:
-        axis.locator_params(nbins=4)
-        setters = (axis.set_xlabel, axis.set_ylabel) + ((axis.set_zlabel,) if solid else ())
-        for setter, name in zip(setters, ("z₁", "z₂", "z₃"), strict=False):
-            setter(name, fontsize=10, color=MUTED)
-    else:
-        axis.set_axis_off()
-    axis.tick_params(labelsize=8, colors=MUTED)
-    handles, legend_names = axis.get_legend_handles_labels()
-    legend = figure.legend(
-        handles,
-        legend_names,
-        loc="center right",
-        frameon=False,
-        fontsize=10,
-        labelcolor=INK,
-        markerscale=max(1.0, (40 / size) ** 0.5),
-        bbox_to_anchor=(0.99, 0.46),
-    )
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
-    return _finished(figure, title, note, right=0.86)
-
-
-def _name_groups(axis: Any, codes: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Write each class's name into its middle, so that nobody needs to tell ten colours apart."""
-    from matplotlib.patheffects import withStroke
-
-    for label in np.unique(labels[labels >= 0]):
-        x, y = np.median(codes[labels == label], axis=0)
-        halo = [withStroke(linewidth=3, foreground=PAPER)]
-        axis.text(
-            x, y, names[label], color=INK, fontsize=12, ha="center", va="center", path_effects=halo
-        )
-
-
-def _plain_axis(axis: Any) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(FAINT)
-    axis.tick_params(labelsize=8, colors=MUTED, color=FAINT)
-
-
-def _finished(figure: Any, title: str, note: str, right: float = 0.98) -> Image.Image:
-    """Return a matplotlib figure as an image, under a title set like those of the grids."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    width, height = figure.get_size_inches()
-    left = 0.16 / width
-    figure.text(left, 1 - 0.16 / height, title, va="top", fontsize=13, color=INK)
-    figure.text(left, 1 - 0.42 / height, note, va="top", fontsize=9.5, color=MUTED)
-    figure.tight_layout(rect=(0.01, 0.01, right, 1 - 0.66 / height))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
-# --- Sweeps -------------------------------------------------------------------------------------
-
-
-def search(
-    curves: Sequence[tuple[Sequence[int], Sequence[float]]],
-    settings: Mapping[str, Sequence[float]],
-    length: int,
-    title: str,
-    *,
-    score: str = "quality",
-    note: str = "",
-) -> Image.Image:
-    """Return the trials of a sweep: the course of each, and its last score against each setting.
-
-    Args:
-        curves: for each trial, images seen and scores; the first trial is the best.
-        settings: values by dotted name, one per trial.
-        length: images of a trial that is not stopped.
-        title, note: one line each, above the plots.
-        score: what the scores are called.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    names = list(settings)
-    columns = 2 + -(-len(names) // 2)
-    figure = Figure(figsize=(3.1 * columns, 5.6), dpi=150)
-    grid = figure.add_gridspec(2, columns)
-    axis: Any = figure.add_subplot(grid[:, :2])
-    _plain_axis(axis)
-    whole = [len(seen) > 0 and seen[-1] >= length for seen, _ in curves]
-    for place in reversed(range(len(curves))):
-        seen, scores = curves[place]
-        colour = PALETTE[0] if place == 0 else PALETTE[1] if whole[place] else "#b9c1cb"
-        axis.plot(seen, scores, color=colour, linewidth=2.4 if place == 0 else 1.3, marker="o",
-                  markersize=4 if place == 0 else 2.5, zorder=3 if place == 0 else 2)  # fmt: skip
-        if not whole[place]:
-            axis.plot(seen[-1:], scores[-1:], marker="x", markersize=6, color=MUTED, zorder=2)
-    axis.set_xlim(0, length * 1.02)
-    axis.set_xlabel("images seen  (x: stopped early)", fontsize=9, color=MUTED)
-    axis.set_ylabel(f"{score}, on held-out samples", fontsize=9, color=MUTED)
-    axis.xaxis.set_major_formatter(lambda value, _: _thousands(value))
-    last = [scores[-1] for _, scores in curves]
-    low, high = min(last), max(last)
-    room = max(0.02, 0.08 * (high - low))
-    for place, name in enumerate(names):
-        axis = figure.add_subplot(grid[place % 2, 2 + place // 2])
-        _plain_axis(axis)
-        values = settings[name]
-        sizes = sorted(set(values))
-        if all(isinstance(v, int) for v in values) and len(sizes) <= 6:  # however far apart
-            axis.set_xticks(range(len(sizes)), [f"{v:g}" for v in sizes])
-            axis.set_xlim(-0.5, len(sizes) - 0.5)
-            values = [sizes.index(v) for v in values]
-        elif min(values) > 0 and max(values) / min(values) > 5:
-            axis.set_xscale("log")
-            # One power of ten or two are too few to read a value by; more labels would overlap.
-            few = max(values) / min(values) < 50
-            axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axis.xaxis.set_minor_formatter("{x:g}" if few else "")
-            if few:
-                axis.xaxis.set_major_formatter("{x:g}")
-            axis.tick_params(which="minor", labelsize=8, colors=MUTED, color=FAINT, length=3.5,
-                             pad=3.5)  # fmt: skip
-        for kept, colour in ((False, "#b9c1cb"), (True, PALETTE[1])):
-            own = [i for i in range(1, len(last)) if whole[i] is kept]
-            axis.scatter([values[i] for i in own], [last[i] for i in own], s=26, color=colour,
-                         linewidths=0, zorder=2)  # fmt: skip
-        axis.scatter(values[:1], last[:1], s=70, color=PALETTE[0], linewidths=0, zorder=3)
-        axis.set_ylim(low - room, high + room)
-        axis.set_xlabel(name, fontsize=9, color=INK)
-    return _finished(figure, title, note)
-
-
-def _thousands(value: float) -> str:
-    """Return a count as it is written on an axis: 200k, 1.5M."""
-    if value >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
-
-
 # --- Training -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def progress_figures(
-    players: "EncoderGenerator", config: Config, originals: np.ndarray | None
+    networks: "EncoderGenerator", config: Config, originals: np.ndarray | None
 ) -> dict[str, bytes]:
-    """Return PNGs of how far training is, at the same z, z' and originals all through a run.
+    """Return PNGs of the progress of training, at the same z, z' and originals all through a run.
 
     Args:
-        players: E and G; left as they are, in the mode they are in.
+        networks: E and G; their mode and statistics do not change.
         config: of the run.
         originals: images to make variations of, (n, c, h, w) uint8; None for points.
     """
-    generator = torch.Generator().manual_seed(_PROGRESS_SEED)
-    device = next(players.parameters()).device
-    model = config.model
+    draws = torch.Generator().manual_seed(_PROGRESS_SEED)
+    device = next(networks.parameters()).device
     count = 10_000 if config.is_points else 60
-    z = (2 * torch.rand(count, model.z_dim, generator=generator) - 1).to(device)
-    noise = torch.randn(count, model.noise_dim, generator=generator).to(device)
-    modes_before = [(part, part.training) for part in players.modules()]
-    players.eval()  # batch norm must neither use nor learn the statistics of these
+    z = order.prior(count, config.model.z_dim, draws).to(device)
+    noise = torch.randn(count, config.model.noise_dim, generator=draws).to(device)
+    modes_before = [(module, module.training) for module in networks.modules()]
+    networks.eval()  # batch norm neither uses nor learns the statistics of these images
     try:
-        samples = players.generator(noise, z).cpu()
+        samples = networks.generator(noise, z).cpu()
         if originals is None:
-            pages = {"samples": _progress_points(samples.numpy(), config.dataset)}
+            truth = order.sample_points(config.dataset, count, draws).numpy()
+            panels = [("true data", truth), ("G(z', z)", samples.numpy())]
+            pages = {"samples": density(panels, config.dataset, "Samples from the prior", side=360)}
         else:
             x = np.array(originals)
-            codes = players.encoder(to_float(torch.from_numpy(x)).to(device))
-            made = [players.generator(part, codes) for part in noise[: 4 * len(x)].split(len(x))]
-            x_hat = np.stack([to_uint8(variation.cpu()).numpy() for variation in made])
+            codes = networks.encoder(to_float(torch.from_numpy(x)).to(device))
+            rows = [networks.generator(row, codes) for row in noise[: 4 * len(x)].split(len(x))]
+            x_hat = np.stack([to_uint8(row.cpu()).numpy() for row in rows])
+            title = "Originals and their variations"
             pages = {
                 "samples": sample_grid(to_uint8(samples).numpy(), "Samples from the prior"),
-                "reconstructions": reconstruction_rows(
-                    x, x_hat[:0], x_hat, "Originals and their variations"
-                ),
+                "reconstructions": reconstruction_rows(x, x_hat[:0], x_hat, title),
             }
     finally:
-        for part, was_training in modes_before:
-            part.training = was_training
+        for module, was_training in modes_before:
+            module.training = was_training
     return {name: png(page) for name, page in pages.items()}
-
-
-def _progress_points(samples: np.ndarray, dataset: str) -> Image.Image:
-    """Return samples from the prior beside as many true points."""
-    means, std = modes(dataset)
-    rng = np.random.default_rng(_PROGRESS_SEED)
-    spread = std * rng.standard_normal(samples.shape)
-    truth = means[rng.integers(len(means), size=len(samples))] + spread
-    panels = [("true data", truth), ("G(z', z)", samples)]
-    return density(panels, dataset, "Samples from the prior", side=360)
 
 
 def png(image: Image.Image) -> bytes:

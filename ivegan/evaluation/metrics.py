@@ -1,4 +1,4 @@
-"""What the samples and the codes are worth, as pure functions: arrays in, floats out.
+"""Measures of samples and codes, as pure functions: arrays in, floats out.
 
 Nothing here loads a checkpoint, a data set or a picture. Protocols and their published numbers:
 modes, high-quality share and reverse KL as in VEEGAN (2017) and PacGAN (2018); k-means accuracy and
@@ -130,28 +130,43 @@ def linear_probe_accuracy(
     return float(model.fit(train, train_labels).score(test, test_labels))
 
 
-def attribute_probe_auroc(
+def attribute_probes(
     train: Float[np.ndarray, "n d"],
     train_attributes: Int[np.ndarray, "n a"],
     test: Float[np.ndarray, "m d"],
     test_attributes: Int[np.ndarray, "m a"],
-) -> float:
-    """Return the mean area under the ROC curve of one linear probe per 0/1 attribute.
+) -> dict[str, float]:
+    """Return the means, over 0/1 attributes, of a linear probe's scores on test codes.
 
-    The probes are ridge regressions on standardised codes: the order they put samples in is all
-    that counts here, and all attributes are solved at once.
+    ``attribute_auroc``: area under the ROC curve. ``attribute_ap``: average precision, whose chance
+    level is ``attribute_ap_chance``, the share of positives. ``attribute_balanced``: balanced
+    accuracy, at the threshold that is best on the train codes.
+
+    The probes are ridge regressions on standardised codes, solved for all attributes at once.
+    Attributes that all train or all test samples share are left out.
     """
     from sklearn.linear_model import Ridge
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), Ridge(alpha=1.0))
-    scores = model.fit(train, train_attributes.astype(np.float64)).predict(test)
-    varied = [a for a, column in enumerate(test_attributes.T) if 0 < column.sum() < len(column)]
-    if not varied:
+    model.fit(train, train_attributes.astype(np.float64))
+    train_scores, scores = model.predict(train), model.predict(test)
+    rows = []
+    for a, truth in enumerate(test_attributes.T):
+        if len(np.unique(truth)) < 2 or len(np.unique(train_attributes[:, a])) < 2:
+            continue
+        false, true, thresholds = roc_curve(train_attributes[:, a], train_scores[:, a])
+        positive = scores[:, a] >= thresholds[(true - false).argmax()]
+        balanced = (positive[truth == 1].mean() + 1 - positive[truth == 0].mean()) / 2
+        precision = average_precision_score(truth, scores[:, a])
+        rows.append((roc_auc_score(truth, scores[:, a]), precision, truth.mean(), balanced))
+    if not rows:
         raise UserError("No attribute differs between these samples: evaluate more of them.")
-    return float(np.mean([roc_auc_score(test_attributes[:, a], scores[:, a]) for a in varied]))
+    names = ("auroc", "ap", "ap_chance", "balanced")
+    means = np.mean(rows, axis=0)
+    return {f"attribute_{name}": float(value) for name, value in zip(names, means, strict=True)}
 
 
 def clustering(

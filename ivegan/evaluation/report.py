@@ -1,19 +1,23 @@
-"""The numbers and pictures of an evaluation as one HTML file that needs nothing else.
+"""The numbers and figures of an evaluation as one HTML file that needs nothing else.
 
-What each number means, and what to hold it against, stands here once, for the page and for the
-table that the command prints.
+What each number means, and what to compare it with, is defined once, for the page, for the table
+that the command prints and for the model card.
 """
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from ivegan.config import flatten, from_dict
 from ivegan.evaluation.figures import png
+
+PREFIX = "eval/"
+"""Of every number's name in ``metrics.json`` and in MLflow."""
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 class Figure(NamedTuple):
@@ -28,11 +32,11 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Meaning:
-    """How a number is shown, and what to hold it against."""
+    """How a number is written, and what to compare it with."""
 
     title: str
-    tells: str
-    """What the number says, in one sentence."""
+    text: str
+    """What the number measures, in one sentence."""
     references: tuple[tuple[str, str | float], ...] = ()
     """(what it is, a constant or the name of another number of the same evaluation)."""
     unit: Literal["percent", "number", "count"] = "percent"
@@ -81,7 +85,7 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "kmeans_nmi": Meaning(
         "k-means NMI",
-        "What those clusters and the classes know of each other: 0 nothing, 1 everything.",
+        "Information that clusters and classes share: 0 none, 1 all.",
         (("raw pixels", "kmeans_nmi_pixels"), ("chance", 0.0)),
         unit="number",
     ),
@@ -153,7 +157,7 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "residual_p": Meaning(
         "Fit of variations",
-        "p-value of a test that G(z', E(x)) - x is distributed as T's shift; over .01 is a pass.",
+        "p-value of a test that G(z', E(x)) - x is distributed as T's shift; over 0.01 is a pass.",
         (("goal, at least", 0.01),),
         unit="number",
     ),
@@ -175,11 +179,7 @@ MEANINGS: dict[str, Meaning] = {
         (("goal, the optimum of D", 1.2247),),
         unit="number",
     ),
-}  # fmt: skip
-
-
-PREFIX = "eval/"
-"""Of every number's name outside this module, as it stands in ``metrics.json`` and in MLflow."""
+}
 
 
 def shown(name: str, value: float) -> str:
@@ -195,7 +195,7 @@ def shown(name: str, value: float) -> str:
 
 
 def references(name: str, metrics: Mapping[str, float]) -> str:
-    """Return what to hold a number against: "chance 10.02 %, goal 100.00 %"."""
+    """Return what to compare a number with: "chance: 10.02 %; goal: 100.00 %"."""
     parts = []
     for what, value in MEANINGS[name].references:
         number = metrics.get(value) if isinstance(value, str) else value
@@ -205,15 +205,15 @@ def references(name: str, metrics: Mapping[str, float]) -> str:
 
 
 def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """Return (title, value, references, meaning) of every number there is, in reading order.
+    """Return (title, value, references, meaning) of every number, in reading order.
 
     Args:
         metrics: as ``evaluate`` returns them.
     """
     metrics = _short_names(metrics)
     return [
-        (about.title, shown(name, metrics[name]), references(name, metrics), about.tells)
-        for name, about in MEANINGS.items()
+        (meaning.title, shown(name, metrics[name]), references(name, metrics), meaning.text)
+        for name, meaning in MEANINGS.items()
         if name in metrics
     ]
 
@@ -221,141 +221,34 @@ def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
 def render(
     metrics: Mapping[str, float], facts: Mapping[str, Any], figures: Sequence[Figure]
 ) -> str:
-    """Return the page: numbers, pictures inside it, and the facts of the run."""
-    table = "".join(
-        f'<tr><td><b>{text(title)}</b><p>{text(tells)}</p></td><td class="value">{value}</td>'
-        f"<td>{'<br>'.join(text(part) for part in against.split('; '))}</td></tr>"
-        for title, value, against, tells in rows(metrics)
-    )
-    metrics = _short_names(metrics)
-    cards = "".join(
-        f'<div class="card"><div class="name">{text(about.title)}</div>'
-        f'<div class="value">{shown(name, metrics[name])}</div>'
-        f'<div class="against">{text(_first_reference(name, metrics))}</div></div>'
-        for name, about in MEANINGS.items()
-        if name in metrics and about.headline
-    )
-    pictures = "".join(picture(figure) for figure in figures)
-    about = {k: v for k, v in facts.items() if k != "config" and v is not None}
-    settings = flatten(from_dict(facts["config"]))
-    body = _BODY.format(
+    """Return the page: numbers, figures inside it, and the metadata of the run."""
+    from jinja2 import Environment
+
+    short = _short_names(metrics)
+    cards = [
+        (meaning.title, shown(name, short[name]), references(name, short).partition("; ")[0])
+        for name, meaning in MEANINGS.items()
+        if name in short and meaning.headline
+    ]
+    pages = [
+        (page, base64.b64encode(png(page.image)).decode(), _shown_width(page)) for page in figures
+    ]
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
+        title=f"IVE-GAN on {facts['dataset']}",
+        facts={k: v for k, v in facts.items() if k != "config" and v is not None},
+        settings=flatten(from_dict(facts["config"])),
         cards=cards,
-        table=table,
-        pictures=pictures,
-        facts=_pairs(about),
-        settings=_pairs(settings),
+        rows=rows(metrics),
+        pages=pages,
     )
-    lead = (
-        f"{facts['images_seen']:,} samples seen in training · {facts['evaluated']:,} held-out "
-        f"samples evaluated · run {facts.get('run_id') or 'without a name'}"
-    )
-    return page(f"IVE-GAN on {facts['dataset']}", lead, body)
-
-
-def page(title: str, lead: str, body: str) -> str:
-    """Return a whole HTML page around a body, which is HTML already; title and lead are text."""
-    return _PAGE.format(style=_STYLE, title=text(title), lead=text(lead), body=body)
 
 
 def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix(PREFIX): value for name, value in metrics.items()}
 
 
-def _first_reference(name: str, metrics: Mapping[str, float]) -> str:
-    return references(name, metrics).partition("; ")[0]
-
-
-def picture(figure: Figure) -> str:
-    """Return a figure as HTML, with its image inside."""
-    source = base64.b64encode(png(figure.image)).decode()
-    caption = text(figure.caption)
-    return (
-        f'<figure id="{figure.name}"><img alt="{caption}" width="{_shown_width(figure)}" '
-        f'src="data:image/png;base64,{source}"><figcaption>{caption}</figcaption></figure>'
-    )
-
-
 def _shown_width(figure: Figure) -> int:
-    """Return the width a picture has on the page: matplotlib's are drawn at twice the density."""
+    """Return the width of a picture on the page: matplotlib's have twice the density."""
     width = figure.image.width
-    return min(1000, width * 3 // 5 if figure.name in ("latent", "closeup", "sweep") else width)
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return "".join(
-        f"<tr><td>{text(name)}</td><td><code>{text(value)}</code></td></tr>"
-        for name, value in values.items()
-    )
-
-
-def text(value: object) -> str:
-    """Return a value as text for an HTML page."""
-    return html.escape(str(value))
-
-
-_STYLE = """
-:root { --ink: #1d2530; --muted: #5d6774; --line: #e3e7ec; --soft: #f6f8fa; --accent: #332288; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 32px 80px; }
-h1 { font-size: 32px; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.01em; }
-h2 { font-size: 21px; margin: 56px 0 16px; }
-.lead { color: var(--muted); margin: 0 0 32px; }
-.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); }
-.card { background: var(--soft); border-radius: 10px; padding: 16px 18px; }
-.card .name { color: var(--muted); font-size: 14px; }
-.card .value { font-size: 27px; font-weight: 650; margin: 2px 0; }
-.card .against { color: var(--muted); font-size: 13px; line-height: 1.35; }
-.value { font-variant-numeric: tabular-nums; white-space: nowrap; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; color: var(--muted); font-weight: 500; font-size: 14px; }
-th, td { padding: 12px 20px 12px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td p { margin: 2px 0 0; color: var(--muted); font-size: 14px; max-width: 56ch; }
-td.value { font-weight: 650; }
-td:nth-child(3) { color: var(--muted); font-size: 14px; }
-figure { margin: 0 0 40px; padding: 20px 20px 16px; border: 1px solid var(--line);
-  border-radius: 10px; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-figcaption { color: var(--muted); font-size: 14px; margin-top: 12px; padding-top: 12px;
-  border-top: 1px solid var(--line); }
-details { border-bottom: 1px solid var(--line); padding: 12px 0; }
-summary { cursor: pointer; font-weight: 550; }
-details table { margin: 12px 0 4px; font-size: 14px; }
-details td { padding: 5px 20px 5px 0; border: 0; }
-details td:first-child { color: var(--muted); white-space: nowrap; width: 1%; }
-code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
-  overflow-wrap: anywhere; }
-@media print { main { padding: 0; } figure { break-inside: avoid; } }
-"""
-
-_BODY = """<div class="cards">{cards}</div>
-<h2>Every number, and what to hold it against</h2>
-<table>
-<thead><tr><th>What</th><th>Here</th><th>For comparison</th></tr></thead>
-<tbody>{table}</tbody>
-</table>
-<h2>Pictures</h2>
-{pictures}
-<h2>Where this comes from</h2>
-<details open><summary>Run</summary><table>{facts}</table></details>
-<details><summary>Settings</summary><table>{settings}</table></details>
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-{body}
-</main>
-</body>
-</html>
-"""
+    return min(1000, width * 3 // 5 if figure.name in ("latent", "closeup") else width)

@@ -15,6 +15,7 @@ from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
 from ivegan.evaluation import figures
 from pipelines.sweeps.definition import Definition
+from pipelines.sweeps.figure import search
 from pipelines.sweeps.space import Objective
 from pipelines.sweeps.trial import index_name, trial_name
 from pipelines.training import record as records
@@ -244,7 +245,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
     states = [t["state"] for t in trials]
     counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(sorted(states)))
     scored = [t for t in trials if t[metric] is not None]
-    image = figures.search(
+    image = search(
         [(t["curve"]["images_seen"], t["curve"][metric]) for t in scored],
         {name: [t["config"][name] for t in scored] for name in names},
         result["length"],

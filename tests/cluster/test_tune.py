@@ -17,7 +17,7 @@ from PIL import Image
 
 from ivegan.config import PRESETS, override, preset
 from ivegan.errors import UserError
-from ivegan.evaluation import evaluate
+from ivegan.evaluation import points
 from pipelines import options as cli
 from pipelines import train, tune
 from pipelines.sweeps import definition, driver, report, space, trial
@@ -201,7 +201,7 @@ def test_score_of_mode_min_is_minimized(home, store, digits_dataset, monkeypatch
 
 def test_scores_and_evaluations_have_different_draws():
     config = preset("ring")
-    chosen, final = (evaluate._mixture(config.dataset, 50, seed) for seed in (trial.SEED, 0))
+    chosen, final = (points.true_points(config.dataset, 50, seed) for seed in (trial.SEED, 0))
     assert not np.isin(chosen, final).any()
 
 

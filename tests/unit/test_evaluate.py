@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ivegan import checkpoint, order
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from ivegan.evaluation import evaluate, report
+from ivegan.evaluation import evaluate, images, pictures, points, report
 from ivegan.evaluation.classifier import Settings, classifier_of
+from ivegan.evaluation.sampling import Sampler
 from ivegan.step import create_state
 
 QUICK = Settings(images=9000, epochs=1, channels=(16, 32, 32))
@@ -34,7 +35,7 @@ class PerfectRing(nn.Module):
 
 
 class PerfectCodes(nn.Module):
-    """An encoder that tells a point's mode in the first entry of z."""
+    """An encoder that puts a point's mode into the first entry of z."""
 
     def forward(self, x: Tensor) -> Tensor:
         means, _ = order.modes("ring")
@@ -43,7 +44,7 @@ class PerfectCodes(nn.Module):
 
 
 class Copy(nn.Module):
-    """A generator that gives back the image that it is given as z, whatever z' is."""
+    """A generator that returns the image that it gets as z, whatever z' is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Copy(nn.Module):
 def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train the classifier for a second rather than ten."""
     quick = functools.partial(classifier_of, settings=QUICK)
-    monkeypatch.setattr(evaluate, "classifier_of", quick)
+    monkeypatch.setattr(images, "classifier_of", quick)
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +91,20 @@ def first(
     out = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(classifier_of, settings=QUICK)
-        patch.setattr(evaluate, "classifier_of", quick)
+        patch.setattr(images, "classifier_of", quick)
         return out, run(digits_checkpoint, out, cache)
 
 
 def test_an_evaluation_writes_numbers_figures_and_a_page(first: tuple[Path, dict]) -> None:
-    out, found = first
+    out, result = first
     written = {path.name for path in out.iterdir()}
     names = {"samples", "reconstructions", "latent", "interpolation", "variations"}
     assert written == {f"{name}.png" for name in names} | {"metrics.json", "report.html"}
     stored = json.loads((out / "metrics.json").read_text())
-    assert stored["metrics"] == found["metrics"]
+    assert stored["metrics"] == result["metrics"]
     assert stored["facts"]["evaluated"] == NUM_TEST
-    assert all(np.isfinite(value) for value in found["metrics"].values())
-    for path in found["figures"].values():
+    assert all(np.isfinite(value) for value in result["metrics"].values())
+    for path in result["figures"].values():
         with Image.open(path) as page:
             assert min(page.size) > 300
             assert np.asarray(page.convert("L")).std() > 5
@@ -131,7 +132,7 @@ def test_every_number_is_explained_or_explains_another(
 ) -> None:
     points = run(saved(tmp_path, "ring"), tmp_path / "out", tmp_path)
     against = {
-        name for about in report.MEANINGS.values() for _, name in about.references
+        name for meaning in report.MEANINGS.values() for _, name in meaning.references
     } | report.MEANINGS.keys()
     for metrics in (first[1]["metrics"], points["metrics"]):
         unknown = {name.removeprefix("eval/") for name in metrics} - against
@@ -157,14 +158,14 @@ def test_copying_scores_as_the_classifier_and_not_at_all_in_variation(
     digits_dataset: str, cache: Path
 ) -> None:
     config = override(preset("digits"), {"model.z_dim": 256})
-    copier = evaluate._Model(config, nn.Flatten(), Copy(), torch.device("cpu"))
-    sets = evaluate._load(config, digits_dataset, "test", cache, NUM_TEST)
-    codes = copier.encode(sets.x)
-    found = evaluate._generation(copier, sets, codes, cache, seed=0)
-    assert found["same_class"] == found["classifier_accuracy"]
-    found = evaluate._invariance(copier, sets.x, codes, seed=0)
-    assert found["variation_ratio"] == 0.0
-    assert 0.1 < found["retrieval"] < 1.0  # pixels do move under T
+    copier = Sampler(config, nn.Flatten(), Copy(), torch.device("cpu"))
+    split = images.load(config, digits_dataset, "test", cache, NUM_TEST)
+    codes = copier.encode(split.x)
+    result = images.generation(copier, split, codes, cache, seed=0)
+    assert result["same_class"] == result["classifier_accuracy"]
+    result = images.invariance(copier, split.x, codes, seed=0)
+    assert result["variation_ratio"] == 0.0
+    assert 0.1 < result["retrieval"] < 1.0  # pixels do move under T
 
 
 def test_an_encoding_that_ignores_the_transformation_is_retrieved(
@@ -172,10 +173,10 @@ def test_an_encoding_that_ignores_the_transformation_is_retrieved(
 ) -> None:
     still = {"transform.shift": 0.0, "transform.rotate": 0.0}
     config = override(preset("digits"), {"model.z_dim": 256, **still})
-    copier = evaluate._Model(config, nn.Flatten(), Copy(), torch.device("cpu"))
-    sets = evaluate._load(config, digits_dataset, "test", cache, NUM_TEST)
-    found = evaluate._invariance(copier, sets.x, copier.encode(sets.x), seed=0)
-    assert found["retrieval"] == 1.0
+    copier = Sampler(config, nn.Flatten(), Copy(), torch.device("cpu"))
+    split = images.load(config, digits_dataset, "test", cache, NUM_TEST)
+    result = images.invariance(copier, split.x, copier.encode(split.x), seed=0)
+    assert result["retrieval"] == 1.0
 
 
 def test_quality_is_one_for_a_perfect_ring_and_low_for_an_untrained_one(tmp_path: Path) -> None:
@@ -193,18 +194,18 @@ def test_quality_of_images_lies_between_nothing_and_one(
     digits_checkpoint: str, digits_dataset: str, cache: Path
 ) -> None:
     config, encoder, generator, _ = checkpoint.load_networks(digits_checkpoint)
-    found = evaluate.quality(config, encoder, generator, digits_dataset, cache)
-    assert 0 < found["quality"] < 0.7
-    assert found["quality"] == pytest.approx(
-        (found["same_class"] + found["one_nn"] + found["near"]) / 3
+    result = evaluate.quality(config, encoder, generator, digits_dataset, cache)
+    assert 0 < result["quality"] < 0.7
+    assert result["quality"] == pytest.approx(
+        (result["same_class"] + result["one_nn"] + result["near"]) / 3
     )
-    assert found["frechet"] > 0
+    assert result["frechet"] > 0
     few = evaluate.quality(config, encoder, generator, digits_dataset, cache, limit=50)
-    assert few != found
-    assert few["quality"] == pytest.approx(found["quality"], abs=0.1)
+    assert few != result
+    assert few["quality"] == pytest.approx(result["quality"], abs=0.1)
     copier = override(preset("digits"), {"model.z_dim": 256})
     better = evaluate.quality(copier, nn.Flatten(), Copy(), digits_dataset, cache)
-    assert better["quality"] > found["quality"]
+    assert better["quality"] > result["quality"]
 
 
 def test_the_density_shows_the_checkpoints_of_the_run_up_to_this_one(tmp_path: Path) -> None:
@@ -214,34 +215,34 @@ def test_the_density_shows_the_checkpoints_of_the_run_up_to_this_one(tmp_path: P
         state.step = step
         uris.append(checkpoint.save(state, str(tmp_path / "run"), {}))
     config, encoder, generator, _ = checkpoint.load_networks(uris[1])
-    model = evaluate._Model(config, encoder, generator, torch.device("cpu"))
-    panels = evaluate._history(model, uris[1], 10, seed=0)
+    model = Sampler(config, encoder, generator, torch.device("cpu"))
+    panels = points._history(model, uris[1], 10, seed=0)
     assert [name for name, _ in panels] == ["1.02 k samples", "2.05 k samples"]
 
 
 def test_codes_of_many_dimensions_are_projected(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=40)
-    figure = evaluate._latent(labels, rng.standard_normal((40, 5)), ["a", "b"], seed=0)
-    again = evaluate._latent(labels, rng.standard_normal((40, 2)), ["a", "b"], seed=0)
+    figure = pictures.latent(labels, rng.standard_normal((40, 5)), ["a", "b"], seed=0)
+    again = pictures.latent(labels, rng.standard_normal((40, 2)), ["a", "b"], seed=0)
     assert figure.image.size == again.image.size
     assert np.asarray(figure.image).std() > 5
 
 
 def test_a_picture_of_originals_takes_the_classes_in_turn() -> None:
     labels = np.array([2, 2, 2, 0, 1, 1, 0, 2])
-    assert evaluate._one_of_each(labels, 6).tolist() == [3, 4, 0, 6, 5, 1]
+    assert pictures.one_of_each(labels, 6).tolist() == [3, 4, 0, 6, 5, 1]
 
 
 def test_attributes_are_coloured_by_the_first_that_is_on() -> None:
     names = ["Young", "Bangs", "Eyeglasses", "Blond_Hair", "Wearing_Hat"]
     attributes = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0]])
-    labels, shown = evaluate._rarest(attributes, names)
+    labels, shown = pictures.rarest(attributes, names)
     assert shown == ["Eyeglasses", "Wearing_Hat", "Bangs", "Blond_Hair"]
     assert labels.tolist() == [-1, 0, 3]
 
 
-def test_a_missing_checkpoint_is_told(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint at"):
         run(str(tmp_path / "nowhere"), tmp_path, tmp_path)
 
@@ -251,7 +252,7 @@ def test_data_of_another_shape_are_refused(digits_dataset: str, tmp_path: Path) 
         run(saved(tmp_path, "mnist"), tmp_path / "out", tmp_path, digits_dataset)
 
 
-def test_a_checkpoint_that_does_not_say_where_its_data_are_asks_for_them(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_data_asks_for_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --data"):
         run(saved(tmp_path, "digits"), tmp_path / "out", tmp_path)
 
@@ -263,7 +264,7 @@ def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("half", ["encoder", "generator"])
 @pytest.mark.parametrize("name", ["ring", "digits"])
-def test_networks_that_diverged_are_told_by_name(
+def test_networks_that_diverged_are_named(
     name: str, half: str, digits_dataset: str, cache: Path, tmp_path: Path
 ) -> None:
     state = create_state(override(preset(name), {"model.width": 0.25}))
@@ -278,15 +279,15 @@ def test_networks_that_diverged_are_told_by_name(
 
 def test_another_seed_draws_other_samples(tmp_path: Path) -> None:
     uri = saved(tmp_path, "ring")
-    found = [
+    result = [
         evaluate.evaluate(uri, None, tmp_path / "out", cache_dir=tmp_path, seed=seed, limit=100)
         for seed in (0, 1)
     ]
     for name in ("std_ratio", "residual_std_ratio"):
-        assert found[0]["metrics"][f"eval/{name}"] != found[1]["metrics"][f"eval/{name}"]
+        assert result[0]["metrics"][f"eval/{name}"] != result[1]["metrics"][f"eval/{name}"]
 
 
-def test_the_command_tells_its_plan_and_does_nothing(
+def test_a_dry_run_prints_the_plan_and_does_nothing(
     digits_checkpoint: str,
     digits_dataset: str,
     tmp_path: Path,
@@ -309,14 +310,14 @@ def test_the_command_prints_every_number_and_where_the_page_is(
     from pipelines.evaluate import Evaluate, main
 
     monkeypatch.setenv("IVEGAN_CACHE", str(tmp_path / "cache"))
-    found = main(Evaluate(checkpoint=saved(tmp_path, "ring"), out=str(tmp_path / "out")))
-    told = capsys.readouterr().out
-    for title, value, against, _ in report.rows(found["metrics"]):
-        assert re.search(rf"^{re.escape(title)} +{re.escape(value)} +", told, re.MULTILINE)
-        assert against in told
-    assert found["report"] in told
-    assert Path(found["report"]).exists()
-    assert len(found["figures"]) == 3
+    result = main(Evaluate(checkpoint=saved(tmp_path, "ring"), out=str(tmp_path / "out")))
+    printed = capsys.readouterr().out
+    for title, value, against, _ in report.rows(result["metrics"]):
+        assert re.search(rf"^{re.escape(title)} +{re.escape(value)} +", printed, re.MULTILINE)
+        assert against in printed
+    assert result["report"] in printed
+    assert Path(result["report"]).exists()
+    assert len(result["figures"]) == 3
 
 
 @pytest.mark.parametrize(

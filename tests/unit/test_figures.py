@@ -9,7 +9,7 @@ from PIL import Image
 
 from ivegan import order
 from ivegan.config import Config, override, preset
-from ivegan.evaluation import figures
+from ivegan.evaluation import figures, plots
 from ivegan.networks import EncoderGenerator
 
 
@@ -29,8 +29,8 @@ def contains(page: np.ndarray, tile: np.ndarray) -> int:
     """Return how often a tile stands in a page, pixel for pixel."""
     height, width = tile.shape[:2]
     corners = np.argwhere((page == tile[0, 0]).all(axis=2))
-    found = (page[y : y + height, x : x + width] for y, x in corners)
-    return sum(np.array_equal(window, tile) for window in found)
+    windows = (page[y : y + height, x : x + width] for y, x in corners)
+    return sum(np.array_equal(window, tile) for window in windows)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -89,21 +89,21 @@ def test_a_scatter_shows_every_class_in_its_colour(dims: int) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(4, size=300)
     codes = rng.standard_normal((300, dims)) + 6 * np.eye(4)[labels][:, :dims]
-    page = opened(figures.scatter(codes, labels, list("abcd"), "Codes", note="of four classes"))
+    page = opened(plots.scatter(codes, labels, list("abcd"), "Codes", note="of four classes"))
     assert page.shape[:2] == (1035, 1170)
     for colour in figures.PALETTE[:4]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(page.astype(int) - wanted).max(axis=2) < 8).sum() > 20, colour
 
 
-def test_colours_are_told_apart() -> None:
+def test_colours_are_distinct() -> None:
     assert len(set(figures.PALETTE)) == 10
 
 
-def test_a_closeup_says_how_much_of_the_points_it_shows() -> None:
+def test_a_closeup_states_how_much_of_the_points_it_shows() -> None:
     near, far = np.zeros((50, 2)), np.full((50, 2), 100.0)
-    one = opened(figures.closeup([("near", near)], "Closeup"))
-    other = opened(figures.closeup([("near", far)], "Closeup"))
+    one = opened(plots.closeup([("near", near)], "Closeup"))
+    other = opened(plots.closeup([("near", far)], "Closeup"))
     assert one.shape == other.shape
     assert not np.array_equal(one[-40:], other[-40:])  # "100% shown" and "0% shown"
 
@@ -113,19 +113,19 @@ def small(name: str) -> tuple[EncoderGenerator, Config, np.ndarray | None]:
     if name == "mnist":
         config = override(config, {"model.norm": "batch"})
     torch.manual_seed(0)
-    players = EncoderGenerator(config.model)
+    networks = EncoderGenerator(config.model)
     if config.is_points:
-        return players, config, None
+        return networks, config, None
     side = 16 if name == "digits" else 32
-    return players, config, images(12, side=side)
+    return networks, config, images(12, side=side)
 
 
 @pytest.mark.parametrize("name", ["ring", "digits"])
 def test_progress_figures_are_the_same_for_the_same_weights(name: str) -> None:
-    players, config, originals = small(name)
-    first = figures.progress_figures(players, config, originals)
+    networks, config, originals = small(name)
+    first = figures.progress_figures(networks, config, originals)
     torch.manual_seed(99)
-    assert figures.progress_figures(players, config, originals) == first
+    assert figures.progress_figures(networks, config, originals) == first
     assert set(first) == ({"samples"} if name == "ring" else {"samples", "reconstructions"})
     for content in first.values():
         with Image.open(io.BytesIO(content)) as page:
@@ -133,14 +133,14 @@ def test_progress_figures_are_the_same_for_the_same_weights(name: str) -> None:
 
 
 def test_progress_figures_leave_training_as_it_was() -> None:
-    players, config, originals = small("mnist")
-    players.train()
-    players.generator.eval()
-    before = deepcopy(players.state_dict())
-    figures.progress_figures(players, config, originals)
-    assert players.encoder.training
-    assert not players.generator.training
-    for name, value in players.state_dict().items():
+    networks, config, originals = small("mnist")
+    networks.train()
+    networks.generator.eval()
+    before = deepcopy(networks.state_dict())
+    figures.progress_figures(networks, config, originals)
+    assert networks.encoder.training
+    assert not networks.generator.training
+    for name, value in networks.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 

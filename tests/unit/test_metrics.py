@@ -136,7 +136,7 @@ def test_linear_probe_does_not_mind_the_scale_of_a_code(rng: np.random.Generator
     labels = rng.integers(2, size=300)
     codes = rng.standard_normal((300, 2))
     codes[:, 0] += 3 * labels
-    scales = np.array([1e-6, 1e4])  # what tells the classes apart is the smallest by far
+    scales = np.array([1e-6, 1e4])  # the entry that separates the classes is the smallest by far
     parts = codes[:200], labels[:200], codes[200:], labels[200:]
     scaled = codes[:200] * scales, labels[:200], codes[200:] * scales, labels[200:]
     expected = metrics.linear_probe_accuracy(*parts)
@@ -144,12 +144,18 @@ def test_linear_probe_does_not_mind_the_scale_of_a_code(rng: np.random.Generator
     assert metrics.linear_probe_accuracy(*scaled) == expected
 
 
-def test_attribute_probes_know_what_is_linear_in_the_code(rng: np.random.Generator) -> None:
+def test_attribute_probes_find_what_is_linear_in_the_code(rng: np.random.Generator) -> None:
     train, test = rng.standard_normal((400, 5)), rng.standard_normal((200, 5))
-    direct = (train[:, :2] > 0).astype(np.int64), (test[:, :2] > 0).astype(np.int64)
-    assert metrics.attribute_probe_auroc(train, direct[0], test, direct[1]) > 0.98
+    linear = (train[:, :2] > 1).astype(np.int64), (test[:, :2] > 1).astype(np.int64)
+    scores = metrics.attribute_probes(train, linear[0], test, linear[1])
+    assert scores["attribute_auroc"] > 0.98
+    assert scores["attribute_ap"] > 0.9
+    assert scores["attribute_balanced"] > 0.9
+    assert scores["attribute_ap_chance"] == pytest.approx(linear[1].mean())
     noise = rng.integers(2, size=(400, 2)), rng.integers(2, size=(200, 2))
-    assert abs(metrics.attribute_probe_auroc(train, noise[0], test, noise[1]) - 0.5) < 0.1
+    scores = metrics.attribute_probes(train, noise[0], test, noise[1])
+    for name in ("attribute_auroc", "attribute_balanced", "attribute_ap"):
+        assert scores[name] == pytest.approx(0.5, abs=0.1)
 
 
 def test_clusters_are_matched_to_classes_whatever_their_numbers(rng: np.random.Generator) -> None:
@@ -158,7 +164,7 @@ def test_clusters_are_matched_to_classes_whatever_their_numbers(rng: np.random.G
     assert metrics.clustering(codes, renamed) == (pytest.approx(1.0), 1.0)
 
 
-def test_clusters_of_noise_know_nothing_of_the_classes(rng: np.random.Generator) -> None:
+def test_clusters_of_noise_share_no_information_with_the_classes(rng: np.random.Generator) -> None:
     codes, labels = rng.standard_normal((400, 3)), rng.integers(4, size=400)
     nmi, accuracy = metrics.clustering(codes, labels)
     assert nmi < 0.05
@@ -277,6 +283,6 @@ def test_variations_of_another_mode_or_another_spread_are_noticed(
     assert shifted["residual_std_ratio"] == pytest.approx(2**0.5)
 
 
-def test_points_that_are_no_numbers_are_told_as_divergence() -> None:
+def test_points_that_are_not_finite_are_reported_as_divergence() -> None:
     with pytest.raises(UserError, match="diverged"):
         metrics.mixture(np.array([[0.0, np.nan]]), "ring")

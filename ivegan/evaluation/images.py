@@ -1,0 +1,243 @@
+"""Measures of a checkpoint trained on images, with held-out images of the same data set."""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ivegan import digest, storage
+from ivegan.config import Config
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
+from ivegan.errors import UserError
+from ivegan.evaluation import metrics, pictures
+from ivegan.evaluation.classifier import Classifier, classifier_of, classify
+from ivegan.evaluation.report import Figure
+from ivegan.evaluation.sampling import (
+    NUM_DRAWS,
+    PRIOR,
+    TRANSFORM,
+    VARIATIONS,
+    Sampler,
+    batches,
+    evenly,
+    stream,
+)
+from ivegan.networks import sample_shape
+from ivegan.transforms import to_float
+
+log = logging.getLogger(__name__)
+
+_PIXEL_SIDE = 32  # of the images that the raw-pixel baselines take
+_VARIANCE_IMAGES = 512  # variances need no more
+
+
+class Split(NamedTuple):
+    """Train images, and held-out images, all or some."""
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    x: np.ndarray
+    labels: np.ndarray
+    """Of x: classes (n,), or 0/1 attributes (n, a)."""
+    label_names: list[str]
+    hash: str
+    """Of the whole data set."""
+
+
+def load(config: Config, data_uri: str, name: str, cache_dir: Path, limit: int | None) -> Split:
+    """Return the train split and held-out images of the split so named, at most ``limit``.
+
+    Raises:
+        UserError: images of another shape than the networks take.
+    """
+    manifest, shape = read_manifest(data_uri), sample_shape(config.model)
+    if tuple(manifest.image_shape) != shape:
+        raise UserError(
+            f"The images of {data_uri} are {tuple(manifest.image_shape)}, but the checkpoint's "
+            f"networks take {shape}; give the data set that it was trained on."
+        )
+    train = load_split(data_uri, "train", cache_dir)
+    held_out = load_split(data_uri, name, cache_dir)
+    chosen = _at_most(limit, len(held_out.images))
+    return Split(
+        train.images,
+        train.labels,
+        held_out.images[chosen],
+        held_out.labels[chosen],
+        list(manifest.label_names),
+        train.dataset_hash,
+    )
+
+
+def _at_most(limit: int | None, total: int) -> slice | np.ndarray:
+    # A slice leaves the images in the memory-mapped file.
+    return slice(None) if limit is None or limit >= total else evenly(total, limit)
+
+
+def evaluate(
+    sampler: Sampler, split: Split, cache_dir: Path, seed: int
+) -> tuple[dict[str, float], list[Figure]]:
+    """Return metrics and figures of a checkpoint.
+
+    Args:
+        sampler: its networks.
+        split: train and held-out images.
+        cache_dir: for the classifier and the numbers of raw pixels.
+        seed: of every draw.
+    """
+    log.info("encoding %s train and %s test images", f"{len(split.train):,}", f"{len(split.x):,}")
+    codes, train_codes = sampler.encode(split.x), sampler.encode(split.train)
+    result = {
+        **generation(sampler, split, codes, cache_dir, seed),
+        **probes(train_codes, split.train_labels, codes, split.labels, seed),
+        **pixel_probes(split, cache_dir, seed),
+        **invariance(sampler, split.x, codes, seed),
+    }
+    log.info("drawing figures")
+    return result, pictures.draw(sampler, split, codes, seed)
+
+
+def quality(
+    sampler: Sampler, split: Split, cache_dir: Path, seed: int, num_train: int | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the components of ``quality``, each in [0, 1], and the Fréchet distance beside them.
+
+    Args:
+        sampler: the networks.
+        split: train and validation images.
+        cache_dir: for the classifier.
+        seed: of every draw.
+        num_train: train images at most; all by default.
+    """
+    chosen = _at_most(num_train, len(split.train))
+    train, train_labels = split.train[chosen], split.train_labels[chosen]
+    codes = sampler.encode(split.x)
+    result = generation(sampler, split, codes, cache_dir, seed, real=train)
+    known = sampler.encode(train), train_labels, codes, split.labels
+    parts = {"near": min(1.0, result["frechet_floor"] / max(result["frechet"], 1e-12))}
+    if split.labels.ndim == 1:
+        parts["same_class"] = result["same_class"]
+        parts["one_nn"] = metrics.nearest_neighbour_accuracy(*known)
+    else:
+        parts["same_attributes"] = result["same_attributes"]
+        parts["probe_auroc"] = metrics.attribute_probes(*known)["attribute_auroc"]
+    return parts, {"frechet": result["frechet"]}
+
+
+def generation(
+    sampler: Sampler,
+    split: Split,
+    codes: np.ndarray,
+    cache_dir: Path,
+    seed: int,
+    *,
+    real: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Return what the classifier reads from samples and variations.
+
+    Args:
+        sampler: the networks.
+        split: train and held-out images; the classifier is trained on all train images.
+        codes: of the held-out images.
+        cache_dir: for the classifier.
+        seed: of every draw.
+        real: train images that samples are compared with; all by default.
+    """
+    judge = classifier_of(split.train, split.train_labels, split.hash, cache_dir)
+    judge = judge.to(sampler.device)
+    _, real_features = _read(judge, batches(split.train if real is None else real))
+    labels, held_out = _read(judge, batches(split.x))
+    count = len(split.x)
+    log.info("classifying %s samples and %s variations", f"{count:,}", f"{NUM_DRAWS * count:,}")
+    draws = stream(seed, PRIOR)
+    z = sampler.prior(count, draws)
+    _, fake = _read(judge, sampler.generate_batches(sampler.noise(count, draws), z))
+    draws, z = stream(seed, VARIATIONS), torch.from_numpy(codes)
+    variations = [
+        _read(judge, sampler.generate_batches(sampler.noise(count, draws), z))
+        for _ in range(NUM_DRAWS)
+    ]
+    classes = split.labels.ndim == 1
+    agreement = metrics.label_agreement if classes else metrics.attribute_agreement
+    name = "same_class" if classes else "same_attributes"
+    same, chance = agreement(split.labels, np.stack([predicted for predicted, _ in variations]))
+    return {
+        name: same,
+        f"{name}_shuffled": chance,
+        "classifier_accuracy": agreement(split.labels, labels[None])[0],
+        "frechet": metrics.frechet_distance(fake, real_features),
+        "frechet_floor": metrics.frechet_distance(held_out, real_features),
+    }
+
+
+def _read(judge: Classifier, images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classifier's labels and features of images that come in batches."""
+    labels, features = zip(*(classify(judge, batch) for batch in images), strict=True)
+    return np.concatenate(labels), np.concatenate(features)
+
+
+def probes(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, labels: np.ndarray, seed: int
+) -> dict[str, float]:
+    """Return the accuracy of probes and of clusters of codes, or of pixels."""
+    known = train, train_labels, test, labels
+    if labels.ndim == 2:
+        return metrics.attribute_probes(*known)
+    nmi, accuracy = metrics.clustering(test, labels, seed=seed)
+    return {
+        "one_nn": metrics.nearest_neighbour_accuracy(*known),
+        "linear_probe": metrics.linear_probe_accuracy(*known),
+        "kmeans_nmi": nmi,
+        "kmeans_accuracy": accuracy,
+        "majority": float(np.bincount(labels).max() / len(labels)),
+    }
+
+
+def pixel_probes(split: Split, cache_dir: Path, seed: int) -> dict[str, float]:
+    """Return the same probes on raw pixels, which depend on the data alone: kept in the cache."""
+    key = digest.digest(["pixels", split.hash, len(split.x), seed, _PIXEL_SIDE, 2])
+    path = cache_dir / f"pixels-{key[:16]}.json"
+    if path.exists():
+        return json.loads(path.read_bytes())
+    log.info("probing raw pixels for comparison, once per data set")
+    train, x = pixels(split.train), pixels(split.x)
+    result = probes(train, split.train_labels, x, split.labels, seed)
+    result = {f"{name}_pixels": value for name, value in result.items() if name != "majority"}
+    storage.write_bytes(path, json.dumps(result).encode())
+    return result
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """Return images as rows of floats, averaged down where they are large."""
+    rows = []
+    for batch in batches(images):
+        small = to_float(torch.from_numpy(np.array(batch)))
+        if small.shape[-1] > _PIXEL_SIDE:
+            small = adaptive_avg_pool2d(small, _PIXEL_SIDE)
+        rows.append(small.flatten(1).numpy())
+    return np.concatenate(rows)
+
+
+def invariance(sampler: Sampler, x: np.ndarray, codes: np.ndarray, seed: int) -> dict[str, float]:
+    """Return whether E ignores T, and whether z' replaces T."""
+    draws = stream(seed, TRANSFORM)
+    moved = [sampler.encode(sampler.transformed(batch, draws)) for batch in batches(x)]
+    few = slice(0, _VARIANCE_IMAGES)
+    transformed = np.stack([sampler.transformed(x[few], draws) for _ in range(NUM_DRAWS)])
+    z = torch.from_numpy(codes[few])
+    variations = np.stack(
+        [sampler.generate(sampler.noise(len(z), draws), z) for _ in range(NUM_DRAWS)]
+    )
+    return {
+        "retrieval": metrics.retrieval_accuracy(codes, np.concatenate(moved)),
+        "retrieval_chance": 1 / len(x),
+        "variation_ratio": metrics.variation_ratio(
+            variations.astype(np.float32), transformed.astype(np.float32)
+        ),
+    }

@@ -1,0 +1,148 @@
+"""Measures and figures of a checkpoint trained on points, ``ring`` or ``grid``."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ivegan import checkpoint, order
+from ivegan.evaluation import figures, metrics, plots
+from ivegan.evaluation.report import Figure
+from ivegan.evaluation.sampling import DATA, NUM_DRAWS, VARIATIONS, Sampler, stream
+
+NUM_POINTS = 2500
+PERFECT_SHARE = 1 - float(np.exp(-(metrics.HIGH_QUALITY_STDS**2) / 2))
+"""High quality of a perfect sampler, 0.98889."""
+
+
+def evaluate(
+    sampler: Sampler, uri: str, seed: int, count: int
+) -> tuple[dict[str, float], list[Figure]]:
+    """Return metrics and figures of a checkpoint.
+
+    Args:
+        sampler: its networks.
+        uri: the checkpoint, whose older siblings are drawn beside it.
+        seed: of every draw.
+        count: points.
+    """
+    dataset = sampler.config.dataset
+    num_modes = len(order.modes(dataset)[0])
+    x, z, prior, x_hat = _draw(sampler, count, seed)
+    variations = metrics.mixture(x_hat[0], dataset)
+    names = ("modes", "high_quality", "std_ratio")
+    result = {
+        **metrics.mixture(prior, dataset),
+        **metrics.reconstructed_points(x, x_hat, dataset),
+        **{f"recon_{name}": variations[name] for name in names},
+        "modes_total": float(num_modes),
+        "right_mode_chance": 1 / num_modes,
+        # The mean over multinomial draws of this many samples, to first order.
+        "reverse_kl_floor": (num_modes - 1) / (2 * count),
+    }
+    panels = [("true data", x), *_history(sampler, uri, count, seed)]
+    panels += [(f"variations at {_short(checkpoint.read_facts(uri)['images_seen'])}", x_hat[0])]
+    pages = [_density(panels, dataset), _closeup(x, prior, x_hat[0], dataset)]
+    if sampler.config.model.z_dim in (2, 3):
+        pages.append(_latent(z.numpy(), x, dataset))
+    return result, pages
+
+
+def quality(sampler: Sampler, seed: int) -> dict[str, float]:
+    """Return the components of ``quality``, each in [0, 1]."""
+    dataset = sampler.config.dataset
+    x, _, prior, x_hat = _draw(sampler, NUM_POINTS, seed)
+    samples = metrics.mixture(prior, dataset)
+    return {
+        "right_mode": metrics.reconstructed_points(x, x_hat, dataset)["right_mode"],
+        "coverage": float(np.exp(-samples["reverse_kl_all"])),
+        "high_quality": min(samples["high_quality"] / PERFECT_SHARE, 1.0),
+    }
+
+
+def true_points(dataset: str, count: int, seed: int) -> np.ndarray:
+    """Return true points, float32, none of which training has seen."""
+    return order.sample_points(dataset, count, stream(seed, DATA)).numpy()
+
+
+def _draw(
+    sampler: Sampler, count: int, seed: int
+) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
+    """Return x (n, 2), its codes (n, z_dim), prior samples (n, 2) and variations (k, n, 2)."""
+    x = true_points(sampler.config.dataset, count, seed)
+    z = torch.from_numpy(sampler.encode(x))
+    draws = stream(seed, VARIATIONS)
+    x_hat = np.stack([sampler.generate(sampler.noise(count, draws), z) for _ in range(NUM_DRAWS)])
+    return x, z, sampler.prior_samples(count, seed), x_hat
+
+
+def _history(sampler: Sampler, uri: str, count: int, seed: int) -> list[tuple[str, np.ndarray]]:
+    """Return prior samples of at most six checkpoints of the run, up to this one."""
+    run_uri, _, _ = uri.rpartition("/")
+    siblings = [other for other in checkpoint.checkpoints(run_uri) if other <= uri] or [uri]
+    chosen = np.unique(np.linspace(0, len(siblings) - 1, 6).round().astype(int))
+    panels = []
+    for sibling in (siblings[i] for i in chosen):
+        config, encoder, generator, metadata = checkpoint.load_networks(sibling)
+        device = sampler.device
+        older = Sampler(config, encoder.to(device), generator.to(device), device)
+        panels.append((_short(metadata["images_seen"]), older.prior_samples(count, seed)))
+    return panels
+
+
+def _density(panels: list[tuple[str, np.ndarray]], dataset: str) -> Figure:
+    note = (
+        "Samples from the prior, G(z', z), after so many training samples; "
+        "then variations G(z', E(x))"
+    )
+    unit = "radius 1" if dataset == "ring" else "spacing 2"
+    return Figure(
+        "density",
+        figures.density(panels, dataset, f"The {dataset}, learned", note=note),
+        f"Fig. 2 of the paper, scaled to {unit}. Every dot of the true data should be there, "
+        "equally dark, with nothing between them.",
+    )
+
+
+def _closeup(x: np.ndarray, prior: np.ndarray, x_hat: np.ndarray, dataset: str) -> Figure:
+    means, std = order.modes(dataset)
+
+    def offsets(points: np.ndarray) -> np.ndarray:
+        nearest, _ = metrics.nearest_modes(points, dataset)
+        return (points - means[nearest]) / std
+
+    image = plots.closeup(
+        [
+            ("true data", offsets(x)),
+            ("samples, G(z', z)", offsets(prior)),
+            ("variations, G(z', E(x))", offsets(x_hat)),
+            ("G(z', E(x)) - x", (x_hat - x) / std),
+        ],
+        "All modes laid over each other",
+        note="Circles at 1, 2 and 3 standard deviations of the data",
+    )
+    return Figure(
+        "closeup",
+        image,
+        "A perfect sampler fills the three circles as the true data do. Variations should be "
+        "wider by a factor of 1.22, and their distance from x narrower, by 0.71: that is T.",
+    )
+
+
+def _latent(codes: np.ndarray, x: np.ndarray, dataset: str) -> Figure:
+    labels, _ = metrics.nearest_modes(x, dataset)
+    names = [f"mode {i + 1}" for i in range(8)]
+    if dataset == "grid":
+        labels, names = labels // 5, [f"row {i + 1}" for i in range(5)]
+    return Figure(
+        "latent",
+        plots.scatter(codes, labels, names, "Codes E(x), coloured by mode"),
+        "The latent space itself. Samples of one mode should share one place.",
+    )
+
+
+def _short(images: int) -> str:
+    """Return a count as "51.2 M samples"."""
+    for size, letter in ((10**6, " M"), (10**3, " k")):
+        if images >= size:
+            return f"{images / size:.3g}{letter} samples"
+    return f"{images} samples"

@@ -1,0 +1,87 @@
+"""The figure of a sweep: the course of every trial, and scores against settings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from ivegan.evaluation.figures import FAINT, INK, MUTED, PALETTE
+from ivegan.evaluation.plots import finished, plain_axis
+
+
+def search(
+    curves: Sequence[tuple[Sequence[int], Sequence[float]]],
+    settings: Mapping[str, Sequence[float]],
+    length: int,
+    title: str,
+    *,
+    score: str = "quality",
+    note: str = "",
+) -> Image.Image:
+    """Return the trials of a sweep: the course of each, and its last score against each setting.
+
+    Args:
+        curves: for each trial, images seen and scores; the first trial is the best.
+        settings: values by dotted name, one per trial.
+        length: images of a trial that is not stopped.
+        title, note: one line each, above the plots.
+        score: what the scores are called.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    names = list(settings)
+    columns = 2 + -(-len(names) // 2)
+    figure = Figure(figsize=(3.1 * columns, 5.6), dpi=150)
+    grid = figure.add_gridspec(2, columns)
+    axis: Any = figure.add_subplot(grid[:, :2])
+    plain_axis(axis)
+    whole = [len(seen) > 0 and seen[-1] >= length for seen, _ in curves]
+    for place in reversed(range(len(curves))):
+        seen, scores = curves[place]
+        colour = PALETTE[0] if place == 0 else PALETTE[1] if whole[place] else "#b9c1cb"
+        axis.plot(seen, scores, color=colour, linewidth=2.4 if place == 0 else 1.3, marker="o",
+                  markersize=4 if place == 0 else 2.5, zorder=3 if place == 0 else 2)  # fmt: skip
+        if not whole[place]:
+            axis.plot(seen[-1:], scores[-1:], marker="x", markersize=6, color=MUTED, zorder=2)
+    axis.set_xlim(0, length * 1.02)
+    axis.set_xlabel("images seen  (x: stopped early)", fontsize=9, color=MUTED)
+    axis.set_ylabel(f"{score}, on held-out samples", fontsize=9, color=MUTED)
+    axis.xaxis.set_major_formatter(lambda value, _: _thousands(value))
+    last = [scores[-1] for _, scores in curves]
+    low, high = min(last), max(last)
+    room = max(0.02, 0.08 * (high - low))
+    for place, name in enumerate(names):
+        axis = figure.add_subplot(grid[place % 2, 2 + place // 2])
+        plain_axis(axis)
+        values = settings[name]
+        sizes = sorted(set(values))
+        if all(isinstance(v, int) for v in values) and len(sizes) <= 6:  # however far apart
+            axis.set_xticks(range(len(sizes)), [f"{v:g}" for v in sizes])
+            axis.set_xlim(-0.5, len(sizes) - 0.5)
+            values = [sizes.index(v) for v in values]
+        elif min(values) > 0 and max(values) / min(values) > 5:
+            axis.set_xscale("log")
+            # One power of ten or two are too few to read a value by; more labels would overlap.
+            few = max(values) / min(values) < 50
+            axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.xaxis.set_minor_formatter("{x:g}" if few else "")
+            if few:
+                axis.xaxis.set_major_formatter("{x:g}")
+            axis.tick_params(which="minor", labelsize=8, colors=MUTED, color=FAINT, length=3.5,
+                             pad=3.5)  # fmt: skip
+        for kept, colour in ((False, "#b9c1cb"), (True, PALETTE[1])):
+            own = [i for i in range(1, len(last)) if whole[i] is kept]
+            axis.scatter([values[i] for i in own], [last[i] for i in own], s=26, color=colour,
+                         linewidths=0, zorder=2)  # fmt: skip
+        axis.scatter(values[:1], last[:1], s=70, color=PALETTE[0], linewidths=0, zorder=3)
+        axis.set_ylim(low - room, high + room)
+        axis.set_xlabel(name, fontsize=9, color=INK)
+    return finished(figure, title, note)
+
+
+def _thousands(value: float) -> str:
+    """Return a count as it is written on an axis: 200k, 1.5M."""
+    if value >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
