@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,8 @@ class Evaluate(cli.Options):
     """Seed of every draw of the evaluation."""
     limit: int | None = None
     """Held-out samples at most; all by default."""
+    protocol: Literal["pacgan", "metz", "selfcond"] = "pacgan"
+    """Scores of ring and grid as in PacGAN, Unrolled GAN (metz) or Self-conditioned GAN."""
 
 
 def evaluate_checkpoint(
@@ -83,12 +85,13 @@ def main(options: Evaluate) -> dict[str, Any]:
         "device": options.device,
         "seed": options.seed,
         "limit": options.limit,
+        "protocol": options.protocol,
     }
     if options.dry_run:
         for name, value in plan.items():
             print(f"{name:12} {value}")
         return plan
-    settings = options.device, options.seed, options.limit
+    settings = options.device, options.seed, options.limit, options.protocol
     result = _evaluate(uri, plan["data"], plan["out"], *settings)
     _print(result["metrics"], result["report"])
     figures = sorted(result["figures"].values())
@@ -101,13 +104,28 @@ def command() -> None:
 
 
 def _evaluate(
-    uri: str, data: str | None, out: str, device: str, seed: int, limit: int | None
+    uri: str,
+    data: str | None,
+    out: str,
+    device: str,
+    seed: int,
+    limit: int | None,
+    protocol: str = "pacgan",
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, and copy a whole evaluation to the run's folder and to MLflow."""
     from pipelines.paths import cache_dir
 
-    result = evaluate(uri, data, out, cache_dir=cache_dir(), device=device, seed=seed, limit=limit)
-    if limit is None:  # numbers of a part of the data are not the run's
+    result = evaluate(
+        uri,
+        data,
+        out,
+        cache_dir=cache_dir(),
+        device=device,
+        seed=seed,
+        limit=limit,
+        protocol=protocol,
+    )
+    if limit is None and protocol == "pacgan":  # others are not the run's own numbers
         _record(uri, result)
     return result
 

@@ -16,7 +16,7 @@ from ivegan import checkpoint, storage
 from ivegan.config import Config
 from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
-from ivegan.evaluation import figures, images, points
+from ivegan.evaluation import figures, images, mixtures, points
 from ivegan.evaluation.report import PREFIX, Figure, render
 from ivegan.evaluation.sampling import Sampler
 
@@ -30,6 +30,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     seed: int = 0,
     limit: int | None = None,
+    protocol: str = "pacgan",
 ) -> dict[str, Any]:
     """Measure a checkpoint, write ``metrics.json``, PNGs and ``report.html``; return a summary.
 
@@ -41,6 +42,7 @@ def evaluate(
         device: where E and G run.
         seed: of every draw.
         limit: held-out samples at most, evenly spread over the split.
+        protocol: of points, one of ``mixtures.PROTOCOLS``.
 
     Returns:
         ``metrics`` (floats under ``eval/same_class`` and the like, explained in ``report``),
@@ -65,8 +67,9 @@ def evaluate(
         "config": metadata["config"],
     }
     if config.is_points:
-        facts["evaluated"] = limit or points.NUM_POINTS
-        metrics, pages = points.evaluate(sampler, uri, seed, facts["evaluated"])
+        rules = mixtures.PROTOCOLS[protocol]
+        facts |= {"protocol": protocol, "evaluated": limit or rules.samples}
+        metrics, pages = points.evaluate(sampler, uri, seed, facts["evaluated"], rules)
     else:
         facts["data"] = data_uri or metadata.get("data")
         if not facts["data"]:

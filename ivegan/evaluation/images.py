@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,14 @@ from ivegan.config import Config
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
-from ivegan.evaluation import metrics, pictures
+from ivegan.evaluation import metrics, pictures, registration
 from ivegan.evaluation.classifier import Classifier, classifier_of, classify
 from ivegan.evaluation.report import Figure
 from ivegan.evaluation.sampling import (
+    FITTED,
     NUM_DRAWS,
     PRIOR,
+    REGISTRATION,
     TRANSFORM,
     VARIATIONS,
     Sampler,
@@ -28,13 +31,15 @@ from ivegan.evaluation.sampling import (
     evenly,
     stream,
 )
-from ivegan.networks import sample_shape
+from ivegan.networks import Encoder, initialise, sample_shape
 from ivegan.transforms import to_float
 
 log = logging.getLogger(__name__)
 
 _PIXEL_SIDE = 32  # of the images that the raw-pixel baselines take
-_VARIANCE_IMAGES = 512  # variances need no more
+_REGISTERED_IMAGES = 256  # each is transformed some 800 times
+_MANIFOLD_SAMPLES = 5000  # of precision and recall, whose time grows with the square
+_MIXTURE_CODES, _MIXTURE_COMPONENTS = 10_000, 20  # of the fitted prior
 
 
 class Split(NamedTuple):
@@ -93,14 +98,18 @@ def evaluate(
     """
     log.info("encoding %s train and %s test images", f"{len(split.train):,}", f"{len(split.x):,}")
     codes, train_codes = sampler.encode(split.x), sampler.encode(split.train)
+    fitted = fitted_prior(train_codes, len(codes), seed)
     result = {
-        **generation(sampler, split, codes, cache_dir, seed),
+        **generation(sampler, split, codes, cache_dir, seed, fitted=fitted),
         **probes(train_codes, split.train_labels, codes, split.labels, seed),
         **pixel_probes(split, cache_dir, seed),
         **invariance(sampler, split.x, codes, seed),
+        **transformation(sampler, split.x, codes, seed),
+        "saturation": metrics.saturation(codes),
     }
     log.info("drawing figures")
-    return result, pictures.draw(sampler, split, codes, seed)
+    figures, maps = pictures.draw(sampler, split, codes, fitted, pixels, seed)
+    return result | maps, figures
 
 
 def quality(
@@ -138,6 +147,7 @@ def generation(
     seed: int,
     *,
     real: np.ndarray | None = None,
+    fitted: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Return what the classifier reads from samples and variations.
 
@@ -148,6 +158,8 @@ def generation(
         cache_dir: for the classifier.
         seed: of every draw.
         real: train images that samples are compared with; all by default.
+        fitted: z from a prior fitted to the codes; with it, also what else there is to compare
+            of samples from either prior and of variations.
     """
     judge = classifier_of(split.train, split.train_labels, split.hash, cache_dir)
     judge = judge.to(sampler.device)
@@ -167,13 +179,38 @@ def generation(
     agreement = metrics.label_agreement if classes else metrics.attribute_agreement
     name = "same_class" if classes else "same_attributes"
     same, chance = agreement(split.labels, np.stack([predicted for predicted, _ in variations]))
-    return {
+    result = {
         name: same,
         f"{name}_shuffled": chance,
         "classifier_accuracy": agreement(split.labels, labels[None])[0],
         "frechet": metrics.frechet_distance(fake, real_features),
         "frechet_floor": metrics.frechet_distance(held_out, real_features),
     }
+    if fitted is None:
+        return result
+    noise = sampler.noise(len(fitted), stream(seed, FITTED))
+    _, refitted = _read(judge, sampler.generate_batches(noise, fitted))
+    result["frechet_fitted"] = metrics.frechet_distance(refitted, real_features)
+    result["frechet_recon"] = metrics.frechet_distance(variations[0][1], real_features)
+    few = min(len(real_features), len(fake), _MANIFOLD_SAMPLES)  # as many of each
+    few = real_features[evenly(len(real_features), few)]
+    for ending, features in (("", fake), ("_fitted", refitted), ("_floor", held_out)):
+        scores = metrics.coverage_of(few, features[: len(few)])
+        result |= {f"{key}{ending}": value for key, value in scores.items()}
+    return result
+
+
+def fitted_prior(train_codes: np.ndarray, count: int, seed: int) -> torch.Tensor:
+    """Return draws of z from a mixture of Gaussians fitted to the codes of train images."""
+    from sklearn.mixture import GaussianMixture
+
+    codes = train_codes[evenly(len(train_codes), min(len(train_codes), _MIXTURE_CODES))]
+    components = max(1, min(_MIXTURE_COMPONENTS, len(codes) // 50))
+    kind = "full" if codes.shape[1] <= 64 else "diag"  # more entries than codes can determine
+    model = GaussianMixture(components, covariance_type=kind, reg_covar=1e-4, random_state=seed)
+    z = model.fit(codes.astype(np.float64)).sample(count)[0]
+    z = np.random.default_rng(seed).permutation(z)  # sklearn returns one component after another
+    return torch.from_numpy(z.clip(-1, 1).astype(np.float32))
 
 
 def _read(judge: Classifier, images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +230,7 @@ def probes(
     return {
         "one_nn": metrics.nearest_neighbour_accuracy(*known),
         "linear_probe": metrics.linear_probe_accuracy(*known),
+        "few_labels": metrics.few_label_accuracy(*known, seed=seed),
         "kmeans_nmi": nmi,
         "kmeans_accuracy": accuracy,
         "majority": float(np.bincount(labels).max() / len(labels)),
@@ -201,7 +239,7 @@ def probes(
 
 def pixel_probes(split: Split, cache_dir: Path, seed: int) -> dict[str, float]:
     """Return the same probes on raw pixels, which depend on the data alone: kept in the cache."""
-    key = digest.digest(["pixels", split.hash, len(split.x), seed, _PIXEL_SIDE, 2])
+    key = digest.digest(["pixels", split.hash, len(split.x), seed, _PIXEL_SIDE, 3])
     path = cache_dir / f"pixels-{key[:16]}.json"
     if path.exists():
         return json.loads(path.read_bytes())
@@ -225,19 +263,44 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 
 def invariance(sampler: Sampler, x: np.ndarray, codes: np.ndarray, seed: int) -> dict[str, float]:
-    """Return whether E ignores T, and whether z' replaces T."""
+    """Return whether E ignores T, beside pixels and an untrained E."""
     draws = stream(seed, TRANSFORM)
-    moved = [sampler.encode(sampler.transformed(batch, draws)) for batch in batches(x)]
-    few = slice(0, _VARIANCE_IMAGES)
-    transformed = np.stack([sampler.transformed(x[few], draws) for _ in range(NUM_DRAWS)])
-    z = torch.from_numpy(codes[few])
-    variations = np.stack(
-        [sampler.generate(sampler.noise(len(z), draws), z) for _ in range(NUM_DRAWS)]
-    )
+    moved = np.concatenate([sampler.transformed(batch, draws) for batch in batches(x)])
+    untrained = Encoder(sampler.config.model)
+    initialise(untrained, seed)
+    random = replace(sampler, encoder=untrained.to(sampler.device).eval())
     return {
-        "retrieval": metrics.retrieval_accuracy(codes, np.concatenate(moved)),
+        "retrieval": metrics.retrieval_accuracy(codes, sampler.encode(moved)),
+        "retrieval_pixels": metrics.retrieval_accuracy(pixels(x), pixels(moved)),
+        "retrieval_random": metrics.retrieval_accuracy(random.encode(x), random.encode(moved)),
         "retrieval_chance": 1 / len(x),
+    }
+
+
+def transformation(
+    sampler: Sampler, x: np.ndarray, codes: np.ndarray, seed: int
+) -> dict[str, float]:
+    """Return whether z' replaces T: its spread, what it explains of T, and the error beside T."""
+    draws, t = stream(seed, REGISTRATION), sampler.config.transform
+    chosen = evenly(len(x), min(len(x), _REGISTERED_IMAGES))
+    x, z = x[chosen], torch.from_numpy(codes[chosen])
+    noise = [sampler.noise(len(z), draws) for _ in range(NUM_DRAWS)]
+    variations = np.stack([sampler.generate(one, z) for one in noise])
+    transformed = np.stack([sampler.transformed(x, draws) for _ in range(NUM_DRAWS)])
+    places, errors = registration.register(x, variations[0], t)
+    result = {
         "variation_ratio": metrics.variation_ratio(
             variations.astype(np.float32), transformed.astype(np.float32)
         ),
+        "registered_error": float(errors.mean()),
+        "registered_error_floor": float(registration.register(x, transformed[0], t)[1].mean()),
+        "registered_error_chance": float(
+            registration.register(np.roll(x, 1, axis=0), variations[0], t)[1].mean()
+        ),
     }
+    explained = registration.explained_variance(noise[0].numpy(), places)
+    sizes = {"dx": t.shift, "dy": t.shift, "theta": t.rotate}
+    for (name, size), value in zip(sizes.items(), explained, strict=True):
+        if size:
+            result[f"transform/r2_{name}"] = float(value)
+    return result

@@ -9,14 +9,7 @@ feature space it is given.
 import numpy as np
 
 from ivegan.errors import UserError
-from ivegan.order import modes
 from ivegan.shapes import Float, Int
-
-HIGH_QUALITY_STDS = 3.0
-# A spread is measured over points at most this many stds from their mode: all of a Gaussian up to
-# twice too wide, and hardly anything of the bridges that a continuous G draws between modes.
-_SPREAD_STDS = 6.0
-
 
 # --- Generated images ---------------------------------------------------------------------------
 
@@ -49,6 +42,37 @@ def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise UserError("Some features are not finite: the networks of this checkpoint diverged.")
     mean = x.mean(axis=0)
     return mean, np.linalg.qr(x - mean, mode="r") / np.sqrt(len(x) - 1)
+
+
+def coverage_of(
+    real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], *, neighbours: int = 5
+) -> dict[str, float]:
+    """Return precision and recall (Kynkäänniemi 2019), density and coverage (Naeem 2020).
+
+    A sample lies in the manifold of a set if it is nearer to a member than that member's k-th
+    neighbour. ``precision``: share of fake samples in the real manifold; ``recall``: share of real
+    samples in the fake one; ``density``: real balls around a fake sample, over k; ``coverage``:
+    share of real balls with a fake sample inside. All are 1 for equal sets, but for chance.
+    """
+    from sklearn.metrics import pairwise_distances
+    from sklearn.neighbors import NearestNeighbors
+
+    if min(len(real), len(fake)) <= neighbours:
+        raise UserError(f"Precision and recall need more than {neighbours} samples in each set.")
+
+    def radii(samples: np.ndarray) -> np.ndarray:
+        model = NearestNeighbors(n_neighbors=neighbours).fit(samples)
+        return model.kneighbors()[0][:, -1]  # of each sample, itself left out
+
+    distances = pairwise_distances(real, fake)
+    in_real = distances <= radii(real)[:, None]
+    in_fake = distances <= radii(fake)[None]
+    return {
+        "precision": float(in_real.any(axis=0).mean()),
+        "recall": float(in_fake.any(axis=1).mean()),
+        "density": float(in_real.sum(axis=0).mean() / neighbours),
+        "coverage": float(in_real.any(axis=1).mean()),
+    }
 
 
 def label_agreement(
@@ -130,6 +154,49 @@ def linear_probe_accuracy(
     return float(model.fit(train, train_labels).score(test, test_labels))
 
 
+def few_label_accuracy(
+    train: Float[np.ndarray, "n d"],
+    train_labels: Int[np.ndarray, " n"],
+    test: Float[np.ndarray, "m d"],
+    test_labels: Int[np.ndarray, " m"],
+    *,
+    per_class: int = 10,
+    draws: int = 5,
+    seed: int = 0,
+) -> float:
+    """Return the mean accuracy of linear probes on so many labels per class, over draws."""
+    rng = np.random.default_rng(seed)
+    scores = []
+    for _ in range(draws):
+        order = rng.permutation(len(train))
+        of_class = [order[train_labels[order] == c][:per_class] for c in np.unique(train_labels)]
+        few = np.concatenate(of_class)
+        scores.append(linear_probe_accuracy(train[few], train_labels[few], test, test_labels))
+    return float(np.mean(scores))
+
+
+def saturation(codes: Float[np.ndarray, "n d"]) -> float:
+    """Return the share of entries beyond 0.99, where Tanh is flat."""
+    return float((np.abs(codes) > 0.99).mean())
+
+
+def neighbour_purity(
+    positions: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n a"], *, neighbours: int = 10
+) -> tuple[float, float]:
+    """Return how often the neighbours of a sample with an attribute have it too, and chance.
+
+    Means over attributes. Neighbours are the nearest in ``positions``, as of a t-SNE map.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    near = NearestNeighbors(n_neighbors=neighbours).fit(positions).kneighbors()[1]
+    columns = [labels[:, a] for a in range(labels.shape[1]) if labels[:, a].any()]
+    if not columns:
+        raise UserError("No sample has one of these attributes: evaluate more of them.")
+    purity = [column[near[column == 1]].mean() for column in columns]
+    return float(np.mean(purity)), float(np.mean([column.mean() for column in columns]))
+
+
 def attribute_probes(
     train: Float[np.ndarray, "n d"],
     train_attributes: Int[np.ndarray, "n a"],
@@ -202,95 +269,3 @@ def retrieval_accuracy(
 
     nearest = pairwise_distances_argmin(transformed_codes, codes)
     return float(np.mean(nearest == np.arange(len(codes))))
-
-
-# --- Mixtures of Gaussians ----------------------------------------------------------------------
-
-
-def nearest_modes(
-    points: Float[np.ndarray, "n 2"], dataset: str
-) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Return each point's nearest mode, and the distance to it in standard deviations."""
-    means, std = modes(dataset)
-    distances = np.linalg.norm(points[:, None, :] - means[None], axis=2) / std
-    nearest = distances.argmin(axis=1)
-    return nearest, distances[np.arange(len(points)), nearest]
-
-
-def mixture(points: Float[np.ndarray, "n 2"], dataset: str) -> dict[str, float]:
-    """Return how well points cover ``ring`` or ``grid``, each number free of the data's scale.
-
-    ``modes``: modes that are nearest to at least one high-quality point.
-    ``high_quality``: share of points within 3 stds of a mode; a perfect sampler has 0.98889, and
-    more than that is too narrow rather than better.
-    ``reverse_kl``: KL divergence, in nats, of the modes' shares of high-quality points from equal
-    shares; ln K, the worst there is, where there are no such points.
-    ``reverse_kl_all``: the same over all points.
-    ``std_ratio``: std of one mode's points over the data's, mean over modes, with its extremes.
-    """
-    if not np.isfinite(points).all():
-        raise UserError("Some points are not finite: the networks of this checkpoint diverged.")
-    means, std = modes(dataset)
-    nearest, distance = nearest_modes(points, dataset)
-    good = distance <= HIGH_QUALITY_STDS
-    counts = np.bincount(nearest[good], minlength=len(means))
-    ratios = _std_ratios(points, nearest, distance, std) or [0.0]
-    return {
-        "modes": float(np.count_nonzero(counts)),
-        "high_quality": float(good.mean()),
-        "reverse_kl": _kl_from_uniform(counts),
-        "reverse_kl_all": _kl_from_uniform(np.bincount(nearest, minlength=len(means))),
-        "std_ratio": float(np.mean(ratios)),
-        "std_ratio_min": float(np.min(ratios)),
-        "std_ratio_max": float(np.max(ratios)),
-    }
-
-
-def reconstructed_points(
-    x: Float[np.ndarray, "n 2"], x_hat: Float[np.ndarray, "k n 2"], dataset: str
-) -> dict[str, float]:
-    """Return how well G(z', E(x)) follows x: to its mode, and from there with T's spread.
-
-    ``right_mode``: share of variations whose nearest mode is that of x.
-    ``residual_std_ratio``: std of G(z', E(x)) - x over that of T, sigma / sqrt(2), for variations
-    in the right mode; 1 is D's optimum.
-    ``residual_p``: p-value of a Kolmogorov-Smirnov test that these are distributed as T's shifts.
-    """
-    from scipy.stats import kstest
-
-    _, std = modes(dataset)
-    target = std / np.sqrt(2)
-    wanted, _ = nearest_modes(x, dataset)
-    found = np.stack([nearest_modes(points, dataset)[0] for points in x_hat])
-    right = found == wanted
-    residuals = (x_hat - x)[right]
-    if len(residuals) < 2:
-        return {"right_mode": float(right.mean()), "residual_std_ratio": 0.0, "residual_p": 0.0}
-    return {
-        "right_mode": float(right.mean()),
-        # About zero, not about their mean: a constant offset is an error too.
-        "residual_std_ratio": float(np.sqrt(np.square(residuals).mean()) / target),
-        "residual_p": float(kstest(residuals.ravel() / target, "norm").pvalue),
-    }
-
-
-def _std_ratios(
-    points: np.ndarray, nearest: np.ndarray, distance: np.ndarray, std: float
-) -> list[float]:
-    """Return the std ratio of every mode that has two points or more."""
-    ratios = []
-    for mode in np.unique(nearest):
-        own = points[nearest == mode]
-        close = own[distance[nearest == mode] <= _SPREAD_STDS]
-        own = close if len(close) > 1 else own  # nothing is near: say how far the rest spreads
-        if len(own) > 1:
-            ratios.append(float(np.sqrt(own.var(axis=0, ddof=1).mean()) / std))
-    return ratios
-
-
-def _kl_from_uniform(counts: np.ndarray) -> float:
-    """Return the KL divergence of a histogram from the uniform one, ln K minus its entropy."""
-    if not counts.sum():
-        return float(np.log(len(counts)))
-    p = counts[counts > 0] / counts.sum()
-    return float(np.log(len(counts)) + (p * np.log(p)).sum())

@@ -1,53 +1,74 @@
 """The paper's figures of a checkpoint trained on images."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ivegan.evaluation import figures, plots
+from ivegan.evaluation import figures, metrics, plots
 from ivegan.evaluation.report import Figure
-from ivegan.evaluation.sampling import PICTURES, Sampler, evenly, stream
+from ivegan.evaluation.sampling import FITTED, PICTURES, Sampler, evenly, stream
 
 if TYPE_CHECKING:
     from ivegan.evaluation.images import Split
 
 _TSNE_CODES = 3000  # more of them take minutes and give the same picture
 # Of Fig. 8, rarest first, so that an image with several is coloured by the rarest.
-_ATTRIBUTES = ("Eyeglasses", "Wearing_Hat", "Bangs", "Blond_Hair")
+_ATTRIBUTES = ("Eyeglasses", "Wearing_Hat", "Bangs", "Blond_Hair", "Male")
 
 
-def draw(sampler: Sampler, split: "Split", codes: np.ndarray, seed: int) -> list[Figure]:
-    """Return all figures.
+def draw(
+    sampler: Sampler,
+    split: "Split",
+    codes: np.ndarray,
+    fitted: torch.Tensor,
+    pixels: Callable[[np.ndarray], np.ndarray],
+    seed: int,
+) -> tuple[list[Figure], dict[str, float]]:
+    """Return all figures, and the purity of the maps of attributes among them.
 
     Args:
         sampler: the checkpoint's networks.
         split: the held-out images.
         codes: of these.
+        fitted: z from a prior fitted to codes.
+        pixels: returns images as rows, for a map beside that of the codes.
         seed: of every draw.
     """
     draws = stream(seed, PICTURES)
-    columns = 10 if split.x.shape[-1] > 64 else 12
-    samples = _samples(sampler, draws, columns, rows=6 if split.x.shape[-1] > 64 else 8)
+    columns, rows = (10, 6) if split.x.shape[-1] > 64 else (12, 8)
+    z = sampler.prior(columns * rows, draws)
+    samples = _samples(sampler, z, draws, columns)
     chosen = one_of_each(split.labels, columns)
-    return [
+    pages = [
         samples,
         _reconstructions(sampler, split.x[chosen], codes[chosen], draws),
-        latent(split.labels, codes, split.label_names, seed),
+        *latent(split.labels, codes, split.label_names, seed),
         _interpolation(sampler, split.x[chosen], codes[chosen]),
         _table(sampler, draws, columns),
     ]
+    few = fitted[: columns * rows // 2]
+    pages.insert(1, _samples(sampler, few, stream(seed, FITTED), columns, fitted=True))
+    if split.labels.ndim == 1:
+        return pages, {}
+    page, maps = attribute_maps(split, codes, pixels, seed)
+    return [*pages, page], maps
 
 
-def _samples(sampler: Sampler, draws: torch.Generator, columns: int, rows: int) -> Figure:
-    z = sampler.prior(columns * rows, draws)
+def _samples(
+    sampler: Sampler, z: torch.Tensor, draws: torch.Generator, columns: int, fitted: bool = False
+) -> Figure:
     images = sampler.generate(sampler.noise(len(z), draws), z)
-    title, note = "Samples from the prior, G(z', z)", "z uniform, z' normal"
+    prior = "a prior fitted to the codes" if fitted else "the prior"
+    note = "z from a mixture of Gaussians fitted to the codes" if fitted else "z uniform, z' normal"
     return Figure(
-        "samples",
-        figures.sample_grid(images, title, note=note, columns=columns),
-        "Fig. 3 of the paper. New images, from no original: they should look like the data and "
-        "differ from each other.",
+        "samples_fitted" if fitted else "samples",
+        figures.sample_grid(images, f"Samples from {prior}, G(z', z)", note=note, columns=columns),
+        "The same with z from where the codes of train images lie."
+        if fitted
+        else "Fig. 3 of the paper. New images, from no original: they should look like the data "
+        "and differ from each other.",
     )
 
 
@@ -108,37 +129,62 @@ def _table(sampler: Sampler, draws: torch.Generator, columns: int) -> Figure:
     )
 
 
-def latent(labels: np.ndarray, codes: np.ndarray, names: list[str], seed: int) -> Figure:
-    """Return the codes as points: as they are in two or three dimensions, by t-SNE otherwise."""
-    if labels.ndim == 2:
-        labels, names = rarest(labels, names)
+def latent(labels: np.ndarray, codes: np.ndarray, names: list[str], seed: int) -> list[Figure]:
+    """Return the codes of classes as points: as they are in two or three dimensions, or by t-SNE.
+
+    Codes of attributes have a figure of their own.
+    """
     dims = codes.shape[1]
+    if labels.ndim == 2:
+        return []
     title, note = "Codes E(x), coloured by label", f"{dims} dimensions, as they are"
     if dims not in (2, 3):
-        labels, codes = tsne(labels, codes, seed)
+        few, codes = tsne(codes, seed)
+        labels = labels[few]
         title = "Codes E(x), coloured by label, projected by t-SNE"
         note = f"{dims} dimensions shown in 2: neighbourhoods count, distances do not"
-    return Figure(
-        "latent",
-        plots.scatter(codes, labels, names, title, note=note, axes=dims in (2, 3)),
-        "Figs. 5 and 8 of the paper. E has never seen a label; images of one label should lie "
-        "together.",
-    )
+    page = plots.scatter(codes, labels, names, title, note=note, axes=dims in (2, 3))
+    caption = "Fig. 5 of the paper. E has never seen a label; images of one label should lie "
+    return [Figure("latent", page, caption + "together.")]
 
 
-def tsne(labels: np.ndarray, codes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (labels, positions) of at most 3,000 codes in a plane."""
+def attribute_maps(
+    split: "Split", codes: np.ndarray, pixels: Callable[[np.ndarray], np.ndarray], seed: int
+) -> tuple[Figure, dict[str, float]]:
+    """Return t-SNE maps of codes and of pixels side by side, and their purity."""
+    colours, names = rarest(split.labels, split.label_names)
+    columns = split.labels[:, [split.label_names.index(name) for name in names]]
+    panels, purity = [], {}
+    for title, ending, rows in (
+        ("codes E(x)", "", codes),
+        ("raw pixels", "_pixels", pixels(split.x)),
+    ):
+        few, positions = tsne(rows, seed)
+        panels.append((title, positions, colours[few]))
+        purity[f"map_purity{ending}"], chance = metrics.neighbour_purity(positions, columns[few])
+        purity["map_purity_chance"] = chance
+    page = plots.maps(
+        panels, names, "Held-out images by t-SNE, coloured by attribute",
+        note="Each in the colour of the first of its attributes; neighbourhoods count, distances "
+        "do not",
+    )  # fmt: skip
+    caption = "Fig. 8 of the paper. E has never seen an attribute; images that share one should "
+    return Figure("latent", page, caption + "lie together, more than by their pixels."), purity
+
+
+def tsne(rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (indices, positions in a plane) of at most 3,000 rows."""
     from sklearn.manifold import TSNE
 
-    few = evenly(len(codes), min(_TSNE_CODES, len(codes)))
+    few = evenly(len(rows), min(_TSNE_CODES, len(rows)))
     perplexity = min(30.0, (len(few) - 1) / 3)
     model = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-    return labels[few], model.fit_transform(codes[few])
+    return few, model.fit_transform(rows[few])
 
 
 def rarest(attributes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
     """Return each sample's first attribute among those that Fig. 8 colours, or -1, and names."""
-    shown = [n for n in _ATTRIBUTES if n in names] or names[:4]
+    shown = [n for n in _ATTRIBUTES if n in names] or names[:5]
     columns = attributes[:, [names.index(name) for name in shown]]
     return np.where(columns.any(axis=1), columns.argmax(axis=1), -1), shown
 

@@ -109,6 +109,38 @@ def scatter(
     return finished(figure, title, note, right=0.86)
 
 
+def maps(
+    panels: Sequence[tuple[str, Float[np.ndarray, "n 2"], Int[np.ndarray, " n"]]],
+    names: Sequence[str],
+    title: str,
+    *,
+    note: str = "",
+) -> Image.Image:
+    """Return maps side by side, coloured by label (Fig. 8 of the paper).
+
+    Args:
+        panels: (name, positions, labels); labels as in ``scatter``.
+        names: of the labels, for the legend.
+        title, note: one line each, above the maps.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4 * len(panels) + 2.0, 6.0), dpi=150)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, positions, labels) in zip(axes, panels, strict=True):
+        size = float(np.clip(14000 / len(positions), 4, 24))
+        for label in range(-1, len(names)):
+            own = positions[labels == label]
+            colour = FAINT if label < 0 else PALETTE[2 * label % len(PALETTE)]
+            text = "other" if label < 0 else names[label].replace("_", " ")
+            axis.scatter(*own.T, s=size, color=colour, label=text, alpha=0.75, linewidths=0)
+        axis.set_title(name, fontsize=11, color=INK)
+        axis.set_axis_off()
+    handles, texts = axes[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="center right", frameon=False, fontsize=10, markerscale=2.5)
+    return finished(figure, title, note, right=0.85)
+
+
 def _name_groups(axis: Any, codes: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
     """Write each class's name into its middle, so that nobody needs to tell ten colours apart."""
     from matplotlib.patheffects import withStroke

@@ -1,21 +1,24 @@
 """Measures and figures of a checkpoint trained on points, ``ring`` or ``grid``."""
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ivegan import checkpoint, order
-from ivegan.evaluation import figures, metrics, plots
+from ivegan.evaluation import figures, mixtures, plots
 from ivegan.evaluation.report import Figure
-from ivegan.evaluation.sampling import DATA, NUM_DRAWS, VARIATIONS, Sampler, stream
+from ivegan.evaluation.sampling import DATA, FLOOR, NUM_DRAWS, VARIATIONS, Sampler, stream
 
-NUM_POINTS = 2500
-PERFECT_SHARE = 1 - float(np.exp(-(metrics.HIGH_QUALITY_STDS**2) / 2))
+_FLOOR_DRAWS = 20  # of a perfect sampler
+_FLOORS = ("modes", "high_quality", "reverse_kl", "reverse_kl_all", "std_ratio")
+PERFECT_SHARE = 1 - float(np.exp(-(mixtures.HIGH_QUALITY_STDS**2) / 2))
 """High quality of a perfect sampler, 0.98889."""
 
 
 def evaluate(
-    sampler: Sampler, uri: str, seed: int, count: int
+    sampler: Sampler, uri: str, seed: int, count: int, protocol: mixtures.Protocol
 ) -> tuple[dict[str, float], list[Figure]]:
     """Return metrics and figures of a checkpoint.
 
@@ -24,20 +27,21 @@ def evaluate(
         uri: the checkpoint, whose older siblings are drawn beside it.
         seed: of every draw.
         count: points.
+        protocol: what counts as a sample of high quality.
     """
     dataset = sampler.config.dataset
     num_modes = len(order.modes(dataset)[0])
+    scores = functools.partial(mixtures.mixture, dataset=dataset, protocol=protocol)
     x, z, prior, x_hat = _draw(sampler, count, seed)
-    variations = metrics.mixture(x_hat[0], dataset)
+    variations = scores(x_hat[0])
     names = ("modes", "high_quality", "std_ratio")
     result = {
-        **metrics.mixture(prior, dataset),
-        **metrics.reconstructed_points(x, x_hat, dataset),
+        **scores(prior),
+        **perfect(dataset, count, seed, protocol),
+        **mixtures.reconstructed_points(x, x_hat, dataset),
         **{f"recon_{name}": variations[name] for name in names},
         "modes_total": float(num_modes),
         "right_mode_chance": 1 / num_modes,
-        # The mean over multinomial draws of this many samples, to first order.
-        "reverse_kl_floor": (num_modes - 1) / (2 * count),
     }
     panels = [("true data", x), *_history(sampler, uri, count, seed)]
     panels += [(f"variations at {_short(checkpoint.read_facts(uri)['images_seen'])}", x_hat[0])]
@@ -47,13 +51,21 @@ def evaluate(
     return result, pages
 
 
+def perfect(dataset: str, count: int, seed: int, protocol: mixtures.Protocol) -> dict[str, float]:
+    """Return the mean scores of a perfect sampler, which no sampler beats in the long run."""
+    draws = stream(seed, FLOOR)
+    samples = [order.sample_points(dataset, count, draws).numpy() for _ in range(_FLOOR_DRAWS)]
+    scores = [mixtures.mixture(points, dataset, protocol) for points in samples]
+    return {f"{name}_floor": float(np.mean([s[name] for s in scores])) for name in _FLOORS}
+
+
 def quality(sampler: Sampler, seed: int) -> dict[str, float]:
     """Return the components of ``quality``, each in [0, 1]."""
     dataset = sampler.config.dataset
-    x, _, prior, x_hat = _draw(sampler, NUM_POINTS, seed)
-    samples = metrics.mixture(prior, dataset)
+    x, _, prior, x_hat = _draw(sampler, mixtures.PROTOCOLS["pacgan"].samples, seed)
+    samples = mixtures.mixture(prior, dataset)
     return {
-        "right_mode": metrics.reconstructed_points(x, x_hat, dataset)["right_mode"],
+        "right_mode": mixtures.reconstructed_points(x, x_hat, dataset)["right_mode"],
         "coverage": float(np.exp(-samples["reverse_kl_all"])),
         "high_quality": min(samples["high_quality"] / PERFECT_SHARE, 1.0),
     }
@@ -107,7 +119,7 @@ def _closeup(x: np.ndarray, prior: np.ndarray, x_hat: np.ndarray, dataset: str) 
     means, std = order.modes(dataset)
 
     def offsets(points: np.ndarray) -> np.ndarray:
-        nearest, _ = metrics.nearest_modes(points, dataset)
+        nearest, _ = mixtures.nearest_modes(points, dataset)
         return (points - means[nearest]) / std
 
     image = plots.closeup(
@@ -129,7 +141,7 @@ def _closeup(x: np.ndarray, prior: np.ndarray, x_hat: np.ndarray, dataset: str) 
 
 
 def _latent(codes: np.ndarray, x: np.ndarray, dataset: str) -> Figure:
-    labels, _ = metrics.nearest_modes(x, dataset)
+    labels, _ = mixtures.nearest_modes(x, dataset)
     names = [f"mode {i + 1}" for i in range(8)]
     if dataset == "grid":
         labels, names = labels // 5, [f"row {i + 1}" for i in range(5)]

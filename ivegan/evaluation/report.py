@@ -67,6 +67,39 @@ MEANINGS: dict[str, Meaning] = {
         unit="number",
         headline=True,
     ),
+    "frechet_fitted": Meaning(
+        "Fréchet distance, fitted prior",
+        "The same with z from a mixture of Gaussians fitted to the codes of train images.",
+        (("floor, real test images", "frechet_floor"), ("printed prior", "frechet")),
+        unit="number",
+    ),
+    "frechet_recon": Meaning(
+        "Fréchet distance of variations",
+        "The same of variations G(z', E(x)) of held-out images.",
+        (("floor, real test images", "frechet_floor"),),
+        unit="number",
+    ),
+    "precision": Meaning(
+        "Precision",
+        "Share of samples among the train images, in the classifier's features.",
+        (("fitted prior", "precision_fitted"), ("real test images", "precision_floor")),
+    ),
+    "recall": Meaning(
+        "Recall",
+        "Share of train images among the samples.",
+        (("fitted prior", "recall_fitted"), ("real test images", "recall_floor")),
+    ),
+    "density": Meaning(
+        "Density",
+        "Train images around a sample, over their number around a train image.",
+        (("fitted prior", "density_fitted"), ("real test images", "density_floor")),
+        unit="number",
+    ),
+    "coverage": Meaning(
+        "Coverage",
+        "Share of train images with a sample nearby.",
+        (("fitted prior", "coverage_fitted"), ("real test images", "coverage_floor")),
+    ),
     "one_nn": Meaning(
         "1-nearest neighbour",
         "How often the nearest train code has the label of a test code.",
@@ -77,6 +110,11 @@ MEANINGS: dict[str, Meaning] = {
         "Linear probe",
         "Test accuracy of a logistic regression on the codes.",
         (("raw pixels", "linear_probe_pixels"), ("chance", "majority")),
+    ),
+    "few_labels": Meaning(
+        "Ten labels per class",
+        "Test accuracy of the same probe on ten labels per class, mean over five draws of them.",
+        (("raw pixels", "few_labels_pixels"), ("chance", "majority")),
     ),
     "kmeans_accuracy": Meaning(
         "k-means accuracy",
@@ -96,10 +134,35 @@ MEANINGS: dict[str, Meaning] = {
         unit="number",
         headline=True,
     ),
+    "attribute_ap": Meaning(
+        "Attribute probes, precision",
+        "Average precision of these probes, mean over attributes.",
+        (("raw pixels", "attribute_ap_pixels"), ("chance", "attribute_ap_chance")),
+        unit="number",
+    ),
+    "attribute_balanced": Meaning(
+        "Attribute probes, accuracy",
+        "Balanced accuracy of these probes, mean over attributes.",
+        (("raw pixels", "attribute_balanced_pixels"), ("chance", 0.5)),
+    ),
+    "map_purity": Meaning(
+        "Purity of the map",
+        "How often ten neighbours in the t-SNE map share an image's attribute, mean over five.",
+        (("raw pixels", "map_purity_pixels"), ("chance", "map_purity_chance")),
+    ),
+    "saturation": Meaning(
+        "Saturated codes",
+        "Share of entries of E(x) beyond 0.99, where Tanh is flat and a code is a bit.",
+        (("uniform prior", 0.01),),
+    ),
     "retrieval": Meaning(
         "Invariance",
         "How often E(T(x)) is nearest to E(x) among all test codes: whether E ignores T.",
-        (("chance", "retrieval_chance"), ("goal", 1.0)),
+        (
+            ("raw pixels", "retrieval_pixels"),
+            ("random encoder", "retrieval_random"),
+            ("chance", "retrieval_chance"),
+        ),
         headline=True,
     ),
     "variation_ratio": Meaning(
@@ -108,10 +171,37 @@ MEANINGS: dict[str, Meaning] = {
         (("goal", 1.0),),
         unit="number",
     ),
+    "transform/r2_dx": Meaning(
+        "Shift across explained by z'",
+        "R² of a linear prediction from z' of the shift across found between x and G(z', E(x)).",
+        (("goal", 1.0),),
+        unit="number",
+    ),
+    "transform/r2_dy": Meaning(
+        "Shift down explained by z'",
+        "R² of a linear prediction from z' of the shift down found between x and G(z', E(x)).",
+        (("goal", 1.0),),
+        unit="number",
+    ),
+    "transform/r2_theta": Meaning(
+        "Rotation explained by z'",
+        "R² of a linear prediction from z' of the rotation found between x and G(z', E(x)).",
+        (("goal", 1.0),),
+        unit="number",
+    ),
+    "registered_error": Meaning(
+        "Error beside T",
+        "Mean squared error of a pixel of G(z', E(x)) to x moved to match it; smaller is better.",
+        (
+            ("floor, T(x) itself", "registered_error_floor"),
+            ("another image", "registered_error_chance"),
+        ),
+        unit="number",
+    ),
     "modes": Meaning(
         "Modes found",
         "Modes that prior samples reach within 3 standard deviations.",
-        (("goal", "modes_total"),),
+        (("goal", "modes_total"), ("a perfect sampler", "modes_floor")),
         unit="count",
         headline=True,
     ),
@@ -119,7 +209,7 @@ MEANINGS: dict[str, Meaning] = {
         "High quality",
         "Share of prior samples within 3 standard deviations of a mode; more than the goal means "
         "too narrow.",
-        (("goal, a perfect sampler", 0.98889),),
+        (("goal, a perfect sampler", "high_quality_floor"),),
         headline=True,
     ),
     "reverse_kl": Meaning(
@@ -132,14 +222,18 @@ MEANINGS: dict[str, Meaning] = {
     "reverse_kl_all": Meaning(
         "Reverse KL, all samples",
         "The same over all prior samples, each counted for its nearest mode.",
-        (("floor, a perfect sampler's mean", "reverse_kl_floor"),),
+        (("floor, a perfect sampler's mean", "reverse_kl_all_floor"),),
         unit="number",
     ),
     "std_ratio": Meaning(
         "Spread of a mode",
         "Standard deviation of prior samples around their mode over that of the data, mean over "
         "modes.",
-        (("goal", 1.0), ("narrowest mode", "std_ratio_min"), ("widest mode", "std_ratio_max")),
+        (
+            ("goal, a perfect sampler", "std_ratio_floor"),
+            ("narrowest mode", "std_ratio_min"),
+            ("widest mode", "std_ratio_max"),
+        ),
         unit="number",
         headline=True,
     ),

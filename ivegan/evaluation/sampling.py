@@ -18,7 +18,7 @@ NUM_DRAWS = 4
 _BATCH = 500  # samples of a forward pass
 
 # The purposes of random streams: no two share one.
-PRIOR, VARIATIONS, TRANSFORM, DATA, PICTURES, FITTED = range(6)
+PRIOR, VARIATIONS, TRANSFORM, DATA, PICTURES, FITTED, REGISTRATION, FLOOR = range(8)
 
 
 @dataclass(frozen=True)

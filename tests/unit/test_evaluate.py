@@ -16,6 +16,7 @@ from ivegan.evaluation import evaluate, images, pictures, points, report
 from ivegan.evaluation.classifier import Settings, classifier_of
 from ivegan.evaluation.sampling import Sampler
 from ivegan.step import create_state
+from ivegan.transforms import transform
 
 QUICK = Settings(images=9000, epochs=1, channels=(16, 32, 32))
 NUM_TEST = 80  # held-out digits that are looked at
@@ -98,7 +99,8 @@ def first(
 def test_an_evaluation_writes_numbers_figures_and_a_page(first: tuple[Path, dict]) -> None:
     out, result = first
     written = {path.name for path in out.iterdir()}
-    names = {"samples", "reconstructions", "latent", "interpolation", "variations"}
+    names = {"samples", "samples_fitted", "reconstructions", "latent", "interpolation"}
+    names.add("variations")
     assert written == {f"{name}.png" for name in names} | {"metrics.json", "report.html"}
     stored = json.loads((out / "metrics.json").read_text())
     assert stored["metrics"] == result["metrics"]
@@ -142,7 +144,7 @@ def test_every_number_is_explained_or_explains_another(
 def test_the_page_needs_nothing_but_itself(first: tuple[Path, dict]) -> None:
     page = (first[0] / "report.html").read_text()
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]+", "", page)
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 5
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 6
     assert "&lt;tiny&gt;" in page
     assert "<tiny>" not in page
 
@@ -164,8 +166,44 @@ def test_copying_scores_as_the_classifier_and_not_at_all_in_variation(
     result = images.generation(copier, split, codes, cache, seed=0)
     assert result["same_class"] == result["classifier_accuracy"]
     result = images.invariance(copier, split.x, codes, seed=0)
-    assert result["variation_ratio"] == 0.0
     assert 0.1 < result["retrieval"] < 1.0  # pixels do move under T
+    assert result["retrieval"] == result["retrieval_pixels"]  # codes of a copier are pixels
+    result = images.transformation(copier, split.x, codes, seed=0)
+    assert result["variation_ratio"] == 0.0
+    assert result["registered_error"] < 1e-9
+    assert result["registered_error_chance"] > 5 * result["registered_error_floor"]
+    for name in ("dx", "dy", "theta"):
+        assert result[f"transform/r2_{name}"] == 0.0
+
+
+class Moving(nn.Module):
+    """A generator that moves the image that it gets as z, as the first entries of z' direct."""
+
+    def forward(self, noise: Tensor, z: Tensor) -> Tensor:
+        draws = torch.full((len(z), 7), 0.5)
+        draws[:, :3] = torch.special.ndtr(noise[:, :3])
+        return transform(z.unflatten(1, (1, 16, 16)), draws, preset("digits").transform)
+
+
+def test_z_prime_that_sets_t_explains_t(digits_dataset: str, cache: Path) -> None:
+    config = override(preset("digits"), {"model.z_dim": 256})
+    sampler = Sampler(config, nn.Flatten(), Moving(), torch.device("cpu"))
+    x = images.load(config, digits_dataset, "test", cache, 200).x
+    result = images.transformation(sampler, x, sampler.encode(x), seed=0)
+    assert result["variation_ratio"] == pytest.approx(1, abs=0.1)
+    assert result["registered_error"] == pytest.approx(result["registered_error_floor"], abs=1e-3)
+    for name in ("dx", "dy", "theta"):
+        assert result[f"transform/r2_{name}"] > 0.8, name
+
+
+def test_a_fitted_prior_lies_where_the_codes_lie() -> None:
+    rng = np.random.default_rng(0)
+    centres = np.array([[0.9, 0, 0], [0, -0.9, 0]], dtype=np.float32)
+    codes = centres[rng.integers(2, size=500)] + 0.01 * rng.standard_normal((500, 3))
+    z = images.fitted_prior(codes.astype(np.float32), 100, seed=0).numpy()
+    distances = np.linalg.norm(z[:, None] - centres, axis=2)
+    assert distances.min(axis=1).max() < 0.1
+    assert 20 < (distances.argmin(axis=1) == 0).sum() < 80
 
 
 def test_an_encoding_that_ignores_the_transformation_is_retrieved(
@@ -223,8 +261,8 @@ def test_the_density_shows_the_checkpoints_of_the_run_up_to_this_one(tmp_path: P
 def test_codes_of_many_dimensions_are_projected(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=40)
-    figure = pictures.latent(labels, rng.standard_normal((40, 5)), ["a", "b"], seed=0)
-    again = pictures.latent(labels, rng.standard_normal((40, 2)), ["a", "b"], seed=0)
+    (figure,) = pictures.latent(labels, rng.standard_normal((40, 5)), ["a", "b"], seed=0)
+    (again,) = pictures.latent(labels, rng.standard_normal((40, 2)), ["a", "b"], seed=0)
     assert figure.image.size == again.image.size
     assert np.asarray(figure.image).std() > 5
 

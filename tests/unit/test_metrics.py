@@ -6,7 +6,6 @@ from scipy.linalg import sqrtm
 
 from ivegan.errors import UserError
 from ivegan.evaluation import metrics
-from ivegan.order import modes
 
 
 @pytest.fixture
@@ -22,11 +21,6 @@ def with_moments(
     x -= x.mean(axis=0)
     white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
     return mean + white @ np.linalg.cholesky(covariance).T
-
-
-def sample_mixture(rng: np.random.Generator, dataset: str, n: int, scale: float = 1) -> np.ndarray:
-    means, std = modes(dataset)
-    return means[rng.integers(len(means), size=n)] + scale * std * rng.standard_normal((n, 2))
 
 
 # --- Fréchet distance ---------------------------------------------------------------------------
@@ -185,104 +179,42 @@ def test_retrieval_fails_for_just_those_that_move_past_a_neighbour() -> None:
     assert metrics.retrieval_accuracy(codes, moved) == 0.7
 
 
-# --- Mixtures -----------------------------------------------------------------------------------
+def test_saturated_entries_are_those_at_the_ends_of_tanh() -> None:
+    assert metrics.saturation(np.array([[0.995, -0.995, 0.98, 0.0]])) == 0.5
 
 
-@pytest.mark.parametrize(("dataset", "count"), [("ring", 8), ("grid", 25)])
-def test_modes_are_distinct(dataset: str, count: int) -> None:
-    means, std = modes(dataset)
-    gaps = np.linalg.norm(means[:, None] - means[None], axis=2) + 1e9 * np.eye(len(means))
-    assert len(means) == count
-    assert gaps.min() > 20 * std
+def test_few_labels_are_enough_for_blobs_and_not_for_noise(rng: np.random.Generator) -> None:
+    (train, train_labels), (test, labels) = blobs(rng, 40), blobs(rng, 20)
+    assert metrics.few_label_accuracy(train, train_labels, test, labels) == 1.0
+    noise = rng.standard_normal(train.shape), train_labels, rng.standard_normal(test.shape), labels
+    assert metrics.few_label_accuracy(*noise) < 0.45
+    one = metrics.few_label_accuracy(train, train_labels, test, labels, per_class=1, draws=1)
+    assert one > 0.9
 
 
-@pytest.mark.parametrize(
-    ("dataset", "mean_kl", "high_kl"), [("ring", 0.0014, 0.0028), ("grid", 0.0048, 0.0075)]
-)
-def test_a_perfect_sampler_scores_at_the_floor(
-    rng: np.random.Generator, dataset: str, mean_kl: float, high_kl: float
-) -> None:
-    runs = [metrics.mixture(sample_mixture(rng, dataset, 2500), dataset) for _ in range(200)]
-    found = {name: np.array([run[name] for run in runs]) for name in runs[0]}
-    assert set(found["modes"]) == {len(modes(dataset)[0])}
-    # Standard errors over 200 runs: .00015 for the share, 6 % of itself at most for the KL.
-    assert found["high_quality"].mean() == pytest.approx(1 - np.exp(-4.5), abs=0.0006)
-    assert found["high_quality"].std() == pytest.approx(0.0021, abs=0.0005)
-    for name in ("reverse_kl", "reverse_kl_all"):
-        assert found[name].mean() == pytest.approx(mean_kl, rel=0.2)
-        assert np.quantile(found[name], 0.95) == pytest.approx(high_kl, rel=0.25)
-    assert found["std_ratio"].mean() == pytest.approx(1, abs=0.005)
+def test_neighbours_are_pure_where_an_attribute_lies_in_one_place(rng: np.random.Generator) -> None:
+    positions = rng.standard_normal((400, 2))
+    attributes = np.stack((positions[:, 0] > 1, rng.integers(2, size=400)), axis=1).astype(int)
+    purity, chance = metrics.neighbour_purity(positions, attributes[:, :1])
+    assert purity > 0.8
+    assert chance == pytest.approx(attributes[:, 0].mean())
+    assert metrics.neighbour_purity(positions, attributes[:, 1:])[0] == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(UserError, match="No sample has"):
+        metrics.neighbour_purity(positions, np.zeros((400, 2), dtype=int))
 
 
-def test_reverse_kl_counts_the_modes_that_are_missed() -> None:
-    means, _ = modes("ring")
-    assert metrics.mixture(means[[0] * 5], "ring")["reverse_kl"] == pytest.approx(np.log(8))
-    assert metrics.mixture(means[[1, 6]], "ring")["reverse_kl"] == pytest.approx(np.log(4))
-    assert metrics.mixture(means, "ring")["reverse_kl"] == pytest.approx(0, abs=1e-12)
-
-
-def test_a_mode_counts_only_with_a_point_within_three_stds() -> None:
-    means, std = modes("ring")
-    near, far = means + np.array([2.99 * std, 0]), means + np.array([0, 3.01 * std])
-    points = np.concatenate((near[:5], far[5:]))
-    found = metrics.mixture(points, "ring")
-    assert found["modes"] == 5
-    assert found["high_quality"] == 5 / 8
-    assert found["reverse_kl"] == pytest.approx(np.log(8 / 5))
-    assert found["reverse_kl_all"] == pytest.approx(0, abs=1e-12)
-
-
-def test_points_far_from_everything_score_the_worst_there_is() -> None:
-    found = metrics.mixture(np.full((10, 2), 0.01), "ring")
-    assert (found["modes"], found["high_quality"]) == (0, 0)
-    assert found["reverse_kl"] == pytest.approx(np.log(8))
-
-
-@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5**0.5])
-def test_std_ratio_is_the_spread_over_the_data_s(rng: np.random.Generator, scale: float) -> None:
-    found = metrics.mixture(sample_mixture(rng, "ring", 40_000, scale), "ring")
-    assert found["std_ratio"] == pytest.approx(scale, rel=0.01)
-    assert found["std_ratio_min"] < found["std_ratio"] < found["std_ratio_max"]
-
-
-def test_std_ratio_leaves_bridges_between_modes_out(rng: np.random.Generator) -> None:
-    angles = rng.uniform(0, 2 * np.pi, 1000)
-    bridge = 0.5 * np.stack((np.cos(angles), np.sin(angles)), axis=1)
-    points = np.concatenate((sample_mixture(rng, "ring", 4000), bridge))
-    assert metrics.mixture(points, "ring")["std_ratio"] == pytest.approx(1, abs=0.15)
-
-
-def test_std_ratio_is_large_where_nothing_is_near_a_mode(rng: np.random.Generator) -> None:
-    means, std = modes("ring")
-    points = 1.4 * means[rng.integers(8, size=500)] + 8 * std * rng.standard_normal((500, 2))
-    assert metrics.mixture(points, "ring")["std_ratio"] > 5
-
-
-def test_the_optimum_of_the_pair_discriminator_scores_as_derived(rng: np.random.Generator) -> None:
-    _, std = modes("ring")
-    x = sample_mixture(rng, "ring", 20_000)
-    x_hat = x + std / np.sqrt(2) * rng.standard_normal((4, *x.shape))
-    found = metrics.reconstructed_points(x, x_hat, "ring")
-    assert found["right_mode"] == 1.0
-    assert found["residual_std_ratio"] == pytest.approx(1, abs=0.01)
-    assert found["residual_p"] > 0.001
-    marginal = metrics.mixture(x_hat[0], "ring")
-    assert marginal["high_quality"] == pytest.approx(1 - np.exp(-3), abs=0.005)
-    assert marginal["std_ratio"] == pytest.approx(1.5**0.5, rel=0.01)
-
-
-def test_variations_of_another_mode_or_another_spread_are_noticed(
-    rng: np.random.Generator,
-) -> None:
-    x = sample_mixture(rng, "ring", 2000)
-    assert metrics.reconstructed_points(x, -x[None], "ring")["right_mode"] == 0.0
-    copies = metrics.reconstructed_points(x, np.stack([x, x]), "ring")
-    assert copies["residual_std_ratio"] == 0.0
-    assert copies["residual_p"] < 1e-6
-    shifted = metrics.reconstructed_points(x, x[None] + 0.005, "ring")
-    assert shifted["residual_std_ratio"] == pytest.approx(2**0.5)
-
-
-def test_points_that_are_not_finite_are_reported_as_divergence() -> None:
-    with pytest.raises(UserError, match="diverged"):
-        metrics.mixture(np.array([[0.0, np.nan]]), "ring")
+def test_precision_and_recall_tell_narrow_samples_from_wide_ones(rng: np.random.Generator) -> None:
+    real = rng.standard_normal((400, 4))
+    equal = metrics.coverage_of(real, rng.standard_normal((400, 4)))
+    assert all(value == pytest.approx(0.95, abs=0.12) for value in equal.values())
+    narrow = metrics.coverage_of(real, 0.1 * rng.standard_normal((400, 4)))
+    assert narrow["precision"] == 1.0
+    assert narrow["recall"] < 0.1
+    assert narrow["coverage"] < 0.3
+    assert narrow["density"] > 1.2
+    wide = metrics.coverage_of(real, 5 * rng.standard_normal((400, 4)))
+    assert wide["precision"] < 0.1
+    assert wide["recall"] > 0.9
+    assert wide["density"] < 0.1
+    with pytest.raises(UserError, match="more than 5 samples"):
+        metrics.coverage_of(real, real[:5])

@@ -1,0 +1,156 @@
+"""Constructed samples of ring and grid, each with the scores that it must have."""
+
+import numpy as np
+import pytest
+
+from ivegan.errors import UserError
+from ivegan.evaluation import mixtures, points
+from ivegan.order import modes
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def sample_mixture(rng: np.random.Generator, dataset: str, n: int, scale: float = 1) -> np.ndarray:
+    means, std = modes(dataset)
+    return means[rng.integers(len(means), size=n)] + scale * std * rng.standard_normal((n, 2))
+
+
+@pytest.mark.parametrize(("dataset", "count"), [("ring", 8), ("grid", 25)])
+def test_modes_are_distinct(dataset: str, count: int) -> None:
+    means, std = modes(dataset)
+    gaps = np.linalg.norm(means[:, None] - means[None], axis=2) + 1e9 * np.eye(len(means))
+    assert len(means) == count
+    assert gaps.min() > 20 * std
+
+
+@pytest.mark.parametrize(
+    ("dataset", "mean_kl", "high_kl"), [("ring", 0.0014, 0.0028), ("grid", 0.0048, 0.0075)]
+)
+def test_a_perfect_sampler_scores_at_the_floor(
+    rng: np.random.Generator, dataset: str, mean_kl: float, high_kl: float
+) -> None:
+    runs = [mixtures.mixture(sample_mixture(rng, dataset, 2500), dataset) for _ in range(200)]
+    found = {name: np.array([run[name] for run in runs]) for name in runs[0]}
+    assert set(found["modes"]) == {len(modes(dataset)[0])}
+    # Standard errors over 200 runs: .00015 for the share, 6 % of itself at most for the KL.
+    assert found["high_quality"].mean() == pytest.approx(1 - np.exp(-4.5), abs=0.0006)
+    assert found["high_quality"].std() == pytest.approx(0.0021, abs=0.0005)
+    for name in ("reverse_kl", "reverse_kl_all"):
+        assert found[name].mean() == pytest.approx(mean_kl, rel=0.2)
+        assert np.quantile(found[name], 0.95) == pytest.approx(high_kl, rel=0.25)
+    assert found["std_ratio"].mean() == pytest.approx(1, abs=0.005)
+
+
+def test_reverse_kl_counts_the_modes_that_are_missed() -> None:
+    means, _ = modes("ring")
+    assert mixtures.mixture(means[[0] * 5], "ring")["reverse_kl"] == pytest.approx(np.log(8))
+    assert mixtures.mixture(means[[1, 6]], "ring")["reverse_kl"] == pytest.approx(np.log(4))
+    assert mixtures.mixture(means, "ring")["reverse_kl"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_mode_counts_only_with_a_point_within_three_stds() -> None:
+    means, std = modes("ring")
+    near, far = means + np.array([2.99 * std, 0]), means + np.array([0, 3.01 * std])
+    points = np.concatenate((near[:5], far[5:]))
+    found = mixtures.mixture(points, "ring")
+    assert found["modes"] == 5
+    assert found["high_quality"] == 5 / 8
+    assert found["reverse_kl"] == pytest.approx(np.log(8 / 5))
+    assert found["reverse_kl_all"] == pytest.approx(0, abs=1e-12)
+
+
+def test_points_far_from_everything_score_the_worst_there_is() -> None:
+    found = mixtures.mixture(np.full((10, 2), 0.01), "ring")
+    assert (found["modes"], found["high_quality"]) == (0, 0)
+    assert found["reverse_kl"] == pytest.approx(np.log(8))
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5**0.5])
+def test_std_ratio_is_the_spread_over_the_data_s(rng: np.random.Generator, scale: float) -> None:
+    found = mixtures.mixture(sample_mixture(rng, "ring", 40_000, scale), "ring")
+    assert found["std_ratio"] == pytest.approx(scale, rel=0.01)
+    assert found["std_ratio_min"] < found["std_ratio"] < found["std_ratio_max"]
+
+
+def test_std_ratio_leaves_bridges_between_modes_out(rng: np.random.Generator) -> None:
+    angles = rng.uniform(0, 2 * np.pi, 1000)
+    bridge = 0.5 * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+    points = np.concatenate((sample_mixture(rng, "ring", 4000), bridge))
+    assert mixtures.mixture(points, "ring")["std_ratio"] == pytest.approx(1, abs=0.15)
+
+
+def test_std_ratio_is_large_where_nothing_is_near_a_mode(rng: np.random.Generator) -> None:
+    means, std = modes("ring")
+    points = 1.4 * means[rng.integers(8, size=500)] + 8 * std * rng.standard_normal((500, 2))
+    assert mixtures.mixture(points, "ring")["std_ratio"] > 5
+
+
+def test_the_optimum_of_the_pair_discriminator_scores_as_derived(rng: np.random.Generator) -> None:
+    _, std = modes("ring")
+    x = sample_mixture(rng, "ring", 20_000)
+    x_hat = x + std / np.sqrt(2) * rng.standard_normal((4, *x.shape))
+    found = mixtures.reconstructed_points(x, x_hat, "ring")
+    assert found["right_mode"] == 1.0
+    assert found["residual_std_ratio"] == pytest.approx(1, abs=0.01)
+    assert found["residual_p"] > 0.001
+    marginal = mixtures.mixture(x_hat[0], "ring")
+    assert marginal["high_quality"] == pytest.approx(1 - np.exp(-3), abs=0.005)
+    assert marginal["std_ratio"] == pytest.approx(1.5**0.5, rel=0.01)
+
+
+def test_variations_of_another_mode_or_another_spread_are_noticed(
+    rng: np.random.Generator,
+) -> None:
+    x = sample_mixture(rng, "ring", 2000)
+    assert mixtures.reconstructed_points(x, -x[None], "ring")["right_mode"] == 0.0
+    copies = mixtures.reconstructed_points(x, np.stack([x, x]), "ring")
+    assert copies["residual_std_ratio"] == 0.0
+    assert copies["residual_p"] < 1e-6
+    shifted = mixtures.reconstructed_points(x, x[None] + 0.005, "ring")
+    assert shifted["residual_std_ratio"] == pytest.approx(2**0.5)
+
+
+def test_points_that_are_not_finite_are_reported_as_divergence() -> None:
+    with pytest.raises(UserError, match="diverged"):
+        mixtures.mixture(np.array([[0.0, np.nan]]), "ring")
+
+
+@pytest.mark.parametrize("name", mixtures.PROTOCOLS)
+@pytest.mark.parametrize("dataset", ["ring", "grid"])
+def test_collapsed_and_over_spread_samples_score_under_the_floor(
+    rng: np.random.Generator, dataset: str, name: str
+) -> None:
+    protocol = mixtures.PROTOCOLS[name]
+    floor = points.perfect(dataset, 1000, 0, protocol)
+    means, std = modes(dataset)
+    assert floor["modes_floor"] == len(means)
+    assert floor["std_ratio_floor"] == pytest.approx(1, abs=0.03)
+    one = means[[0] * 1000] + std * rng.standard_normal((1000, 2))
+    collapsed = mixtures.mixture(one, dataset, protocol)
+    assert collapsed["modes"] == 1
+    assert collapsed["reverse_kl"] == pytest.approx(np.log(len(means)))
+    still = mixtures.mixture(means[rng.integers(len(means), size=1000)], dataset, protocol)
+    assert still["std_ratio"] < 1e-9
+    assert still["high_quality"] > floor["high_quality_floor"]  # narrower than the data
+    wide = mixtures.mixture(sample_mixture(rng, dataset, 1000, 3), dataset, protocol)
+    assert wide["high_quality"] < floor["high_quality_floor"] - 0.4
+    assert wide["std_ratio"] > 1.8
+
+
+def test_the_protocols_differ_in_the_corner_of_the_box_and_in_what_the_kl_counts() -> None:
+    means, std = modes("ring")
+    corner, far = means + 2.9 * std, means[[0] * 8] + 20 * std
+    scores = {
+        name: mixtures.mixture(np.concatenate((corner, far)), "ring", protocol)
+        for name, protocol in mixtures.PROTOCOLS.items()
+    }
+    shares = {name: s["high_quality"] for name, s in scores.items()}
+    assert shares == {"pacgan": 0.0, "metz": 0.0, "selfcond": 0.5}
+    assert scores["pacgan"]["reverse_kl"] == pytest.approx(np.log(8))
+    assert scores["metz"]["reverse_kl"] == scores["selfcond"]["reverse_kl"] < np.log(8)
+    # The share of a Gaussian in a box of three stds.
+    box = points.perfect("grid", 20_000, 0, mixtures.PROTOCOLS["selfcond"])
+    assert box["high_quality_floor"] == pytest.approx(0.9946, abs=0.0005)
