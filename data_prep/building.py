@@ -256,7 +256,9 @@ def _claim(plan: Plan) -> None:
     Raises:
         UserError: a build with other settings or files came first.
     """
-    _check_claim(plan, storage.create_bytes(plan.marker, plan.identity))
+    if not storage.exists(plan.marker):
+        storage.write_bytes(plan.marker, plan.identity)
+    _check_claim(plan, storage.read_bytes(plan.marker))
 
 
 def _check_claim(plan: Plan, claim: bytes) -> None:
@@ -312,7 +314,7 @@ def _complete(plan: Plan, finished: dict[str, Written]) -> Manifest:
     if storage.is_local(plan.out):
         ours = {Path(name).name for name in (*sizes, *extras, MANIFEST)}
         for name in sizes:
-            # half written when a run was killed: see storage.new_file
+            # half written when a run was killed: see storage.local.new_file
             if Path(name).name.startswith(".") and Path(name).stem[1:] in ours:
                 (Path(plan.out) / name).unlink(missing_ok=True)
     # A store may let two builds claim one place: its conditional writes are not always atomic. But

@@ -20,6 +20,7 @@ from PIL import Image
 
 from data_prep import celeba
 from ivegan import storage
+from ivegan.storage import objects
 
 RNG = np.random.default_rng(0)
 
@@ -149,15 +150,15 @@ def s3(s3_variables: dict[str, str]) -> Iterator[str]:
             environment.delenv(name)
         for name, value in s3_variables.items():
             environment.setenv(name, value)
-        storage._client.cache_clear()
+        objects.client.cache_clear()
         client, bucket = storage.s3_client(), f"ivegan-test-{uuid.uuid4().hex}"
         client.create_bucket(Bucket=bucket)
         yield f"s3://{bucket}"
-        storage._client.cache_clear()
+        objects.client.cache_clear()
         for name in storage.list_files(f"s3://{bucket}"):
             client.delete_object(Bucket=bucket, Key=name)
         client.delete_bucket(Bucket=bucket)
-        storage._client.cache_clear()
+        objects.client.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from ivegan.config import override, preset
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
 from ivegan.data.stream import Stream
+from ivegan.storage import objects
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = str(ROOT / "data_prep" / "build.py")
@@ -90,10 +91,10 @@ def killable(tmp_path, monkeypatch) -> Iterator[KillableStore]:
     with KillableStore(tmp_path / "store") as store:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
-        storage._client.cache_clear()
+        objects.client.cache_clear()
         storage.s3_client().create_bucket(Bucket="bucket")
         yield store
-        storage._client.cache_clear()
+        objects.client.cache_clear()
 
 
 class OnceTold(logging.Handler):

@@ -3,12 +3,9 @@
 import errno
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 
 from ivegan import storage
 from ivegan.errors import UserError
+from ivegan.storage import errors, local, objects
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -87,41 +85,6 @@ def test_a_part_of_a_file_can_be_read(place):
         storage.read_range(f"{uri}x", 0, 5)
 
 
-def test_what_is_created_first_stands(place):
-    uri = storage.join(place, "a/b")
-    assert storage.create_bytes(uri, b"first") == b"first"
-    assert storage.create_bytes(uri, b"second") == b"first"
-    storage.write_bytes(uri, b"third")
-    assert storage.create_bytes(uri, b"second") == b"third"
-    assert storage.list_names(storage.join(place, "a")) == ["b"]
-
-
-def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
-    gate = threading.Barrier(8)
-    contents = [bytes([n]) * 100_000 for n in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for number in range(30):
-
-            def create(content: bytes, uri: Path = tmp_path / str(number)) -> bytes:
-                gate.wait(60)
-                return storage.create_bytes(uri, content)
-
-            (standing,) = set(pool.map(create, contents))
-            assert standing in contents
-            assert (tmp_path / str(number)).read_bytes() == standing
-    assert len(storage.list_names(tmp_path)) == 30  # no temporary names stay behind
-
-
-def test_without_hard_links_a_file_is_created_all_the_same(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    assert storage.create_bytes(tmp_path / "x", b"first") == b"first"
-    assert storage.create_bytes(tmp_path / "x", b"second") == b"first"
-    assert storage.list_names(tmp_path) == ["x"]
-
-
 def test_folders_travel_whole(place, tmp_path):
     source = folder(tmp_path / "source", FILES)
     uri = storage.join(place, "checkpoint")
@@ -159,7 +122,7 @@ def test_the_marker_goes_up_last_and_comes_down_first(s3, tmp_path, monkeypatch)
             calls.append("down " + " ".join(one["Key"] for one in Delete["Objects"]))
             return client.delete_objects(Bucket=Bucket, Delete=Delete)
 
-    monkeypatch.setattr(storage, "s3_client", Watched)
+    monkeypatch.setattr(objects, "s3_client", Watched)
     storage.upload_folder(source, f"{s3}/c", last="config.json")
     storage.upload_folder(source, f"{s3}/c", last="config.json")
     first = ["up c/deep/er/x.txt", "up c/weights.bin", "up c/config.json"]
@@ -204,9 +167,9 @@ def test_a_disk_that_refuses_is_reported_in_a_sentence(number, sentence, tmp_pat
         (lambda: storage.upload_folder(source, target), target),
         (lambda: storage.download_folder(source, target), target / "config.json"),
     ):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError) as caught:
             act()
-        assert str(error.value) == sentence.format(named)
+        assert str(caught.value) == sentence.format(named)
         assert storage.list_files(tmp_path) == {f"source/{n}": len(c) for n, c in FILES.items()}
 
 
@@ -214,12 +177,12 @@ FULL = """
 import resource, sys
 from ivegan import storage
 from ivegan.errors import UserError
+from ivegan.storage import errors, local, objects
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 source, target = sys.argv[1:]
 for act in (
     lambda: storage.write_bytes(f"{target}/x", b"n" * 9000),
-    lambda: storage.create_bytes(f"{target}/y", b"n" * 9000),
     lambda: storage.upload_folder(source, f"{target}/up"),
     lambda: storage.download_folder(source, f"{target}/down"),
 ):
@@ -236,9 +199,9 @@ def test_a_file_that_the_disk_does_not_take_leaves_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL, source, target], capture_output=True, text=True, check=True
     )
-    error = "grows larger than files may be here: choose another place."
-    names = ("x", "y", "up", "down/big")
-    assert done.stdout.splitlines() == [f"{target / name} {error}" for name in names]
+    caught = "grows larger than files may be here: choose another place."
+    names = ("x", "up", "down/big")
+    assert done.stdout.splitlines() == [f"{target / name} {caught}" for name in names]
     assert storage.list_files(target) == {"x": 3}
 
 
@@ -249,7 +212,7 @@ def test_a_name_that_is_too_long_is_reported_in_a_sentence(tmp_path):
 
 def test_a_list_leaves_out_what_goes_while_it_is_made(tmp_path, monkeypatch):
     (tmp_path / "stays").write_bytes(b"1")
-    monkeypatch.setattr(storage, "_files", lambda place: [place / "stays", place / "gone"])
+    monkeypatch.setattr(local, "files", lambda place: [place / "stays", place / "gone"])
     assert storage.list_files(tmp_path) == {"stays": 1}
 
 
@@ -270,7 +233,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(storage, "time", clock)
+    monkeypatch.setattr(errors, "time", clock)
     return clock
 
 
@@ -301,10 +264,10 @@ def test_patience_ends(clock):
 
     with pytest.raises(storage.Unavailable, match="Away"):
         storage.patiently(call)
-    assert storage._PATIENCE <= clock.now - 1010 < storage._PATIENCE + 15
+    assert errors.PATIENCE <= clock.now - 1010 < errors.PATIENCE + 15
     assert len(calls) == len(clock.pauses) + 1
-    assert max(clock.pauses) <= storage._LONGEST_PAUSE
-    assert clock.pauses[0] < 0.5 < storage._LONGEST_PAUSE / 2 <= clock.pauses[-1]
+    assert max(clock.pauses) <= errors.LONGEST_PAUSE
+    assert clock.pauses[0] < 0.5 < errors.LONGEST_PAUSE / 2 <= clock.pauses[-1]
 
 
 def test_errors_that_waiting_does_not_fix_are_raised_at_once(clock):
@@ -316,17 +279,10 @@ def test_errors_that_waiting_does_not_fix_are_raised_at_once(clock):
     assert clock.pauses == []
 
 
-def test_waiting_leaves_the_random_numbers_of_a_training_alone(clock):
-    before = random.getstate()
-    storage._pause(3)
-    assert random.getstate() == before
-    assert len(clock.pauses) == 1
-
-
 def test_unavailable_comes_back_from_another_process():
-    error = pickle.loads(pickle.dumps(storage.Unavailable("Away.")))
-    assert isinstance(error, storage.Unavailable)
-    assert str(error) == "Away."
+    caught = pickle.loads(pickle.dumps(storage.Unavailable("Away.")))
+    assert isinstance(caught, storage.Unavailable)
+    assert str(caught) == "Away."
 
 
 def refusal(code: str, status: int) -> Any:
@@ -350,22 +306,8 @@ def refusal(code: str, status: int) -> Any:
     ],
 )
 def test_refusals_are_distinguished(code, status, kind):
-    error = storage._refusal(refusal(code, status), "s3://bucket/x", "http://store")
-    assert type(error) is kind
-
-
-@pytest.mark.parametrize(
-    ("answer", "same"),
-    [
-        ({"ETag": "a", "ContentRange": "bytes 5-9/10"}, True),
-        ({"ETag": "b", "ContentRange": "bytes 5-9/10"}, False),
-        ({"ETag": "a", "ContentRange": "bytes 50-99/100"}, False),
-        ({"ETag": "a"}, False),  # the whole object, from a store that ignores Range
-    ],
-)
-def test_an_answer_that_does_not_go_on_is_not_added(answer, same):
-    assert storage._goes_on(answer, "a", 5) is same
-    assert storage._goes_on(answer, None, None)
+    caught = errors.refusal(refusal(code, status), "s3://bucket/x", "http://store")
+    assert type(caught) is kind
 
 
 def test_a_missing_file_is_reported_in_a_sentence(place):
@@ -404,9 +346,9 @@ def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
     ],
 )
 def test_a_wrong_uri_is_reported_in_a_sentence(uri, sentence):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as caught:
         storage.read_bytes(uri)
-    assert str(error.value) == sentence
+    assert str(caught.value) == sentence
 
 
 def test_a_file_in_a_folders_place_is_reported_in_a_sentence(tmp_path):
@@ -461,7 +403,7 @@ def test_a_missing_bucket_is_named(s3):
 def test_wrong_credentials_are_reported_and_missing_ones_too(s3, monkeypatch):
     with monkeypatch.context() as with_wrong:
         with_wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        storage._client.cache_clear()
+        objects.client.cache_clear()
         for act in (storage.read_bytes, storage.exists, storage.list_names):
             with pytest.raises(UserError, match="was denied: check AWS_ACCESS_KEY_ID"):
                 act(f"{s3}/x")
@@ -473,17 +415,17 @@ def test_wrong_credentials_are_reported_and_missing_ones_too(s3, monkeypatch):
         without.setenv("AWS_EC2_METADATA_DISABLED", "true")
         without.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         without.setenv("AWS_CONFIG_FILE", os.devnull)
-        storage._client.cache_clear()
+        objects.client.cache_clear()
         with pytest.raises(UserError, match="There are no credentials"):
             storage.read_bytes(f"{s3}/x")
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch):
-    monkeypatch.setattr(storage, "_ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    storage._client.cache_clear()
+    objects.client.cache_clear()
     with pytest.raises(storage.Unavailable, match=r"at http://127\.0\.0\.1:9 does not answer"):
         storage.exists("s3://bucket/x")
-    storage._client.cache_clear()
+    objects.client.cache_clear()
