@@ -131,10 +131,11 @@ def _evaluate(
 
 
 def _record(uri: str, result: Mapping[str, Any]) -> None:
-    """Bring an evaluation to MLflow, and copy its files to the run's folder."""
-    from pipelines.paths import journal_dir
-    from pipelines.registry import store_of
-    from pipelines.tracking.client import add_evaluation
+    """Copy an evaluation's files to the run's folder, and mirror the run."""
+    from pipelines.models.register import store_of
+    from pipelines.tracking.client import TROUBLE, first_line
+    from pipelines.tracking.mirror import mirror
+    from pipelines.training import record
 
     run_uri, _, name = uri.rpartition("/")
     metadata, out = checkpoint.read_facts(uri), result["report"].rpartition("/")[0]
@@ -146,22 +147,22 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
             storage.patiently(storage.write_bytes, copy, data)
     except UserError as error:  # a run of another owner
         log.warning("The evaluation was not copied to %s: %s", folder, error)
-    if metadata.get("mlflow_run_id") and storage.is_local(out):
-        add_evaluation(
-            store_of(metadata),
-            metadata["mlflow_run_id"],
-            result["metrics"],
-            metadata["images_seen"],
-            Path(out),
-            journals=journal_dir(),
-            run_uri=run_uri,
+    if not record.exists(run_uri):
+        return
+    try:
+        mirror(run_uri, store_of(metadata))
+    except TROUBLE as error:
+        log.warning(
+            "MLflow lacks the evaluation of %s (%s); `registry.py sync` copies it.",
+            run_uri,
+            first_line(error),
         )
 
 
 def _resolve(uri: str) -> str:
     """Return the checkpoint that a URI of any kind names."""
     if uri.startswith("models:/"):
-        from pipelines.registry import checkpoint_of
+        from pipelines.models.pull import checkpoint_of
 
         uri = checkpoint_of(uri)
     return checkpoint.find(storage.absolute(uri))

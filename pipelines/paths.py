@@ -35,13 +35,6 @@ def cache_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"
 
 
-def journal_dir() -> Path:
-    """Return this node's folder of journals."""
-    with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
-        return runs_dir() / "journal"
-    return cache_dir() / "journal"
-
-
 def runs_uri(where: str | None) -> str:
     """Return the absolute place of run folders: the one of ``--storage``, or the local default."""
     return storage.absolute(where or runs_dir() / "checkpoints")

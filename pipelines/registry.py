@@ -71,10 +71,10 @@ class Pull(cli.Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Sync(cli.Options):
-    """Deliver to MLflow what an outage held back."""
+    """Copy to MLflow what it lacks of the runs of a folder, after an outage or a lost node."""
 
-    journals: str | None = None
-    """A folder of journals, or of runs whose node is gone, here or s3://; default runs/journal."""
+    storage: str | None = None
+    """Folder or s3:// URI of run folders; runs/checkpoints by default."""
 
 
 def main_register(options: Register) -> dict[str, Any]:
@@ -145,17 +145,17 @@ def main_pull(options: Pull) -> dict[str, Any]:
 
 
 def main_sync(options: Sync) -> dict[str, Any]:
-    """Deliver journals, or print how many entries wait."""
-    from pipelines.paths import runs_dir
-    from pipelines.tracking.client import deliver, waiting
+    """Mirror runs, or print how many files wait."""
+    from pipelines.paths import runs_uri
+    from pipelines.tracking.mirror import sync, waiting
 
-    uri = storage.absolute(options.journals or runs_dir() / "journal")
-    if not storage.exists(uri):
-        raise UserError(f"There is no folder {uri} of journals: name one with --journals.")
+    uri = runs_uri(options.storage)
+    if options.storage and not storage.exists(uri):
+        raise UserError(f"There is no folder {uri}: name one with --storage.")
     if options.dry_run:
         return _print({"waiting": waiting(uri)})
-    result = {"delivered": deliver(uri)}
-    print(f"{sum(result['delivered'].values())} entries delivered")
+    result = {"delivered": sync(uri)}
+    print(f"{sum(result['delivered'].values())} files copied")
     return result
 
 

@@ -31,7 +31,8 @@ from ivegan.evaluation.sampling import (
     evenly,
     stream,
 )
-from ivegan.networks import Encoder, initialise, sample_shape
+from ivegan.layers.build import initialise
+from ivegan.networks import Encoder, sample_shape
 from ivegan.transforms import to_float
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities import Param
 from mlflow.entities.model_registry import ModelVersion
 
 from ivegan import checkpoint, storage
-from ivegan.config import config_hash, flatten, to_dict
+from ivegan.config import config_hash, flatten
 from pipelines import paths
 from pipelines.models import package
 from pipelines.models.card import evaluations_of
@@ -154,21 +155,16 @@ def _mlflow_run(client: MlflowClient, checkpoint_uri: str, half: Half) -> str:
     run, name = metadata.get("mlflow_run_id"), str(metadata.get("run_id"))  # an id, or a key
     if run is not None and (existing := tracking.find_run(client, run)) is not None:
         return existing
-    dataset_hash = str(metadata.get("dataset_hash"))
-    run_id = tracking.start_run(
-        client.tracking_uri,
-        experiment=f"ivegan-{config.dataset}",
-        run_name=name,
-        params=flatten(config),
-        tags={
-            "preset": str(metadata.get("preset")),
-            "git_commit": str(metadata.get("git_commit")),
-            "config_hash": config_hash(config),
-            "dataset_hash": dataset_hash,
-            "mlflow.note.content": f"Created when {name} was registered; tracked elsewhere.",
-        },
-        config=to_dict(config),
-        dataset=(config.dataset, dataset_hash, str(metadata.get("data") or config.dataset)),
-    )
-    tracking.end_run(client.tracking_uri, run_id, "FINISHED")
+    tags = {
+        "preset": str(metadata.get("preset")),
+        "git_commit": str(metadata.get("git_commit")),
+        "config_hash": config_hash(config),
+        "dataset_hash": str(metadata.get("dataset_hash")),
+        "mlflow.note.content": f"Created when {name} was registered; tracked elsewhere.",
+    }
+    experiment = tracking.experiment_of(client, f"ivegan-{config.dataset}", client.tracking_uri)
+    run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+    params = [Param(key, str(value)) for key, value in flatten(config).items()]
+    client.log_batch(run_id, params=params)
+    client.set_terminated(run_id, "FINISHED")
     return run_id

@@ -6,6 +6,7 @@ MLflow run, and once all was copied, of which state of the folder.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ from ivegan.digest import digest
 from ivegan.errors import UserError
 from pipelines.paths import public, tracking_uri
 from pipelines.tracking import client as tracking
+from pipelines.tracking import journals
 from pipelines.training import record as records
 from pipelines.training.record import RunRecord
 
@@ -35,7 +37,7 @@ _INTERVAL, _LONGEST_PAUSE, _LAST_CHANCE = 3.0, 30.0, 20.0  # seconds
 _COPIED = re.compile(
     r"(metrics/\d[^/]*\.jsonl|figures/\w[^/]*\.png|evaluation-\d+/\w[^/]*|sweep\.(html|png))"
 )
-_KEY, _PARENT, _ENDED = "run_key", "mlflow.parentRunId", "ended"
+_PARENT, _ENDED = "mlflow.parentRunId", "ended"
 
 
 @dataclasses.dataclass
@@ -127,7 +129,7 @@ def _run_of(
             tracking.experiment_of(tracked, record.experiment, uri),
             run_name=record.run_id,
             start_time=record.started,
-            tags={_KEY: record.key, **_parent_tag(tracked, record, run_uri, uri)},
+            tags={tracking.KEY: record.key, **_parent_tag(tracked, record, run_uri, uri)},
         )
         found = _search(tracked, record.key)  # another mirror may have made one at once
     active = [run for run in found if run.info.lifecycle_stage == "active"]
@@ -142,7 +144,7 @@ def _search(tracked: MlflowClient, key: str) -> list[Any]:
     everywhere = [e.experiment_id for e in tracked.search_experiments(ViewType.ALL)]
     if not everywhere:
         return []
-    return list(tracked.search_runs(everywhere, f"tags.{_KEY} = '{key}'", ViewType.ALL))
+    return list(tracked.search_runs(everywhere, f"tags.{tracking.KEY} = '{key}'", ViewType.ALL))
 
 
 def _parent_tag(tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str) -> dict[str, str]:
@@ -303,7 +305,8 @@ _REMEDY = "`python pipelines/registry.py sync` copies the rest."
 def sync(where: str | Path) -> dict[str, int]:
     """Mirror all runs of a folder or bucket; return how many files of which run were copied.
 
-    Runs whose driver died on this machine are ended as KILLED.
+    Runs whose driver died on this machine are recorded as KILLED. Journals of version 0.1, in the
+    folders of its runs and in ``journal`` beside them, are delivered first.
 
     Args:
         where: a folder of runs, or a run's folder.
@@ -312,23 +315,39 @@ def sync(where: str | Path) -> dict[str, int]:
         UserError: a server does not take a run; all others are copied nevertheless.
     """
     copied, failed = {}, None
+    work = [(str(folder), functools.partial(journals.deliver, folder)) for folder in _old(where)]
     for run_uri, record in _pending(where):
-        uri = _store_of(run_uri)
+        work.append((record.run_id, functools.partial(_mirrored, run_uri, record.run_id)))
+    for name, copy in work:
         try:
-            copied[record.run_id] = mirror(run_uri, uri)
+            copied |= copy()
         except tracking.TROUBLE as error:
             failed = failed or UserError(
-                f"MLflow at {public(uri)} does not take all of run {record.run_id} "
-                f"({tracking.first_line(error)}): try sync again later."
+                f"MLflow does not take all of {name} ({tracking.first_line(error)}): try sync "
+                "again later."
             )
     if failed is not None:
         raise failed
     return copied
 
 
+def _mirrored(run_uri: str, run_id: str) -> dict[str, int]:
+    return {run_id: mirror(run_uri, _store_of(run_uri))}
+
+
 def waiting(where: str | Path) -> dict[str, int]:
-    """Return by run id how many files ``sync`` would look at; nothing is copied."""
-    return {record.run_id: len(_files(run_uri)) for run_uri, record in _pending(where)}
+    """Return by run id how many files ``sync`` would compare; nothing is copied."""
+    counts = {record.run_id: len(_files(run_uri)) for run_uri, record in _pending(where)}
+    for folder in _old(where):
+        counts |= journals.waiting(folder)
+    return counts
+
+
+def _old(where: str | Path) -> list[str]:
+    """Return the folders that may hold journals of version 0.1."""
+    place = storage.absolute(where)
+    beside = storage.join(place.rpartition("/")[0], "journal")
+    return [folder for folder in (place, beside) if storage.exists(folder)]
 
 
 def _pending(where: str | Path) -> Iterator[tuple[str, RunRecord]]:

@@ -15,7 +15,7 @@ from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.networks import sample_shape
 from pipelines import options as cli
-from pipelines.paths import cache_dir, journal_dir, new_id, public, runs_dir, runs_uri, tracking_uri
+from pipelines.paths import cache_dir, new_id, public, runs_dir, runs_uri, tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,6 @@ class Plan:
     data_uri: str | None
     cache_dir: str
     tracking_uri: str = dataclasses.field(repr=False)  # it may hold a password
-    journal: str
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of its MLflow run, beside those that every run has."""
 
@@ -168,7 +167,6 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
         data_uri=None if data_uri is None else storage.absolute(data_uri),
         cache_dir=str(cache_dir()),
         tracking_uri=tracking_uri(),
-        journal=str(journal_dir() / f"{run_id}.jsonl"),
     )
 
 
@@ -182,7 +180,6 @@ def beside(plan: Plan, config: Config, run_id: str, parent_run: str | None = Non
         run=run,
         run_id=run_id,
         run_uri=storage.join(folder, run_id),
-        journal=str(Path(plan.journal).with_name(f"{run_id}.jsonl")),
     )
 
 

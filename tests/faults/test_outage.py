@@ -21,8 +21,6 @@ from mlflow_server import MlflowServer, postgres
 from processes import kill
 
 from ivegan import storage
-from pipelines import registry
-from pipelines.tracking import client as tracking
 from pipelines.tracking import mirror
 from pipelines.training import record as records
 
@@ -209,13 +207,11 @@ def test_a_sweep_goes_on_without_its_mlflow_server(
         sweep.until(lambda line: time.monotonic() - killed >= seconds)
         server.start()
     result = sweep.result()
-    journals = home / "runs" / "journal"
     if back is None:
-        assert len(tracking.waiting(journals) | mirror.waiting(f"{s3}/runs")) >= 4
+        assert len(mirror.waiting(f"{s3}/runs")) >= 4
         server.start()
-    registry.sync(journals)
-    registry.sync(f"{s3}/runs")
-    assert tracking.waiting(journals) == mirror.waiting(f"{s3}/runs") == {}
+    mirror.sync(f"{s3}/runs")
+    assert mirror.waiting(f"{s3}/runs") == {}
     runs = {run.info.run_name: run for run in mlflow_runs(server.uri)}
     assert len(mlflow_runs(server.uri)) == len(runs)
     states = {f"s-{trial['trial']}": trial["state"] for trial in result["trials"]}

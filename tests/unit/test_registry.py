@@ -397,7 +397,7 @@ def test_the_command_again_completes_a_change_cut_between_any_two_calls(
         (lambda: promote("mnist"), "No version of mnist is in staging"),
         (lambda: rollback("mnist"), "No version of mnist is in production"),
         (lambda: register("nowhere"), "nowhere"),
-        (lambda: registry.main_sync(registry.Sync(journals="nowhere")), "There is no folder"),
+        (lambda: registry.main_sync(registry.Sync(storage="nowhere")), "There is no folder"),
     ],
 )
 def test_a_missing_thing_is_named(home, store, call, sentence):
