@@ -216,7 +216,7 @@ def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: lis
             continue
         content = storage.read_bytes(storage.join(run_uri, name))
         if name.endswith("/metrics.json"):
-            _copy_evaluation(tracked, run_id, content)
+            _copy_evaluation(tracked, run_id, name, content)
         folder = "figures" if name.startswith("figures/") else "evaluation"
         with TemporaryDirectory() as tmp:
             path = Path(tmp, PurePosixPath(name).name)
@@ -230,10 +230,10 @@ def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: lis
                 log.warning("MLflow refuses %s of run %s (%s): left out", name, run_id, reason)
 
 
-def _copy_evaluation(tracked: MlflowClient, run_id: str, content: bytes) -> None:
+def _copy_evaluation(tracked: MlflowClient, run_id: str, name: str, content: bytes) -> None:
     """Copy an evaluation's numbers; evaluated again, a checkpoint gets no second point."""
-    found = json.loads(content)
-    images_seen, existing = found["images_seen"], tracked.get_run(run_id).data.metrics
+    found, existing = json.loads(content), tracked.get_run(run_id).data.metrics
+    images_seen = int(name.partition("/")[0].rpartition("-")[2])
     metrics = []
     for key, value in found["metrics"].items():
         history = tracked.get_metric_history(run_id, key) if key in existing else []
