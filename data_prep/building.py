@@ -256,9 +256,7 @@ def _claim(plan: Plan) -> None:
     Raises:
         UserError: a build with other settings or files came first.
     """
-    if not storage.exists(plan.marker):
-        storage.write_bytes(plan.marker, plan.identity)
-    _check_claim(plan, storage.read_bytes(plan.marker))
+    _check_claim(plan, storage.create_bytes(plan.marker, plan.identity))
 
 
 def _check_claim(plan: Plan, claim: bytes) -> None:

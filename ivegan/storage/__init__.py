@@ -118,6 +118,21 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
             objects.upload(place, io.BytesIO(data))
 
 
+def create_bytes(uri: str | Path, data: bytes) -> bytes:
+    """Write a file unless it exists, and return the content that it has then.
+
+    Locally, and in a store whose conditional writes are atomic, all who call this at once get the
+    same content. Some stores check and write in two steps: compare again before relying on it.
+    """
+    place = parse(uri)
+    with sentences(uri):
+        if isinstance(place, Path):
+            local.create(place, data)
+        else:
+            objects.create(place, data)
+    return read_bytes(uri)
+
+
 @contextlib.contextmanager
 def open_file(
     uri: str | Path, buffer_size: int = objects.READ_AHEAD

@@ -1,6 +1,7 @@
 """Files and folders of this machine, which appear whole or not at all."""
 
 import contextlib
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,23 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def create(path: Path, data: bytes) -> None:
+    """Write a file whole, unless there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        fresh = Path(beside) / path.name
+        fresh.write_bytes(data)
+        try:
+            path.hardlink_to(fresh)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            if not path.exists():  # a file system without hard links, such as FAT
+                fresh.replace(path)
 
 
 def files(folder: Path) -> list[Path]:

@@ -100,6 +100,28 @@ def upload(place: Object, body: _File) -> None:
     s3_client().upload_fileobj(body, *place, ExtraArgs=extra)
 
 
+def create(place: Object, data: bytes) -> None:
+    """Upload an object, unless there is one."""
+    from botocore.exceptions import ClientError
+
+    metadata = {_DIGEST: hashlib.sha256(data).hexdigest()}
+    try:
+        s3_client().put_object(
+            Bucket=place[0],
+            Key=place[1],
+            Body=data,
+            ChecksumAlgorithm="SHA256",
+            Metadata=metadata,
+            IfNoneMatch="*",
+        )
+    except ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status == 501 and head(place) is None:  # a store without conditional writes
+            upload(place, io.BytesIO(data))
+        elif status not in (409, 412, 501):  # 409: another client writes it at this moment
+            raise
+
+
 def download(place: Object, file: _File) -> None:
     """Download an object into an empty file and check its digest.
 

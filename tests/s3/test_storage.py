@@ -6,6 +6,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +85,41 @@ def test_a_part_of_a_file_can_be_read(place):
             storage.read_range(uri, start, length)
     with pytest.raises(UserError, match=f"There is no file {uri}x"):
         storage.read_range(f"{uri}x", 0, 5)
+
+
+def test_what_is_created_first_stands(place):
+    uri = storage.join(place, "a/b")
+    assert storage.create_bytes(uri, b"first") == b"first"
+    assert storage.create_bytes(uri, b"second") == b"first"
+    storage.write_bytes(uri, b"third")
+    assert storage.create_bytes(uri, b"second") == b"third"
+    assert storage.list_names(storage.join(place, "a")) == ["b"]
+
+
+def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
+    gate = threading.Barrier(8)
+    contents = [bytes([n]) * 100_000 for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(30):
+
+            def create(content: bytes, uri: Path = tmp_path / str(number)) -> bytes:
+                gate.wait(60)
+                return storage.create_bytes(uri, content)
+
+            (content,) = set(pool.map(create, contents))
+            assert content in contents
+            assert (tmp_path / str(number)).read_bytes() == content
+    assert len(storage.list_names(tmp_path)) == 30  # no temporary names stay behind
+
+
+def test_without_hard_links_a_file_is_created_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert storage.create_bytes(tmp_path / "x", b"first") == b"first"
+    assert storage.create_bytes(tmp_path / "x", b"second") == b"first"
+    assert storage.list_names(tmp_path) == ["x"]
 
 
 def test_folders_travel_whole(place, tmp_path):
