@@ -274,8 +274,8 @@ def test_sweep_without_a_score_raises_a_sentence(home, store, ray_cluster, mlflo
 def test_time_budget_ends_running_trials_and_lists_the_others(
     home, store, ray_cluster, mlflow_runs
 ):
-    """Three trials of a day each, one after the other, of which the first is scored often."""
-    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 10**6})
+    """Three trials of minutes each, one after the other, of which the first is scored often."""
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 2 * 10**5})
     options = Sweep(samples=3, scores=10_000, sweep_id="s", max_concurrent=1, time_budget=45)
     result = sweep("ring", config, options)
     states = [t["state"] for t in result["trials"]]

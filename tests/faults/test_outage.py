@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from pipelines.training import record as records
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
-MINUTE = 60
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -120,18 +118,9 @@ def check_delivered(uri: str, run: Run, run_uri: str) -> None:
     assert {f.path for f in client.list_artifacts(run.info.run_id, "figures")} == figures
 
 
-LENGTHS = [
-    pytest.param(3_000, 0, id="short"),
-    pytest.param(40_000, MINUTE, id="minute", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("steps", "seconds"), LENGTHS)
-def test_training_goes_on_without_its_mlflow_server(
-    server, command, home, s3, mlflow_runs, steps, seconds
-):
-    """Killed after the first checkpoint, back after three more, and a minute in the long run."""
-    total, every = BATCH * steps, BATCH * steps // 100
+def test_training_continues_without_its_mlflow_server(server, command, home, s3, mlflow_runs):
+    """Killed after the first checkpoint, back after three more."""
+    total, every = BATCH * 3_000, BATCH * 3_000 // 100
     words = ["--batch-size", str(BATCH), "--total-images", str(total), "--workers", "0"]
     words += ["--storage", f"{s3}/runs", "--run-id", "a", "--optim.lr_g", "3e-4", "--json"]
     training = command("train.py", "ring", *words)
@@ -141,11 +130,8 @@ def test_training_goes_on_without_its_mlflow_server(
 
     assert training.until(saved)
     server.kill()
-    killed = time.monotonic()
     for _ in range(3):
         assert training.until(saved)
-    training.until(lambda line: time.monotonic() - killed >= seconds)
-    assert time.monotonic() - killed >= seconds, "the training was too short for a minute"
     assert sum(mirror.waiting(f"{s3}/runs").values()) >= 3
     server.start()
     result = training.result()
@@ -183,33 +169,17 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
     check_delivered(server.uri, run, f"{s3}/runs/a")
 
 
-SWEEPS = [
-    pytest.param("3 of 4 have ended", MINUTE, id="minute", marks=pytest.mark.slow),
-    pytest.param(None, 0, id="end"),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("back", "seconds"), SWEEPS)
-def test_a_sweep_goes_on_without_its_mlflow_server(
-    server, command, home, s3, mlflow_runs, back, seconds
-):
-    """Trials begin and end while the server is away, and so does the sweep where it stays away."""
-    steps = 20_000 if seconds else 2_000
+def test_a_sweep_continues_without_its_mlflow_server(server, command, home, s3, mlflow_runs):
+    """Trials begin and end while the server is away, and so does the sweep."""
     words = ["--samples", "4", "--max-concurrent", "1", "--batch-size", str(BATCH)]
-    words += ["--total-images", str(BATCH * steps), "--storage", f"{s3}/runs"]
+    words += ["--total-images", str(BATCH * 2_000), "--storage", f"{s3}/runs"]
     sweep = command("tune.py", "ring", *words, "--sweep-id", "s", "--json")
     assert sweep.until(lambda line: "1 of 4 have ended" in line), "".join(sweep.lines)
     server.kill()
-    killed = time.monotonic()
-    if back is not None:
-        assert sweep.until(lambda line: back in line), "".join(sweep.lines)
-        sweep.until(lambda line: time.monotonic() - killed >= seconds)
-        server.start()
     result = sweep.result()
-    if back is None:
-        assert len(mirror.waiting(f"{s3}/runs")) >= 4
-        server.start()
+    assert len(mirror.waiting(f"{s3}/runs")) >= 4
+    server.start()
     mirror.sync(f"{s3}/runs")
     assert mirror.waiting(f"{s3}/runs") == {}
     runs = {run.info.run_name: run for run in mlflow_runs(server.uri)}
