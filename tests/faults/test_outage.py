@@ -189,10 +189,8 @@ def test_a_sweep_continues_without_its_mlflow_server(server, command, home, s3, 
     parent = runs["s"]
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["best.run_id"] == result["trials"][0]["run_id"]
-    under = {
-        f.path for f in MlflowClient(server.uri).list_artifacts(parent.info.run_id, "evaluation")
-    }
-    assert under == {"evaluation/sweep.png"}
+    figures = MlflowClient(server.uri).list_artifacts(parent.info.run_id, "figures")
+    assert {file.path for file in figures} == {"figures/sweep.png"}
     for name, state in states.items():
         run = runs[name]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
