@@ -47,6 +47,14 @@ class Optimizer(torch.optim.Adam):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load moments and steps; rate and kind of the update stay those of this device."""
+        names = ("lr", "fused", "capturable")
+        own = [{name: group[name] for name in names} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
+
     def schedule(self, step: int) -> None:
         """Set the learning rate of a step, counted from 0."""
         if self._config.optim.schedule == "constant":

@@ -14,7 +14,7 @@ n counts the samples of one rank; ``config.batch_size`` counts those of all rank
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -134,21 +134,6 @@ def distribute(state: State) -> None:
         setattr(state, name, wrapped)
 
 
-def train_step(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
-    """Update D and D', then E and G, on one batch; return its losses and logits as scalars.
-
-    Args:
-        state: changed in place.
-        x: this rank's real samples, on the state's device.
-        draws: the random numbers that belong to them, on the same device.
-    """
-    for optimizer in (state.optimizer_g, state.optimizer_d):
-        optimizer.schedule(state.step)
-    scalars = update(state, x, draws)
-    state.step += 1
-    return scalars
-
-
 def update(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
     """Compute one step on the device; ``speed/graph.py`` captures it."""
     t = state.config.transform
@@ -168,6 +153,27 @@ def update(state: State, x: Tensor, draws: order.Draws) -> dict[str, Tensor]:
     return {k: torch.stack([s[k].detach() for s in scalars]).mean(0) for k in scalars[0]}
 
 
+Update = Callable[[State, Tensor, order.Draws], dict[str, Tensor]]
+
+
+def train_step(
+    state: State, x: Tensor, draws: order.Draws, compute: Update = update
+) -> dict[str, Tensor]:
+    """Update D and D', then E and G, on one batch; return its losses and logits as scalars.
+
+    Args:
+        state: changed in place.
+        x: this rank's real samples, on the state's device.
+        draws: the random numbers that belong to them, on the same device.
+        compute: ``update``, or a captured one.
+    """
+    for optimizer in (state.optimizer_g, state.optimizer_d):
+        optimizer.schedule(state.step)
+    scalars = compute(state, x, draws)
+    state.step += 1
+    return scalars
+
+
 class MicroBatch(NamedTuple):
     """What one forward and backward pass computes on."""
 
@@ -185,8 +191,7 @@ def _update_discriminators(
 ) -> tuple[list[dict[str, Tensor]], list[Generated]]:
     """Update D and D' to tell T(x) from x_hat and x from x_prior; return scalars and E's and G's.
 
-    G runs once per step: the graph of this pass also serves the generators' phase, since only D
-    changes. With several micro-batches it would fill the memory, and is discarded.
+    With one micro-batch, G's autograd graph serves the generators' phase too: only D changes.
     """
     weight, whole = state.config.objective.prior_weight, len(batches) == 1
     scalars, generated = [], []
@@ -301,10 +306,7 @@ def _logits(
     real: bool = True,
     mismatched: bool = False,
 ) -> Logits:
-    """Return the logits in float32, the precision in which losses are computed.
-
-    A frozen D is called without DDP: it has no gradients to synchronise.
-    """
+    """Return the logits in float32; a frozen D has no gradients to synchronise, so no DDP."""
     network = state.discriminators if frozen else state.discriminator_side
     with _autocast(state):
         logits: Logits = network(*images, real=real, mismatched=mismatched)
@@ -347,8 +349,7 @@ def train(
 ) -> Iterator[Progress]:
     """Train to ``config.total_steps``, yielding progress about every so many images and at the end.
 
-    The caller logs, saves or prints at each progress. Losses are summed on the device and read only
-    here, so the steps between two yields never wait for the host.
+    Losses are summed on the device and read only here, so steps never wait for the host.
 
     Args:
         state: changed in place; steps already taken are not repeated.
@@ -358,17 +359,17 @@ def train(
     Raises:
         NonFiniteLossError: training has diverged; the weights are those before the step that did.
     """
-    from ivegan.speed.graph import fastest_step  # it imports this module
+    from ivegan.speed.graph import fastest_update  # it imports this module
 
     every = max(1, math.ceil(every_images / state.config.batch_size))
     state.generator_side.train()
     state.discriminator_side.train()
-    take_step = fastest_step(state)
+    compute = fastest_update(state)
     sums: dict[str, Tensor] = {}
     count = 0
     while state.step < state.config.total_steps:
         x, draws = next(batches)
-        scalars = take_step(state, x, draws)
+        scalars = train_step(state, x, draws, compute)
         sums = {name: value + sums.get(name, 0) for name, value in scalars.items()}
         count += 1
         if state.step % every == 0 or state.step == state.config.total_steps:

@@ -47,8 +47,8 @@ class Display:
     def _progress(self, seen: int, metrics: dict[str, float], saved: str) -> None:
         rate = metrics["rate/images_per_second"]
         losses = "  ".join(
-            f"{told} {metrics[name]:.3f}"
-            for told, name in (
+            f"{label} {metrics[name]:.3f}"
+            for label, name in (
                 ("D", "loss/D"),
                 ("D'", "loss/D_prime"),
                 ("GE", "loss/GE_pair"),

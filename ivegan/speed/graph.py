@@ -4,39 +4,33 @@ The graph computes ``step.update`` on buffers of its own, so its results are tho
 step. It is captured after three steps that warm up libraries and are then undone.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ivegan.order import Draws
-from ivegan.step import State, train_step, update
-
-Step = Callable[[State, Tensor, Draws], dict[str, Tensor]]
+from ivegan.step import State, Update, update
 
 
-def fastest_step(state: State) -> Step:
-    """Return ``train_step``, or on a single GPU a captured step that computes the same.
+def fastest_update(state: State) -> Update:
+    """Return ``update``, or on a single GPU a captured one that computes the same.
 
     Several ranks reduce gradients in hooks of DDP, and compiled networks capture on their own.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     compiled = state.generator_side._compiled_call_impl is not None
     if state.device.type == "cuda" and alone and not compiled:
-        return _CapturedStep()
-    return train_step
+        return _CapturedUpdate()
+    return update
 
 
-class _CapturedStep:
+class _CapturedUpdate:
     """Captures ``update`` at its first call and replays it at every call."""
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, state: State, x: Tensor, draws: Draws) -> dict[str, Tensor]:
-        for optimizer in (state.optimizer_g, state.optimizer_d):
-            optimizer.schedule(state.step)
         if self.graph is None:
             self._capture(state, x, draws)
         assert self.graph is not None, "captured above"
@@ -44,7 +38,6 @@ class _CapturedStep:
         for ours, theirs in zip(self.draws, draws, strict=True):
             ours.copy_(theirs, non_blocking=True)
         self.graph.replay()
-        state.step += 1
         # The next replay overwrites the graph's outputs.
         return {name: value.clone() for name, value in self.scalars.items()}
 

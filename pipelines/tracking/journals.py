@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from ivegan import storage
+from ivegan.errors import UserError
 from pipelines.paths import public, tracking_uri
 from pipelines.tracking.client import KEY, client, experiment_of, find_run
 
@@ -28,17 +29,17 @@ def deliver(where: str | Path) -> dict[str, int]:
         MlflowException, OSError, UserError: a server does not answer; the rest is sent next time.
     """
     sent = {}
-    for stem in _journals(where):
-        header, entries = _read(stem)
+    for stem, header, entries in _journals(where):
         waiting = entries[_sent(stem) :]
-        if KEY not in header or not waiting:
+        if not waiting:
             continue
         uri = _with_credentials(header["uri"])
-        run_id = _run_of(client(uri), uri, header[KEY], entries)
+        tracked = client(uri)
+        run_id = _run_of(tracked, uri, header[KEY], entries)
         if run_id is None:
             continue  # deleted, or never started
         for entry in waiting:
-            _send(client(uri), run_id, entry, stem)
+            _send(tracked, run_id, entry, stem)
         note = {"run_id": run_id, "entries": len(entries)}
         storage.write_bytes(f"{stem}.sent", json.dumps(note).encode())
         sent[run_id] = len(waiting)
@@ -48,19 +49,20 @@ def deliver(where: str | Path) -> dict[str, int]:
 def waiting(where: str | Path) -> dict[str, int]:
     """Return the number of entries that ``deliver`` would send, by run."""
     counts = {}
-    for stem in _journals(where):
-        header, entries = _read(stem)
-        if KEY in header and (count := len(entries) - _sent(stem)):
+    for stem, header, entries in _journals(where):
+        if count := len(entries) - _sent(stem):
             counts[header[KEY]] = count
     return counts
 
 
-def _journals(where: str | Path) -> list[str]:
-    """Return the journals of a folder without their suffix, those that start a run first."""
+def _journals(where: str | Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Return place without suffix, header and entries of each, those that start a run first."""
     place = storage.absolute(where)
     names = [name for name in storage.list_files(place) if _NAME.fullmatch(name)]
     stems = [storage.join(place, name.removesuffix(".jsonl")) for name in names]
-    return sorted(stems, key=lambda stem: not any("start" in entry for entry in _read(stem)[1]))
+    journals = [(stem, *_read(stem)) for stem in stems]
+    journals = [journal for journal in journals if KEY in journal[1]]
+    return sorted(journals, key=lambda journal: not any("start" in e for e in journal[2]))
 
 
 def _read(stem: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -77,7 +79,7 @@ def _read(stem: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _sent(stem: str) -> int:
     try:
         return int(json.loads(storage.read_bytes(f"{stem}.sent"))["entries"])
-    except (ValueError, TypeError, KeyError, storage.UserError):
+    except (ValueError, TypeError, KeyError, UserError):
         return 0  # entries sent twice are one entry in MLflow
 
 

@@ -246,7 +246,8 @@ def _copy_status(tracked: MlflowClient, run_id: str, record: RunRecord) -> None:
     """Bring tags and status up to date."""
     run = tracked.get_run(run_id)
     tags = [RunTag(k, v) for k, v in record.tags.items() if run.data.tags.get(k) != v]
-    tracked.log_batch(run_id, tags=tags)
+    if tags:
+        tracked.log_batch(run_id, tags=tags)
     if _ENDED in run.data.tags and _ENDED not in record.tags:
         tracked.delete_tag(run_id, _ENDED)
     if record.status in records.ENDED:

@@ -1,4 +1,4 @@
-"""What the driver shows and measures while a run goes on: read from the run's record."""
+"""Progress that the driver shows and measures during a run, read from the run's record."""
 
 import contextlib
 import logging

@@ -147,7 +147,7 @@ class Clock:
             self.steady_seconds += seconds
 
     def resume(self) -> None:
-        """Note that training goes on."""
+        """Start the clock again after a pause."""
         self.since = time.perf_counter()
 
     @property

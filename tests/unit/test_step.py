@@ -239,6 +239,17 @@ def test_all_ranks_stop_where_one_diverges(tmp_path: Path):
     assert [(tmp_path / f"finite-{rank}").read_text() for rank in range(2)] == ["True", "True"]
 
 
+def test_an_optimizer_keeps_its_own_rate_and_kind_when_a_gpus_state_is_loaded():
+    """A rate that is no tensor would be a constant of a captured step, and the reverse here."""
+    optimizer = create_state(tiny("ring")).optimizer_g
+    other = optimizer.state_dict()
+    other["param_groups"][0] |= {"lr": torch.tensor(1.0), "capturable": True}
+    optimizer.load_state_dict(other)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["capturable"]) == (preset("ring").optim.lr_g, False)
+    assert isinstance(group["lr"], float)
+
+
 def test_the_cosine_schedule_rises_then_falls():
     config = tiny("ring", optim__schedule="cosine", total_images=16 * 100)
     state, rates = create_state(config), []
