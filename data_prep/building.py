@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BuildPlan:
     """All that is decided before the first shard is written."""
 
     about: Source
@@ -147,7 +147,7 @@ def make_plan(
     name: str | None = None,
     crop: str | None = None,
     limit: int | None = None,
-) -> Plan:
+) -> BuildPlan:
     """Return what ``build`` would write, after looking through the source.
 
     Raises:
@@ -183,7 +183,7 @@ def make_plan(
         for split, total in about.splits.items()
         for number, start in enumerate(range(0, total, shard_size))
     ]
-    return Plan(about=about, out=out, settings=settings, jobs=tuple(jobs), records=records)
+    return BuildPlan(about=about, out=out, settings=settings, jobs=tuple(jobs), records=records)
 
 
 def write_shard(job: Job) -> Written:
@@ -212,7 +212,7 @@ def _write_shard(job: Job) -> Written:
     return Written(shard=shard, rows=rows)
 
 
-def existing_manifest(plan: Plan) -> Manifest | None:
+def existing_manifest(plan: BuildPlan) -> Manifest | None:
     """Return the manifest at ``out`` if it is of this plan, and None if there is none.
 
     Raises:
@@ -235,7 +235,7 @@ def existing_manifest(plan: Plan) -> Manifest | None:
     return None
 
 
-def _write(plan: Plan, workers: int) -> tuple[Manifest, int]:
+def _write(plan: BuildPlan, workers: int) -> tuple[Manifest, int]:
     """Write what is missing; return the manifest and how many shards were there already."""
     _claim(plan)
     finished = _finished(plan)
@@ -250,7 +250,7 @@ def _write(plan: Plan, workers: int) -> tuple[Manifest, int]:
     return storage.patiently(_complete, plan, finished), skipped
 
 
-def _claim(plan: Plan) -> None:
+def _claim(plan: BuildPlan) -> None:
     """Mark the place as this plan's, unless it is another's.
 
     Raises:
@@ -259,14 +259,14 @@ def _claim(plan: Plan) -> None:
     _check_claim(plan, storage.create_bytes(plan.marker, plan.identity))
 
 
-def _check_claim(plan: Plan, claim: bytes) -> None:
+def _check_claim(plan: BuildPlan, claim: bytes) -> None:
     if claim != plan.identity:
         raise UserError(
             f"{plan.out} holds an unfinished build with other settings or files: {_ADVICE}."
         )
 
 
-def _finished(plan: Plan) -> dict[str, Written]:
+def _finished(plan: BuildPlan) -> dict[str, Written]:
     """Return the shards that an earlier, interrupted run has written, by their keys."""
     out: dict[str, Written] = {}
     wanted = {job.record.rpartition("/")[2] for job in plan.jobs}
@@ -280,7 +280,7 @@ def _finished(plan: Plan) -> dict[str, Written]:
     return out
 
 
-def _complete(plan: Plan, finished: dict[str, Written]) -> Manifest:
+def _complete(plan: BuildPlan, finished: dict[str, Written]) -> Manifest:
     """Write what is for people, then the manifest, and return it.
 
     Raises:

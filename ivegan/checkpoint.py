@@ -29,13 +29,13 @@ PREFIX = "checkpoint-"
 _WEIGHTS, _TRAINING, _CONFIG = "weights.safetensors", "training.pt", "config.json"
 
 
-def save(state: State, run_uri: str, facts: dict[str, Any]) -> str:
+def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
     """Write the state below a run's folder and return the checkpoint's URI.
 
     Args:
         state: taken as it stands.
         run_uri: ``STORAGE/RUN_ID``.
-        facts: plain values for ``config.json``: run id, dataset hash, world size, and the like.
+        metadata: plain values for ``config.json``: run id, dataset hash, world size, and the like.
     """
     uri = storage.join(run_uri, f"{PREFIX}{state.images_seen:010d}")
     with TemporaryDirectory() as tmp:
@@ -47,25 +47,25 @@ def save(state: State, run_uri: str, facts: dict[str, Any]) -> str:
             "step": state.step,
         }
         torch.save(training, folder / _TRAINING)
-        about = {
+        content = {
             "config": to_dict(state.config),
             "step": state.step,
             "images_seen": state.images_seen,
-            **facts,
+            **metadata,
         }
-        (folder / _CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        (folder / _CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         storage.patiently(storage.upload_folder, folder, uri, last=_CONFIG)
     return uri
 
 
 def restore(state: State, uri: str) -> dict[str, Any]:
-    """Load a checkpoint into a state and return the facts saved with it.
+    """Load a checkpoint into a state and return the metadata saved with it.
 
     Raises:
         UserError: the checkpoint is of another architecture, or not readable.
     """
-    about = read_facts(uri)
-    saved = from_dict(about["config"])
+    metadata = read_metadata(uri)
+    saved = from_dict(metadata["config"])
     if saved.model != state.config.model:
         raise UserError(
             f"The checkpoint {uri} holds {saved.model}, but this run asks for "
@@ -81,28 +81,28 @@ def restore(state: State, uri: str) -> dict[str, Any]:
     state.step = training["step"]
     for optimizer in (state.optimizer_g, state.optimizer_d):
         optimizer.restart(state.step)
-    return about
+    return metadata
 
 
 def load_networks(uri: str) -> tuple[Config, Encoder, Generator, dict[str, Any]]:
-    """Return (config, E, G, facts) for evaluation, on the CPU and in eval mode.
+    """Return (config, E, G, metadata) for evaluation, on the CPU and in eval mode.
 
     The averaged weights are returned where the run kept them.
 
     Raises:
         UserError: nothing readable at the URI.
     """
-    about = read_facts(uri)
-    config = from_dict(about["config"])
+    metadata = read_metadata(uri)
+    config = from_dict(metadata["config"])
     weights = load_safetensors(storage.patiently(storage.read_bytes, storage.join(uri, _WEIGHTS)))
     prefix = "ema_" if config.optim.ema else ""
     encoder, generator = Encoder(config.model), Generator(config.model)
     encoder.load_state_dict(_below(weights, f"{prefix}encoder"))
     generator.load_state_dict(_below(weights, f"{prefix}generator"))
-    return config, encoder.eval(), generator.eval(), about
+    return config, encoder.eval(), generator.eval(), metadata
 
 
-def read_facts(uri: str) -> dict[str, Any]:
+def read_metadata(uri: str) -> dict[str, Any]:
     """Return a checkpoint's ``config.json``.
 
     Raises:

@@ -345,7 +345,10 @@ class Progress:
 
 
 def train(
-    state: State, batches: Iterator[tuple[Tensor, order.Draws]], every_images: int
+    state: State,
+    batches: Iterator[tuple[Tensor, order.Draws]],
+    every_images: int,
+    compute: Update = update,
 ) -> Iterator[Progress]:
     """Train to ``config.total_steps``, yielding progress about every so many images and at the end.
 
@@ -355,16 +358,14 @@ def train(
         state: changed in place; steps already taken are not repeated.
         batches: this rank's samples and draws, from the state's present step on.
         every_images: images between two yields, rounded up to whole steps.
+        compute: ``update``, or a captured one (``speed.graph.fastest_update``).
 
     Raises:
         NonFiniteLossError: training has diverged; the weights are those before the step that did.
     """
-    from ivegan.speed.graph import fastest_update  # it imports this module
-
     every = max(1, math.ceil(every_images / state.config.batch_size))
     state.generator_side.train()
     state.discriminator_side.train()
-    compute = fastest_update(state)
     sums: dict[str, Tensor] = {}
     count = 0
     while state.step < state.config.total_steps:

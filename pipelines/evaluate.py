@@ -75,7 +75,7 @@ def main(options: Evaluate) -> dict[str, Any]:
         raise UserError("evaluate.py needs --out, a folder for numbers, figures and report.")
     _check_device(options.device)
     uri = _resolve(options.checkpoint)
-    metadata = checkpoint.read_facts(uri)
+    metadata = checkpoint.read_metadata(uri)
     data = options.data or metadata.get("data")
     plan = {
         "checkpoint": uri,
@@ -132,13 +132,13 @@ def _evaluate(
 
 def _record(uri: str, result: Mapping[str, Any]) -> None:
     """Copy an evaluation's files to the run's folder, and mirror the run."""
+    from pipelines import record
     from pipelines.models.register import store_of
     from pipelines.tracking.client import TROUBLE, first_line
     from pipelines.tracking.mirror import mirror
-    from pipelines.training import record
 
     run_uri, _, name = uri.rpartition("/")
-    metadata, out = checkpoint.read_facts(uri), result["report"].rpartition("/")[0]
+    metadata, out = checkpoint.read_metadata(uri), result["report"].rpartition("/")[0]
     folder = storage.join(run_uri, name.replace("checkpoint", "evaluation"))
     try:
         for path in (*result["figures"].values(), result["report"], f"{out}/metrics.json"):

@@ -46,7 +46,7 @@ def evaluate(
 
     Returns:
         ``metrics`` (floats under ``eval/same_class`` and the like, explained in ``report``),
-        ``facts`` (checkpoint, data, settings), ``figures`` (paths by name), ``report`` (a path).
+        ``metadata`` (checkpoint, data, settings), ``figures`` (paths by name), ``report`` (a path).
 
     Raises:
         UserError: no checkpoint, data of another shape, or networks that diverged.
@@ -54,31 +54,31 @@ def evaluate(
     if limit is not None and limit < 2:
         raise UserError(f"limit is {limit}, but must be at least 2.")
     uri = checkpoint.find(checkpoint_uri)
-    config, encoder, generator, metadata = checkpoint.load_networks(uri)
+    config, encoder, generator, saved = checkpoint.load_networks(uri)
     device = torch.device(device)
     sampler = Sampler(config, encoder.to(device), generator.to(device), device)
     names = ("run_id", "preset", "git_commit", "dataset_hash")
-    facts = {
+    metadata = {
         "dataset": config.dataset,
-        "images_seen": metadata["images_seen"],
+        "images_seen": saved["images_seen"],
         "checkpoint": uri,
-        **{name: metadata.get(name) for name in names},
+        **{name: saved.get(name) for name in names},
         "seed": seed,
-        "config": metadata["config"],
+        "config": saved["config"],
     }
     if config.is_points:
         rules = mixtures.PROTOCOLS[protocol]
-        facts |= {"protocol": protocol, "evaluated": limit or rules.samples}
-        metrics, pages = points.evaluate(sampler, uri, seed, facts["evaluated"], rules)
+        metadata |= {"protocol": protocol, "evaluated": limit or rules.samples}
+        metrics, pages = points.evaluate(sampler, uri, seed, metadata["evaluated"], rules)
     else:
-        facts["data"] = data_uri or metadata.get("data")
-        if not facts["data"]:
+        metadata["data"] = data_uri or saved.get("data")
+        if not metadata["data"]:
             raise UserError(f"The checkpoint {uri} does not record its data: give --data.")
-        facts["evaluated_dataset_hash"] = read_manifest(facts["data"]).hash
-        split = images.load(config, facts["data"], "test", Path(cache_dir), limit)
-        facts["evaluated"] = len(split.x)
+        metadata["evaluated_dataset_hash"] = read_manifest(metadata["data"]).hash
+        split = images.load(config, metadata["data"], "test", Path(cache_dir), limit)
+        metadata["evaluated"] = len(split.x)
         metrics, pages = images.evaluate(sampler, split, Path(cache_dir), seed)
-    return _write(str(out), {PREFIX + k: v for k, v in metrics.items()}, facts, pages)
+    return _write(str(out), {PREFIX + k: v for k, v in metrics.items()}, metadata, pages)
 
 
 def quality(
@@ -123,18 +123,17 @@ def quality(
 
 
 def _write(
-    out: str, metrics: dict[str, float], facts: dict[str, Any], pages: list[Figure]
+    out: str, metrics: dict[str, float], metadata: dict[str, Any], pages: list[Figure]
 ) -> dict[str, Any]:
     """Write all files of an evaluation, ``metrics.json`` last, and return its summary."""
     files = {f"{page.name}.png": figures.png(page.image) for page in pages}
-    files["report.html"] = render(metrics, facts, pages).encode()
-    text = json.dumps({"metrics": metrics, "facts": facts}, indent=2, allow_nan=False) + "\n"
-    files["metrics.json"] = text.encode()
+    files["report.html"] = render(metrics, metadata, pages).encode()
+    result = {"metrics": metrics, "metadata": metadata}
+    files["metrics.json"] = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
     for name, data in files.items():
         storage.patiently(storage.write_bytes, storage.join(out, name), data)
     return {
-        "metrics": metrics,
-        "facts": facts,
+        **result,
         "figures": {page.name: storage.join(out, f"{page.name}.png") for page in pages},
         "report": storage.join(out, "report.html"),
     }

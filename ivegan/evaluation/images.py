@@ -43,7 +43,7 @@ _MANIFOLD_SAMPLES = 5000  # of precision and recall, whose time grows with the s
 _MIXTURE_CODES, _MIXTURE_COMPONENTS = 10_000, 20  # of the fitted prior
 
 
-class Split(NamedTuple):
+class EvaluationData(NamedTuple):
     """Train images, and held-out images, all or some."""
 
     train: np.ndarray
@@ -56,7 +56,9 @@ class Split(NamedTuple):
     """Of the whole data set."""
 
 
-def load(config: Config, data_uri: str, name: str, cache_dir: Path, limit: int | None) -> Split:
+def load(
+    config: Config, data_uri: str, name: str, cache_dir: Path, limit: int | None
+) -> EvaluationData:
     """Return the train split and held-out images of the split so named, at most ``limit``.
 
     Raises:
@@ -71,7 +73,7 @@ def load(config: Config, data_uri: str, name: str, cache_dir: Path, limit: int |
     train = load_split(data_uri, "train", cache_dir)
     held_out = load_split(data_uri, name, cache_dir)
     chosen = _at_most(limit, len(held_out.images))
-    return Split(
+    return EvaluationData(
         train.images,
         train.labels,
         held_out.images[chosen],
@@ -87,7 +89,7 @@ def _at_most(limit: int | None, total: int) -> slice | np.ndarray:
 
 
 def evaluate(
-    sampler: Sampler, split: Split, cache_dir: Path, seed: int
+    sampler: Sampler, split: EvaluationData, cache_dir: Path, seed: int
 ) -> tuple[dict[str, float], list[Figure]]:
     """Return metrics and figures of a checkpoint.
 
@@ -114,7 +116,7 @@ def evaluate(
 
 
 def quality(
-    sampler: Sampler, split: Split, cache_dir: Path, seed: int, num_train: int | None
+    sampler: Sampler, split: EvaluationData, cache_dir: Path, seed: int, num_train: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the components of ``quality``, each in [0, 1], and the Fréchet distance beside them.
 
@@ -142,7 +144,7 @@ def quality(
 
 def generation(
     sampler: Sampler,
-    split: Split,
+    split: EvaluationData,
     codes: np.ndarray,
     cache_dir: Path,
     seed: int,
@@ -238,7 +240,7 @@ def probes(
     }
 
 
-def pixel_probes(split: Split, cache_dir: Path, seed: int) -> dict[str, float]:
+def pixel_probes(split: EvaluationData, cache_dir: Path, seed: int) -> dict[str, float]:
     """Return the same probes on raw pixels, which depend on the data alone: kept in the cache."""
     key = digest.digest(["pixels", split.hash, len(split.x), seed, _PIXEL_SIDE, 3])
     path = cache_dir / f"pixels-{key[:16]}.json"

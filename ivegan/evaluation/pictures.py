@@ -11,7 +11,7 @@ from ivegan.evaluation.report import Figure
 from ivegan.evaluation.sampling import FITTED, PICTURES, Sampler, evenly, stream
 
 if TYPE_CHECKING:
-    from ivegan.evaluation.images import Split
+    from ivegan.evaluation.images import EvaluationData
 
 _TSNE_CODES = 3000  # more of them take minutes and give the same picture
 # Of Fig. 8, rarest first, so that an image with several is coloured by the rarest.
@@ -20,7 +20,7 @@ _ATTRIBUTES = ("Eyeglasses", "Wearing_Hat", "Bangs", "Blond_Hair", "Male")
 
 def draw(
     sampler: Sampler,
-    split: "Split",
+    split: "EvaluationData",
     codes: np.ndarray,
     fitted: torch.Tensor,
     pixels: Callable[[np.ndarray], np.ndarray],
@@ -149,7 +149,10 @@ def latent(labels: np.ndarray, codes: np.ndarray, names: list[str], seed: int) -
 
 
 def attribute_maps(
-    split: "Split", codes: np.ndarray, pixels: Callable[[np.ndarray], np.ndarray], seed: int
+    split: "EvaluationData",
+    codes: np.ndarray,
+    pixels: Callable[[np.ndarray], np.ndarray],
+    seed: int,
 ) -> tuple[Figure, dict[str, float]]:
     """Return t-SNE maps of codes and of pixels side by side, and their purity."""
     colours, names = rarest(split.labels, split.label_names)

@@ -313,7 +313,7 @@ def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
 
 
 def render(
-    metrics: Mapping[str, float], facts: Mapping[str, Any], figures: Sequence[Figure]
+    metrics: Mapping[str, float], metadata: Mapping[str, Any], figures: Sequence[Figure]
 ) -> str:
     """Return the page: numbers, figures inside it, and the metadata of the run."""
     from jinja2 import Environment
@@ -329,9 +329,9 @@ def render(
     ]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
-        title=f"IVE-GAN on {facts['dataset']}",
-        facts={k: v for k, v in facts.items() if k != "config" and v is not None},
-        settings=flatten(from_dict(facts["config"])),
+        title=f"IVE-GAN on {metadata['dataset']}",
+        metadata={k: v for k, v in metadata.items() if k != "config" and v is not None},
+        settings=flatten(from_dict(metadata["config"])),
         cards=cards,
         rows=rows(metrics),
         pages=pages,

@@ -16,7 +16,6 @@ import psutil
 
 from ivegan import storage
 from ivegan.errors import UserError
-from pipelines.training.plan import Run
 
 T = TypeVar("T")
 # A Ray of this process's own has nobody to report to, and no node to lose.
@@ -88,54 +87,56 @@ def _end(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def require_resources(run: Run, log_line: Callable[[str], None]) -> None:
+def require_resources(
+    workers: int, each: dict[str, float], patience: float, log_line: Callable[[str], None]
+) -> None:
     """Return once the cluster can hold the workers.
+
+    Args:
+        workers: their number.
+        each: resources of one.
+        patience: seconds to wait for an autoscaler to add nodes.
+        log_line: called with each line about the waiting.
 
     Raises:
         UserError: it cannot, and nothing can add what is missing in time.
     """
     from ray.autoscaler.sdk import request_resources
 
-    need = needs(run)
-    each = " and ".join(f"{v:g} {k}" for k, v in need.items())
-    deadline = time.monotonic() + run.wait_for_nodes
+    words = " and ".join(f"{v:g} {k}" for k, v in each.items())
+    deadline = time.monotonic() + patience
     asked = False
     try:
-        while (room := _room(need)) < run.workers:
+        while (room := _room(each)) < workers:
             if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
-                waited = f" after waiting {run.wait_for_nodes:g} s" if asked else ""
+                waited = f" after waiting {patience:g} s" if asked else ""
                 raise UserError(
-                    f"{run.workers} workers of {each} each were asked for, but the cluster has "
+                    f"{workers} workers of {words} each were asked for, but the cluster has "
                     f"room for {room}{waited}; lower --workers or --threads, or add nodes"
                     + ("." if waited else " (--wait-for-nodes waits for an autoscaler).")
                 )
-            request_resources(bundles=[need] * run.workers)
+            request_resources(bundles=[each] * workers)
             asked = True
-            log_line(f"waiting for nodes: room for {room} of {run.workers} workers of {each} each")
+            log_line(f"waiting for nodes: room for {room} of {workers} workers of {words} each")
             threading.Event().wait(5)  # the autoscaler offers nothing to wait on
     finally:
         if asked:  # taken back, or the autoscaler would hold the nodes indefinitely
             request_resources(bundles=[])
 
 
-def needs(run: Run) -> dict[str, float]:
-    """Return what one worker takes."""
-    return {"CPU": float(run.threads)} | ({"GPU": 1.0} if run.gpu else {})
-
-
-def _room(need: dict[str, float]) -> int:
+def _room(each: dict[str, float]) -> int:
     """Return how many workers the nodes that are alive can hold, busy or not."""
     import ray
 
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return sum(int(min(n.get(k, 0) // v for k, v in need.items())) for n in nodes)
+    return sum(int(min(n.get(k, 0) // v for k, v in each.items())) for n in nodes)
 
 
 def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) -> T:
     """Return what a call returns that is made in another thread.
 
     In the main one Ray Train would take Ctrl-C over, and an exception that a signal raises inside
-    Ray gets lost: a terminated run would go on.
+    Ray gets lost: a terminated run would continue.
 
     Args:
         call: what to call.

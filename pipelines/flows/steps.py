@@ -16,10 +16,10 @@ from ivegan.config import Config, config_hash, flatten, override, preset
 from ivegan.digest import digest
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
+from pipelines import record as records
 from pipelines.paths import runs_dir
 from pipelines.progress import Display
 from pipelines.sweeps import definition, driver, space
-from pipelines.training import record as records
 from pipelines.training.fit import fit
 from pipelines.training.plan import Execution, Plan, beside, check_data, resolve, run_of, shared
 
@@ -226,7 +226,7 @@ def finished_result(plan: Plan) -> dict[str, Any] | None:
     last = checkpoint.latest(plan.run_uri)
     if last is None or records.read_record(plan.run_uri).status != "FINISHED":
         return None
-    metadata = checkpoint.read_facts(last)
+    metadata = checkpoint.read_metadata(last)
     if metadata["images_seen"] != plan.config.total_steps * plan.config.batch_size:
         return None
     metrics = [p.metrics for p in records.read_metrics(plan.run_uri)]

@@ -93,17 +93,20 @@ def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
 def _evaluation(run_uri: str, images_seen: int) -> dict[str, Any] | None:
     """Return the ``metrics.json`` of a run's checkpoint, or None."""
     uri = storage.join(run_uri, f"evaluation-{images_seen:010d}", "metrics.json")
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    found = json.loads(storage.read_bytes(uri))
+    return {"metadata": found.get("facts"), **found}  # version 0.1 wrote "facts"
 
 
 def _settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that two evaluations must share to be seeds of one experiment."""
-    data = {"dataset_hash": evaluation["facts"].get("dataset_hash")}
+    data = {"dataset_hash": evaluation["metadata"].get("dataset_hash")}
     return {**_config(evaluation), "seed": None, **data}
 
 
 def _config(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    return evaluation["facts"]["config"]
+    return evaluation["metadata"]["config"]
 
 
 def _spread(evaluations: Sequence[Mapping[str, float]]) -> dict[str, str]:

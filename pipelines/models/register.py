@@ -49,7 +49,7 @@ def register(
     """
     uri = checkpoint.find(storage.absolute(checkpoint_uri))
     if dry_run:
-        metadata = checkpoint.read_facts(uri)
+        metadata = checkpoint.read_metadata(uri)
         preset = metadata.get("preset") or metadata["config"]["dataset"]
         names = [model_name(preset, kind) for kind in KINDS]
         return {"checkpoint": uri, "names": names, "stage": "staging"}

@@ -15,7 +15,7 @@ from ivegan.config import Config, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines.paths import new_id, runs_uri
 from pipelines.sweeps import space
-from pipelines.sweeps.space import Objective
+from pipelines.sweeps.space import SearchObjective
 from pipelines.training.plan import Execution, Plan, resolve, run_of
 
 FILE = "sweep.json"
@@ -86,7 +86,7 @@ class Definition:
     config: dict[str, Any]
     options: dict[str, Any]
     space: dict[str, str]
-    objective: Objective
+    objective: SearchObjective
     trials: list[dict[str, Any]] | None
     """Settings of each trial; None where Optuna proposes them."""
     dataset_hash: str = ""
@@ -128,7 +128,7 @@ def read(sweep_uri: str) -> Definition | None:
     if not storage.exists(uri):
         return None
     content = json.loads(storage.read_bytes(uri))
-    content["objective"] = Objective(**content["objective"])
+    content["objective"] = SearchObjective(**content["objective"])
     names = {field.name for field in dataclasses.fields(Definition)}
     return Definition(**{k: v for k, v in content.items() if k in names})
 

@@ -12,6 +12,7 @@ from typing import Any
 from ivegan import storage
 from ivegan.config import Config, config_hash, override, to_dict
 from ivegan.config import preset as preset_of
+from pipelines import record as records
 from pipelines.cluster.session import (
     Terminated,
     in_a_thread,
@@ -22,14 +23,14 @@ from pipelines.cluster.session import (
 )
 from pipelines.digits import prepare_digits
 from pipelines.paths import runs_dir
+from pipelines.record import RunRecord
 from pipelines.sweeps import definition as definitions
 from pipelines.sweeps import space
 from pipelines.sweeps.definition import Definition, Sweep, define, plan_of, restored
-from pipelines.sweeps.report import Progress, command_of, picture, result_of
+from pipelines.sweeps.report import ScorePrinter, command_of, picture, result_of
 from pipelines.sweeps.trial import index_name, trial, trial_name
 from pipelines.tracking import client as tracking
 from pipelines.tracking.mirror import mirror
-from pipelines.training import record as records
 from pipelines.training.fit import fit, recorded
 from pipelines.training.plan import (
     Plan,
@@ -40,7 +41,6 @@ from pipelines.training.plan import (
     resolve,
     run_of,
 )
-from pipelines.training.record import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -173,20 +173,21 @@ def _search(plan: Plan, definition: Definition, options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
     # With its dashboard: without it, a stopped trial's resources are never given back.
     with ray_session(dashboard=True), terminated_by_signal():
-        require_resources(dataclasses.replace(plan.run, workers=options.workers), print)
+        each, patience = options.worker_resources, options.wait_for_nodes
+        require_resources(options.workers, each, patience, print)
         tuner = _tuner(plan, definition, options)
         # In the main thread Tune would handle Ctrl-C and return as if it had finished.
-        Progress.cut.clear()
-        return in_a_thread(tuner.fit, Progress.cut.set)
+        ScorePrinter.cut.clear()
+        return in_a_thread(tuner.fit, ScorePrinter.cut.set)
 
 
 def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     """Return Tune's own sweep: the interrupted one, or a new one."""
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Progress prints failures
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # ScorePrinter prints failures
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Tune's own records, for --restore
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Progress prints the scores
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # ScorePrinter prints the scores
     trials, objective = definition.trials, definition.objective
     folder = storage.join(plan.run_uri, "tune")
     filesystem, path = storage.filesystem(plan.run_uri)
@@ -209,7 +210,7 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     storage.delete_folder(folder)
     count = options.samples if trials is None else len(trials)
     length = _length(plan)
-    progress = Progress(count, length, objective, functools.partial(_end_stopped, plan))
+    printer = ScorePrinter(count, length, objective, functools.partial(_end_stopped, plan))
     return tune.Tuner(
         trainable,
         param_space={} if trials is None else {"trial": tune.grid_search(list(range(count)))},
@@ -219,7 +220,7 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[progress],
+            callbacks=[printer],
             failure_config=tune.FailureConfig(max_failures=2),  # of nodes: a trial continues
         ),
     )

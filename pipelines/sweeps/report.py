@@ -14,11 +14,11 @@ from ivegan.config import flatten
 from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
 from ivegan.evaluation import figures
+from pipelines import record as records
 from pipelines.sweeps.definition import Definition
 from pipelines.sweeps.figure import search
-from pipelines.sweeps.space import Objective
+from pipelines.sweeps.space import SearchObjective
 from pipelines.sweeps.trial import index_name, trial_name
-from pipelines.training import record as records
 from pipelines.training.plan import Plan, Run, shared
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Cut(BaseException):
     """Ends Tune's loop. After an Exception Tune would wait for all trials to end."""
 
 
-class Progress(Callback):
+class ScorePrinter(Callback):
     """Prints the scores of a sweep as they come.
 
     Args:
@@ -42,7 +42,7 @@ class Progress(Callback):
     """Ends the sweep. An attribute of the class, since a restored sweep unpickles its callbacks."""
 
     def __init__(
-        self, total: int, length: int, objective: Objective, stopped: Callable[[str], None]
+        self, total: int, length: int, objective: SearchObjective, stopped: Callable[[str], None]
     ) -> None:
         self.total, self.length, self.objective = total, length, objective
         self.stopped = stopped
@@ -150,7 +150,7 @@ def _length(plan: Plan) -> int:
 
 
 def _trial_result(
-    plan: Plan, objective: Objective, name: str, settings: dict[str, Any], end: Any
+    plan: Plan, objective: SearchObjective, name: str, settings: dict[str, Any], end: Any
 ) -> dict[str, Any]:
     """Return the result of a trial, from its run folder and from Tune's last report.
 
@@ -211,7 +211,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
     Args:
         result: result of a sweep.
     """
-    trials, objective = result["trials"], Objective(**result["objective"])
+    trials, objective = result["trials"], SearchObjective(**result["objective"])
     names = list(trials[0]["config"])
     confirmed = ["confirmed"] if "confirmed" in trials[0] else []
     rows = [["trial", objective.name, *confirmed, "images", "", *names]]
@@ -239,7 +239,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 def picture(result: Mapping[str, Any]) -> bytes:
     """Return the PNG of a finished sweep: curves of the trials, and last scores by setting."""
-    trials, objective = result["trials"], Objective(**result["objective"])
+    trials, objective = result["trials"], SearchObjective(**result["objective"])
     metric = objective.metric
     names = [k for k, v in trials[0]["config"].items() if isinstance(v, (int, float))]
     states = [t["state"] for t in trials]

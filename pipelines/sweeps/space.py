@@ -41,7 +41,7 @@ _MINIMIZED = ("frechet",)
 
 
 @dataclass(frozen=True)
-class Objective:
+class SearchObjective:
     """The score that trials are compared by."""
 
     metric: str
@@ -65,7 +65,7 @@ class Objective:
         return score if self.mode == "min" else -score
 
 
-def objective_of(config: Config, score: str = "") -> Objective:
+def objective_of(config: Config, score: str = "") -> SearchObjective:
     """Return the objective of a sweep.
 
     Args:
@@ -80,7 +80,7 @@ def objective_of(config: Config, score: str = "") -> Objective:
     if name not in scores:
         choices = ", ".join(f"valid/{one}" for one in scores)
         raise UserError(f"--score {score} is not known for {config.dataset}; choose from {choices}")
-    return Objective(f"valid/{name}", "min" if name in _MINIMIZED else "max")
+    return SearchObjective(f"valid/{name}", "min" if name in _MINIMIZED else "max")
 
 
 def space_of(config: Config, changes: str = "") -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from ivegan import checkpoint
 from ivegan.config import override
 from ivegan.step import NonFiniteLossError
-from pipelines.sweeps.space import Objective
+from pipelines.sweeps.space import SearchObjective
 from pipelines.training.fit import fit
 from pipelines.training.follow import Event
 from pipelines.training.plan import Plan, beside
@@ -24,7 +24,7 @@ def trial(
     chosen: dict[str, Any],
     plan: Plan,
     trials: list[dict[str, Any]] | None,
-    objective: Objective,
+    objective: SearchObjective,
     score_images: int,
 ) -> None:
     """Train one point of the space, reporting its scores at each checkpoint.
@@ -62,7 +62,7 @@ def trial(
             report(event["metrics"], event["images_seen"], event["checkpoint"])
 
     if last := checkpoint.latest(own.run_uri):
-        report(measure(last), checkpoint.read_facts(last)["images_seen"], last)
+        report(measure(last), checkpoint.read_metadata(last)["images_seen"], last)
     # A diverged trial is not tried again, and its earlier scores do not count.
     with contextlib.suppress(NonFiniteLossError):
         fit(own, show=show, measure=measure)

@@ -25,11 +25,11 @@ from ivegan import storage
 from ivegan.config import flatten, from_dict
 from ivegan.digest import digest
 from ivegan.errors import UserError
+from pipelines import record as records
 from pipelines.paths import public, tracking_uri
+from pipelines.record import RunRecord
 from pipelines.tracking import client as tracking
 from pipelines.tracking import journals
-from pipelines.training import record as records
-from pipelines.training.record import RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import torch
 
 from ivegan.config import config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
+from pipelines import record as records
 from pipelines.cluster.session import (
     Terminated,
     answer_of,
@@ -19,11 +20,10 @@ from pipelines.cluster.session import (
     terminated_by_signal,
 )
 from pipelines.paths import public
-from pipelines.training import record as records
+from pipelines.record import RunRecord
 from pipelines.training.follow import Follower, Measure, Show, following
 from pipelines.training.plan import Plan, check_data, check_same_data, git_commit
 from pipelines.training.ray_backend import fit_ray
-from pipelines.training.record import RunRecord
 from pipelines.training.worker import work
 
 if TYPE_CHECKING:  # it brings MLflow, which takes seconds to import
@@ -60,17 +60,22 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
     with contextlib.ExitStack() as stack:
         if plan.run.workers:  # Ray starts while MLflow is asked
             stack.enter_context(ray_session())
-            require_resources(plan.run, (lambda line: show({"line": line})) if show else log.info)
+            require_resources(
+                plan.run.workers,
+                plan.run.worker_resources,
+                plan.run.wait_for_nodes,
+                (lambda line: show({"line": line})) if show else log.info,
+            )
         answer_of(asked)
         stack.enter_context(terminated_by_signal())
         mirror = stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri))
         follower = Follower(plan, show, measure)
-        facts = _facts(plan, record)
+        metadata = _metadata(plan, record)
         if plan.run.workers:
             with following(follower):
-                result = fit_ray(plan, facts)
+                result = fit_ray(plan, metadata)
         else:
-            result = work(plan, facts, follower.look)
+            result = work(plan, metadata, follower.look)
             follower.look()
     return {"run_id": plan.run_id, "mlflow_run_id": mirror.run_id or record.key, **result}
 
@@ -161,7 +166,7 @@ def _check_resumable(plan: Plan, earlier: RunRecord, dataset_hash: str) -> None:
     check_same_data(f"The run {plan.run_id}", plan, earlier.dataset_hash, dataset_hash)
 
 
-def _facts(plan: Plan, record: RunRecord) -> dict[str, Any]:
+def _metadata(plan: Plan, record: RunRecord) -> dict[str, Any]:
     """Return what a checkpoint's ``config.json`` holds beside the configuration."""
     names = ["preset", "run_id", "data", "dataset_hash", "config_hash", "git_commit", "world_size"]
     names += ["threads", "versions", *HOW]

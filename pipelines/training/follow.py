@@ -9,8 +9,8 @@ from typing import Any
 
 from ivegan import checkpoint, storage
 from ivegan.errors import UserError
+from pipelines.record import METRICS, read_points, write_points
 from pipelines.training.plan import Plan
-from pipelines.training.record import METRICS, read_points, write_points
 
 log = logging.getLogger(__name__)
 

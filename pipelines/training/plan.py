@@ -54,6 +54,11 @@ class Execution(cli.Options):
         self.at_least(workers=0, threads=1, loaders=0, accumulate=1)
 
     @property
+    def worker_resources(self) -> dict[str, float]:
+        """Ray's resources of one worker."""
+        return {"CPU": float(self.threads)} | ({"GPU": 1.0} if self.gpu else {})
+
+    @property
     def skip_bad(self) -> bool:
         """Whether samples that are not what the manifest says are left out."""
         return self.on_bad_sample == "skip"

@@ -5,12 +5,12 @@ from typing import Any
 from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
-from pipelines.cluster.session import in_a_thread, needs
+from pipelines.cluster.session import in_a_thread
 from pipelines.training.plan import Plan
 from pipelines.training.worker import work
 
 
-def fit_ray(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
+def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
     """Train with Ray's workers and return rank 0's outcome.
 
     Raises:
@@ -25,11 +25,11 @@ def fit_ray(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"plan": plan, "facts": facts},
+        train_loop_config={"plan": plan, "metadata": metadata},
         scaling_config=ScalingConfig(
             num_workers=plan.run.workers,
             use_gpu=plan.run.gpu,
-            resources_per_worker=needs(plan.run),
+            resources_per_worker=plan.run.worker_resources,
         ),
         run_config=RunConfig(
             name=plan.run_id,
@@ -52,7 +52,7 @@ def fit_ray(plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:
 def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train on one of Ray's ranks."""
     try:
-        return work(payload["plan"], payload["facts"])
+        return work(payload["plan"], payload["metadata"])
     except NonFiniteLossError as error:
         # Returned, not raised: every retry would diverge again.
         return {"diverged": str(error)}

@@ -19,13 +19,14 @@ from ivegan.data.stream import Stream
 from ivegan.errors import UserError
 from ivegan.evaluation.figures import progress_figures
 from ivegan.layers.fast import keep_freed_memory
+from ivegan.speed.graph import fastest_update
 from ivegan.step import State, create_state, distribute, train
+from pipelines.record import MetricsWriter
 from pipelines.training.plan import Plan, Run, stream_of
-from pipelines.training.record import MetricsWriter
 
 
 def work(
-    plan: Plan, facts: dict[str, Any], flushed: Callable[[], None] = lambda: None
+    plan: Plan, metadata: dict[str, Any], flushed: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Train on one rank, from the run's last checkpoint if there is one.
 
@@ -33,7 +34,7 @@ def work(
 
     Args:
         plan: of the run.
-        facts: of the run, for the checkpoints.
+        metadata: of the run, for the checkpoints.
         flushed: called on rank 0 after every flush and checkpoint.
 
     Returns:
@@ -51,7 +52,7 @@ def work(
     clock, writer = Clock(before), MetricsWriter(plan.run_uri)
     metrics: dict[str, float] = {}
     with contextlib.closing(writer):
-        for progress in train(state, inputs, log_every):
+        for progress in train(state, inputs, log_every, fastest_update(state)):
             seen = progress.images_seen
             clock.lap(seen)
             metrics = progress.metrics | {"rate/images_per_second": clock.rate}
@@ -63,7 +64,7 @@ def work(
                     for name, png in figures.items():
                         writer.add_figure(name, seen, png)
                     writer.join()  # a resumed run computes no earlier points again
-                    saved = checkpoint.save(state, plan.run_uri, facts)
+                    saved = checkpoint.save(state, plan.run_uri, metadata)
                 flushed()
             before = seen
             clock.resume()

@@ -26,8 +26,8 @@ NAMES = ("ivegan-digits-encoder", "ivegan-digits-generator")
 def pair(home: Path, store: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Register an untrained pair; return by name what to ask it and what it must answer."""
     state = create_state(override(preset("digits"), {"model.width": 0.25}))
-    facts = {"preset": "digits", "run_id": "a"}
-    uri = checkpoint.save(state, str(home / "a"), facts)
+    metadata = {"preset": "digits", "run_id": "a"}
+    uri = checkpoint.save(state, str(home / "a"), metadata)
     register(uri)
     _, encoder, generator, _ = checkpoint.load_networks(uri)
     random = np.random.default_rng(0)

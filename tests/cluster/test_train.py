@@ -26,9 +26,9 @@ from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
+from pipelines.record import read_metrics
 from pipelines.training.fit import fit
 from pipelines.training.plan import Run, resolve
-from pipelines.training.record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "pipelines" / "train.py")
@@ -70,9 +70,9 @@ def test_a_run_leaves_checkpoints_metrics_parameters_and_figures(home, ring):
     assert result["world_size"] == 1
     assert result["images_per_second"] > 0
     assert len(losses) == 20
-    config, _, _, facts = checkpoint.load_networks(result["checkpoint"])
+    config, _, _, metadata = checkpoint.load_networks(result["checkpoint"])
     assert config.dataset == "ring"
-    assert facts["run_id"] == result["run_id"]
+    assert metadata["run_id"] == result["run_id"]
     assert [Path(u).name for u in checkpoint.checkpoints(str(home / "runs/checkpoints/a"))] == [
         "checkpoint-0000000640",
         "checkpoint-0000001280",
@@ -281,7 +281,7 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_go_on(home, store, mlflow_run
 
 
 def test_a_ray_of_its_own_leaves_no_process_behind(home):
-    """Not even a worker that does not end when it is told to, as now and then one of Ray's."""
+    """Not even a worker that does not end when it should, as now and then one of Ray's."""
     script = """
         import atexit, os, threading
         from pipelines.cluster.session import ray_session
@@ -333,8 +333,8 @@ def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     kept = [uri.rpartition("-")[2] for uri in checkpoint.checkpoints(f"{s3}/runs/far")]
     assert [int(seen) for seen in kept] == [64, 128, 192]
     assert result["checkpoint"] == checkpoint.find(f"{s3}/runs/far")
-    _, encoder, _, facts = checkpoint.load_networks(result["checkpoint"])
-    assert facts["data"] == f"{s3}/digits"
+    _, encoder, _, metadata = checkpoint.load_networks(result["checkpoint"])
+    assert metadata["data"] == f"{s3}/digits"
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
 
 
@@ -411,8 +411,8 @@ def test_a_compiled_run_computes_the_same(home, store):
     whole, compiled = found
     assert compiled != whole  # fused operations round less often
     assert compiled == pytest.approx(whole, rel=1e-3, abs=1e-3)
-    _, told = command(*sizes, "--run-id", "run1", "--workers", "0", "--resume", cwd=home, status=2)
-    assert "compile was True and is False" in told
+    _, err = command(*sizes, "--run-id", "run1", "--workers", "0", "--resume", cwd=home, status=2)
+    assert "compile was True and is False" in err
 
 
 def test_more_workers_than_lanes_are_a_sentence_before_anything_starts(digits, home):
@@ -517,9 +517,10 @@ def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(he
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    config, encoder, _, facts = checkpoint.load_networks(checkpoint.find(f"{tmp_path}/store/job"))
+    uri = checkpoint.find(f"{tmp_path}/store/job")
+    config, encoder, _, metadata = checkpoint.load_networks(uri)
     assert config.total_images == 5000
-    assert facts["world_size"] == 2
+    assert metadata["world_size"] == 2
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
     mlflow = json.loads((tmp_path / "store/job/mlflow.json").read_text())
     run = MlflowClient(tracking_uri).get_run(mlflow["run_id"])
@@ -534,12 +535,12 @@ def test_a_submitted_job_leaves_its_checkpoint_and_its_run_outside_its_folder(he
     assert nowhere.returncode != 0
     assert "set --storage" in nowhere.stdout + nowhere.stderr
 
-    # Nodes that nobody adds are waited for, and told.
+    # Nodes that nobody adds are waited for, and reported.
     many = ["ring", "--workers", "64", "--wait-for-nodes", "6", *places[:2], "--run-id", "many"]
     waits = subprocess.run(
         [*submit, *script[:2], *many], capture_output=True, text=True, env=env, check=False
     )
     assert waits.returncode != 0
-    told = waits.stdout + waits.stderr
-    assert "waiting for nodes: room for 2 of 64 workers of 1 CPU each" in told
-    assert "room for 2 after waiting 6 s; lower --workers" in told
+    output = waits.stdout + waits.stderr
+    assert "waiting for nodes: room for 2 of 64 workers of 1 CPU each" in output
+    assert "room for 2 after waiting 6 s; lower --workers" in output

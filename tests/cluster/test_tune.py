@@ -222,7 +222,7 @@ def test_restored_sweep_counts_trials_that_ended_before(capsys, caplog):
         raise UserError(f"{name}: no space left")
 
     before, now, weak = one(0, 1000, 0.75, True), one(1, 1000, 0.5, False), one(2, 500, 0.4, False)
-    progress = report.Progress(3, 1000, objective, fail)
+    progress = report.ScorePrinter(3, 1000, objective, fail)
     for current in (now, weak):
         progress.on_trial_result(0, [before, now, weak], current, current.last_result)
         progress.on_trial_complete(0, [before, now, weak], current)

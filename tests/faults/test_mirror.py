@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 
 from ivegan.config import preset, to_dict
 from ivegan.errors import UserError
+from pipelines import record as records
+from pipelines.record import MetricsWriter, RunRecord
 from pipelines.tracking import mirror as mirrors
 from pipelines.tracking.mirror import Mirror, mirror, sync, waiting
-from pipelines.training import record as records
-from pipelines.training.record import MetricsWriter, RunRecord
 
 
 def run_folder(storage: Path, run_id: str = "a", status: str = "FINISHED", **changes) -> str:

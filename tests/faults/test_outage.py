@@ -20,8 +20,8 @@ from mlflow_server import MlflowServer, postgres
 from processes import kill
 
 from ivegan import storage
+from pipelines import record as records
 from pipelines.tracking import mirror
-from pipelines.training import record as records
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64

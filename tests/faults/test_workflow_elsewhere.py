@@ -174,8 +174,8 @@ def test_a_submitted_workflow_trains_on_the_jobs_cluster_and_leaves_all_outside_
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    facts = json.loads((home / "storage/job/checkpoint-0000012800/config.json").read_text())
-    assert facts["git_commit"] == "abc1234"
+    metadata = json.loads((home / "storage/job/checkpoint-0000012800/config.json").read_text())
+    assert metadata["git_commit"] == "abc1234"
     assert (home / "out/job/report.html").exists()
     assert (home / "datastore/.metaflow/IveGanFlow/latest_run").exists()
     assert MlflowClient(store).get_model_version_by_alias("ivegan-ring-encoder", "staging")

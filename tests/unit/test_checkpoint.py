@@ -40,9 +40,9 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(name, tmp_path):
 def test_networks_come_back_in_eval_mode_with_the_averaged_weights(tmp_path):
     state = trained(optim__ema=0.9)
     uri = checkpoint.save(state, str(tmp_path), {"run_id": "a"})
-    config, encoder, generator, facts = checkpoint.load_networks(uri)
+    config, encoder, generator, metadata = checkpoint.load_networks(uri)
     assert config == state.config
-    assert facts["run_id"] == "a"
+    assert metadata["run_id"] == "a"
     assert not encoder.training
     assert not generator.training
     assert state.average is not None
@@ -80,7 +80,7 @@ def test_nothing_there_is_a_sentence(tmp_path):
         checkpoint.load_networks(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not readable"):
-        checkpoint.read_facts(str(tmp_path))
+        checkpoint.read_metadata(str(tmp_path))
 
 
 def test_a_configuration_of_another_version_is_a_sentence(tmp_path):

@@ -71,8 +71,8 @@ def saved(where: Path, name: str, data: str | None = None, **changes: object) ->
     """Return the URI of an untrained checkpoint."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     config = override(preset(name), {"model.width": 0.25, **dotted})
-    facts = {"run_id": "<tiny>", "data": data, "preset": name, "dataset_hash": "abc"}
-    return checkpoint.save(create_state(config), str(where / "run"), facts)
+    metadata = {"run_id": "<tiny>", "data": data, "preset": name, "dataset_hash": "abc"}
+    return checkpoint.save(create_state(config), str(where / "run"), metadata)
 
 
 def run(uri: str, out: Path, cache: Path, data: str | None = None) -> dict:
@@ -104,7 +104,7 @@ def test_an_evaluation_writes_numbers_figures_and_a_page(first: tuple[Path, dict
     assert written == {f"{name}.png" for name in names} | {"metrics.json", "report.html"}
     stored = json.loads((out / "metrics.json").read_text())
     assert stored["metrics"] == result["metrics"]
-    assert stored["facts"]["evaluated"] == NUM_TEST
+    assert stored["metadata"]["evaluated"] == NUM_TEST
     assert all(np.isfinite(value) for value in result["metrics"].values())
     for path in result["figures"].values():
         with Image.open(path) as page:

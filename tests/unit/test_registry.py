@@ -211,7 +211,9 @@ def test_the_card_has_the_spread_over_seeds_of_the_same_settings(home):
         width, data = (0.5 if seed == 2 else 0.25), str(seed == 3)
         config = to_dict(override(preset("digits"), {"model.width": width, "seed": seed}))
         evaluation: dict[str, Any] = {"metrics": {"eval/same_class": accuracy}}
-        evaluation["facts"] = {"config": config, "dataset_hash": data}
+        # The second as version 0.1 wrote it.
+        key = "facts" if seed == 1 else "metadata"
+        evaluation[key] = {"config": config, "dataset_hash": data}
         uri = home / "runs" / f"run{seed}" / "evaluation-0000000009" / "metrics.json"
         if accuracy is not None:
             storage.write_bytes(uri, json.dumps(evaluation).encode())

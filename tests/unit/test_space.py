@@ -58,9 +58,9 @@ def test_mistake_in_a_space_raises_a_sentence(text, sentence):
 
 def test_objective_is_quality_by_default_and_has_a_direction():
     ring, mnist = preset("ring"), preset("mnist")
-    assert space.objective_of(ring) == space.Objective("valid/quality", "max")
+    assert space.objective_of(ring) == space.SearchObjective("valid/quality", "max")
     for score in ("valid/frechet", "frechet"):
-        assert space.objective_of(mnist, score) == space.Objective("valid/frechet", "min")
+        assert space.objective_of(mnist, score) == space.SearchObjective("valid/frechet", "min")
     with pytest.raises(UserError, match=r"valid/frechet is not known for ring; .*valid/right_mode"):
         space.objective_of(ring, "valid/frechet")
     most, least = space.objective_of(mnist), space.objective_of(mnist, "frechet")

@@ -65,7 +65,6 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
         assert not LAZY & {name.partition(".")[0] for name in imports(path, depth=0)}
 
 
-@pytest.mark.xfail(reason="not yet in every room")
 def test_rooms_form_no_circle() -> None:
     graph: dict[str, set[str]] = {}
     for path in sources():
@@ -75,7 +74,6 @@ def test_rooms_form_no_circle() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.xfail(reason="not yet in every room")
 def test_training_builds_no_data_and_mlflow_has_two_rooms() -> None:
     for path in (ROOT / "pipelines").rglob("*.py"):
         where = room(name_of(path))
@@ -84,7 +82,6 @@ def test_training_builds_no_data_and_mlflow_has_two_rooms() -> None:
         assert where in ("pipelines.tracking", "pipelines.models") or "mlflow" not in roots, path
 
 
-@pytest.mark.xfail(reason="not yet in every room")
 def test_class_names_are_unique() -> None:
     classes: dict[str, str] = {}
     for path in sources():
@@ -106,7 +103,6 @@ def test_files_are_small() -> None:
     assert sum(n for p, n in lines.items() if p.parent == ROOT / "ivegan") <= LARGEST_TOP
 
 
-@pytest.mark.xfail(reason="not yet in every room")
 def test_words_are_those_of_the_glossary() -> None:
     rows = (Path(__file__).parent / "old_words.txt").read_text().splitlines()
     rows = [row for row in rows if not row.startswith("#")]
