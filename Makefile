@@ -37,6 +37,11 @@ ui: install
 	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
+# The RayCluster of infra/kubernetes, whose comments say why each line is there.
+ray_cluster.yaml: infra/kubernetes/cluster/cluster.yaml infra/kubernetes/image/kustomization.yaml | install
+	@echo '# Written by `make ray_cluster.yaml` from infra/kubernetes/cluster; see docs/kubernetes.md.' > $@
+	$(BIN)/kubectl kustomize infra/kubernetes/cluster >> $@
+
 bench: install
 	$(BIN)/python benchmarks/step.py mnist --precision bfloat16 --rounds 5
 	$(BIN)/python benchmarks/step.py celeba --model.width 0.25 --precision bfloat16 --rounds 5

@@ -18,6 +18,7 @@ from ivegan import storage
 from ivegan.errors import UserError
 
 T = TypeVar("T")
+_LOOK, _MINUTE = 5, 60  # seconds between two looks at the nodes, and two lines about them
 # A Ray of this process's own has nobody to report to, and no node to lose.
 QUIET = {
     "RAY_enable_metrics_collection": "0",
@@ -103,25 +104,54 @@ def require_resources(
     """
     from ray.autoscaler.sdk import request_resources
 
-    words = " and ".join(f"{v:g} {k}" for k, v in each.items())
     deadline = time.monotonic() + patience
-    asked = False
+    asked = 0  # times
     try:
         while (room := _room(each)) < workers:
             if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
                 waited = f" after waiting {patience:g} s" if asked else ""
                 raise UserError(
-                    f"{workers} workers of {words} each were asked for, but the cluster has "
+                    f"{workers} workers of {_words(each)} each were asked for, but the cluster has "
                     f"room for {room}{waited}; lower --workers or --threads, or add nodes"
                     + ("." if waited else " (--wait-for-nodes waits for an autoscaler).")
                 )
             request_resources(bundles=[each] * workers)
-            asked = True
-            log_line(f"waiting for nodes: room for {room} of {workers} workers of {words} each")
-            threading.Event().wait(5)  # the autoscaler offers nothing to wait on
+            if asked % (_MINUTE // _LOOK) == 0:
+                log_line(_missing(room, workers, each))
+            asked += 1
+            threading.Event().wait(_LOOK)  # the autoscaler offers nothing to wait on
     finally:
         if asked:  # taken back, or the autoscaler would hold the nodes indefinitely
             request_resources(bundles=[])
+
+
+@contextlib.contextmanager
+def missing_nodes_logged(
+    workers: int, each: dict[str, float], log_line: Callable[[str], None]
+) -> Iterator[None]:
+    """Log once a minute what the cluster lacks while the block runs: a node may be lost."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_MINUTE):
+            if (room := _room(each)) < workers:
+                log_line(_missing(room, workers, each))
+
+    thread = threading.Thread(target=look, name="nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _missing(room: int, workers: int, each: dict[str, float]) -> str:
+    return f"waiting for nodes: room for {room} of {workers} workers of {_words(each)} each"
+
+
+def _words(each: dict[str, float]) -> str:
+    return " and ".join(f"{v:g} {k}" for k, v in each.items())
 
 
 def _room(each: dict[str, float]) -> int:

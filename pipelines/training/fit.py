@@ -14,6 +14,7 @@ from pipelines import record as records
 from pipelines.cluster.session import (
     Terminated,
     answer_of,
+    missing_nodes_logged,
     ray_session,
     require_resources,
     started,
@@ -60,12 +61,10 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
     with contextlib.ExitStack() as stack:
         if plan.run.workers:  # Ray starts while MLflow is asked
             stack.enter_context(ray_session())
-            require_resources(
-                plan.run.workers,
-                plan.run.worker_resources,
-                plan.run.wait_for_nodes,
-                (lambda line: show({"line": line})) if show else log.info,
-            )
+            log_line = (lambda line: show({"line": line})) if show else log.info
+            each = plan.run.worker_resources
+            require_resources(plan.run.workers, each, plan.run.wait_for_nodes, log_line)
+            stack.enter_context(missing_nodes_logged(plan.run.workers, each, log_line))
         answer_of(asked)
         stack.enter_context(terminated_by_signal())
         mirror = stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri))

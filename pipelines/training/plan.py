@@ -47,8 +47,11 @@ class Execution(cli.Options):
     """What the networks compute in; bfloat16 is faster where the machine has units for it."""
     accumulate: int = 1
     """Parts that each worker's share of a batch is computed in, for the memory of one part."""
-    wait_for_nodes: float = 0.0
-    """Seconds to wait for a cluster's autoscaler to add what is missing."""
+    wait_for_nodes: float = dataclasses.field(
+        default_factory=lambda: float(os.environ.get("IVEGAN_WAIT_FOR_NODES", 0))
+    )
+    """Seconds to wait for a cluster's autoscaler to add what is missing; IVEGAN_WAIT_FOR_NODES, or
+    0, by default."""
 
     def __post_init__(self) -> None:
         self.at_least(workers=0, threads=1, loaders=0, accumulate=1)

@@ -89,6 +89,6 @@ def postgres() -> Iterator[str]:
             wait_for(
                 lambda: subprocess.run(ask, capture_output=True, **run).returncode == 0, server, log
             )
-            yield f"postgresql+psycopg2://ivegan@127.0.0.1:{port}/postgres"
+            yield f"postgresql://ivegan@127.0.0.1:{port}/postgres"
         finally:
             kill(server)
