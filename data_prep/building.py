@@ -9,6 +9,7 @@ with other settings is refused.
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,9 +32,12 @@ from ivegan.data.manifest import (
     shard_key,
     write_manifest,
 )
-from ivegan.data.tars import Row, write_tar
+from ivegan.data.tars import write_tar
 from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
+from ivegan.schema import DamagedError, read
+
+log = logging.getLogger(__name__)
 
 DATASETS: dict[str, ModuleType] = {"digits": digits, "mnist": mnist, "celeba": celeba}
 _UNFINISHED = ".unfinished"  # folder with the plan and a record of each shard
@@ -207,9 +211,9 @@ def _write_shard(job: Job) -> Written:
         bytes=len(raw),
         sha256=sha256_hex(raw),
     )
-    record = {"shard": dataclasses.asdict(shard), "rows": rows}
-    storage.write_bytes(job.record, json.dumps(record).encode())
-    return Written(shard=shard, rows=rows)
+    written = Written(shard=shard, rows=rows)
+    storage.write_bytes(job.record, json.dumps(dataclasses.asdict(written)).encode())
+    return written
 
 
 def existing_manifest(plan: BuildPlan) -> Manifest | None:
@@ -273,10 +277,18 @@ def _finished(plan: BuildPlan) -> dict[str, Written]:
     names = sorted(wanted & set(storage.list_names(plan.records)))
     sizes = storage.list_files(plan.out) if names else {}
     for name in names:
-        record = json.loads(storage.read_bytes(storage.join(plan.records, name)))
-        shard = Shard(**record["shard"])
-        if sizes.get(shard.key) == shard.bytes:
-            out[shard.key] = Written(shard=shard, rows=[Row(*row) for row in record["rows"]])
+        record = storage.join(plan.records, name)
+        try:
+            written = read(storage.read_bytes(record), Written, record)
+        except DamagedError as error:
+            log.warning("%s: writing its shard again", error)
+            continue
+        shard = written.shard
+        # Its bytes may have rotted, or never reached the disk.
+        if sizes.get(shard.key) == shard.bytes and shard.sha256 == sha256_hex(
+            storage.read_bytes(storage.join(plan.out, shard.key))
+        ):
+            out[shard.key] = written
     return out
 
 

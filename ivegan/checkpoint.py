@@ -1,8 +1,9 @@
 """Checkpoints: folders that hold all an exact continuation needs, whole or not there.
 
     weights.safetensors   E, G, D, D', the trunk, and the averages of E and G where there are any
-    training.pt           optimizer and loop state, loadable with ``weights_only=True``
-    config.json           the configuration and where the weights came from; written last
+    training.safetensors  the moments and steps of both optimizers
+    config.json           the configuration, each file's sha256, and where the weights came from;
+                          written last
 
 They lie beside each other as ``STORAGE/RUN_ID/checkpoint-0000012800``, numbered by images seen. A
 folder without ``config.json`` is an unfinished upload and counts as absent.
@@ -10,23 +11,46 @@ folder without ``config.json`` is an unfinished upload and counts as absent.
 
 import io
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ivegan import storage
 from ivegan.config import Config, from_dict, to_dict
+from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
 from ivegan.networks import Encoder, Generator
+from ivegan.optimizer import Optimizer
+from ivegan.schema import DamagedError, check, parse_json
 from ivegan.step import State
 
 PREFIX = "checkpoint-"
-_WEIGHTS, _TRAINING, _CONFIG = "weights.safetensors", "training.pt", "config.json"
+_WEIGHTS, _TRAINING, _CONFIG = "weights.safetensors", "training.safetensors", "config.json"
+_REMEDY = "restore or delete that checkpoint"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The entries of ``config.json`` that loading needs."""
+
+    config: Config
+    step: int
+    images_seen: int
+    files: dict[str, str] = field(default_factory=dict)
+    """Name -> sha256."""
 
 
 def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
@@ -41,19 +65,16 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
     with TemporaryDirectory() as tmp:
         folder = Path(tmp)
         save_file(_named_weights(state), folder / _WEIGHTS)
-        training = {
-            "optimizer_g": state.optimizer_g.state_dict(),
-            "optimizer_d": state.optimizer_d.state_dict(),
-            "step": state.step,
-        }
-        torch.save(training, folder / _TRAINING)
-        content = {
+        optimizers = {name: o.state_dict() for name, o in _optimizers(state).items()}
+        save_file(_named_moments(optimizers), folder / _TRAINING)
+        metadata = {
             "config": to_dict(state.config),
             "step": state.step,
             "images_seen": state.images_seen,
+            "files": {n: sha256_hex((folder / n).read_bytes()) for n in (_WEIGHTS, _TRAINING)},
             **metadata,
         }
-        (folder / _CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        (folder / _CONFIG).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
         storage.patiently(storage.upload_folder, folder, uri, last=_CONFIG)
     return uri
 
@@ -71,14 +92,13 @@ def restore(state: State, uri: str) -> dict[str, Any]:
             f"The checkpoint {uri} holds {saved.model}, but this run asks for "
             f"{state.config.model}; resume with the settings it was started with."
         )
-    weights = load_safetensors(storage.patiently(storage.read_bytes, storage.join(uri, _WEIGHTS)))
-    for name, network in _parts(state).items():
-        network.load_state_dict(_below(weights, name))
-    raw = storage.patiently(storage.read_bytes, storage.join(uri, _TRAINING))
-    training = torch.load(io.BytesIO(raw), map_location=state.device, weights_only=True)
-    state.optimizer_g.load_state_dict(training["optimizer_g"])
-    state.optimizer_d.load_state_dict(training["optimizer_d"])
-    state.step = training["step"]
+    weights, moments = _read_tensors(uri, _WEIGHTS, metadata), _read_moments(uri, metadata)
+    with _named_damage(uri):
+        for name, network in _parts(state).items():
+            network.load_state_dict(_below(weights, name))
+        for name, optimizer in _optimizers(state).items():
+            _load_moments(optimizer, _below(moments, name))
+    state.step = metadata["step"]
     for optimizer in (state.optimizer_g, state.optimizer_d):
         optimizer.restart(state.step)
     return metadata
@@ -94,11 +114,12 @@ def load_networks(uri: str) -> tuple[Config, Encoder, Generator, dict[str, Any]]
     """
     metadata = read_metadata(uri)
     config = from_dict(metadata["config"])
-    weights = load_safetensors(storage.patiently(storage.read_bytes, storage.join(uri, _WEIGHTS)))
+    weights = _read_tensors(uri, _WEIGHTS, metadata)
     prefix = "ema_" if config.optim.ema else ""
     encoder, generator = Encoder(config.model), Generator(config.model)
-    encoder.load_state_dict(_below(weights, f"{prefix}encoder"))
-    generator.load_state_dict(_below(weights, f"{prefix}generator"))
+    with _named_damage(uri):
+        encoder.load_state_dict(_below(weights, f"{prefix}encoder"))
+        generator.load_state_dict(_below(weights, f"{prefix}generator"))
     return config, encoder.eval(), generator.eval(), metadata
 
 
@@ -111,16 +132,34 @@ def read_metadata(uri: str) -> dict[str, Any]:
     where = storage.join(uri, _CONFIG)
     if not storage.exists(where):
         raise UserError(f"There is no checkpoint at {uri}: give a folder with a {_CONFIG} in it.")
-    try:
-        return json.loads(storage.read_bytes(where))
-    except ValueError as error:
-        raise UserError(f"{where} is not readable as JSON: {error}.") from error
+    metadata = parse_json(storage.read_bytes(where), where, _REMEDY)
+    names = {"config", "step", "images_seen", "files"}
+    header = metadata
+    if isinstance(metadata, dict):  # the other entries differ from version to version
+        header = {k: v for k, v in metadata.items() if k in names}
+    check(header, _Header, where, _REMEDY)
+    return metadata
 
 
 def latest(run_uri: str) -> str | None:
-    """Return the URI of a run's newest finished checkpoint, or None."""
-    finished = checkpoints(run_uri)
-    return finished[-1] if finished else None
+    """Return the URI of a run's newest checkpoint that is whole, or None if there is none at all.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    damage: UserError | None = None
+    for uri in reversed(checkpoints(run_uri)):
+        try:
+            metadata = read_metadata(uri)
+            for name in metadata.get("files", {}):
+                _read_checked(uri, name, metadata)
+            return uri
+        except DamagedError as error:
+            log.warning("%s; using the checkpoint before it", str(error).rstrip("."))
+            damage = error
+    if damage is not None:
+        raise damage
+    return None
 
 
 def checkpoints(run_uri: str) -> list[str]:
@@ -165,6 +204,65 @@ def _named_weights(state: State) -> dict[str, Tensor]:
         for name, network in _parts(state).items()
         for key, value in network.state_dict().items()
     }
+
+
+def _optimizers(state: State) -> dict[str, Optimizer]:
+    return {"optimizer_g": state.optimizer_g, "optimizer_d": state.optimizer_d}
+
+
+def _named_moments(optimizers: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Return Adam's state of each parameter, which the optimizers number."""
+    return {
+        f"{name}.{number}.{key}": value.detach().cpu().contiguous()
+        for name, state in optimizers.items()
+        for number, values in state["state"].items()
+        for key, value in values.items()
+    }
+
+
+def _read_moments(uri: str, metadata: dict[str, Any]) -> dict[str, Tensor]:
+    if "files" in metadata:
+        return _read_tensors(uri, _TRAINING, metadata)
+    # Version 0.1 wrote torch's own format.
+    raw = storage.patiently(storage.read_bytes, storage.join(uri, "training.pt"))
+    with _named_damage(uri):
+        saved = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        return _named_moments({name: saved[name] for name in ("optimizer_g", "optimizer_d")})
+
+
+def _load_moments(optimizer: Optimizer, moments: dict[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        number, _, key = name.partition(".")
+        if value.ndim:  # a fused Adam needs moments in their parameter's memory format
+            value = torch.empty_like(parameters[int(number)]).copy_(value)
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _read_checked(uri: str, name: str, metadata: dict[str, Any]) -> bytes:
+    """Return a file of a checkpoint after comparing its digest, if one was stored."""
+    content = storage.patiently(storage.read_bytes, storage.join(uri, name))
+    if metadata.get("files", {}).get(name, sha256_hex(content)) != sha256_hex(content):
+        raise DamagedError(f"{storage.join(uri, name)} is not what was saved: {_REMEDY}.")
+    return content
+
+
+def _read_tensors(uri: str, name: str, metadata: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a file."""
+    with _named_damage(uri):
+        return load_safetensors(_read_checked(uri, name, metadata))
+
+
+@contextmanager
+def _named_damage(uri: str) -> Iterator[None]:
+    """Turn what torch and safetensors raise about a checkpoint's content into a sentence."""
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, RuntimeError, LookupError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DamagedError(f"{uri} cannot be loaded ({reason}): {_REMEDY}.") from error
 
 
 def _below(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:

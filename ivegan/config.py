@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ivegan.digest import digest
 from ivegan.errors import UserError
+from ivegan.schema import check
 
 Norm = Literal["batch", "sync", "group", "none"]
 
@@ -321,18 +322,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Any) -> Config:
     """Return the configuration that ``to_dict`` described.
 
     Raises:
-        UserError: a field that this version does not know, or one that is missing.
+        UserError: a field that this version does not know, or a value that is not of its type.
     """
-    parts = {"model": Model, "optim": Optim, "objective": Objective, "transform": Transform}
-    try:
-        inner = {name: part(**values[name]) for name, part in parts.items()}
-        return Config(**{**values, **inner})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"The stored configuration does not fit this version: {error}.") from error
+    return check(values, Config, "The stored configuration", "use the version that wrote it")
 
 
 def config_hash(config: Config) -> str:

@@ -10,6 +10,7 @@ MLflow is a mirror of these files (``pipelines.tracking.mirror``); nothing is re
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import queue
@@ -17,18 +18,22 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
 from ivegan import storage
-from ivegan.errors import UserError
+from ivegan.config import Config
+from ivegan.schema import DamagedError, check, parse_json, read
+
+log = logging.getLogger(__name__)
 
 RUN, METRICS, FIGURES = "run.json", "metrics", "figures"
 SCHEMA = 1
 ENDED = ("FINISHED", "FAILED", "KILLED")
+_REMEDY = "restore or delete it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,8 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     """Metrics at a number of images seen."""
 
     images_seen: int
@@ -97,20 +103,18 @@ def read_record(run_uri: str) -> RunRecord:
         UserError: there is none, or it is not readable.
     """
     where = storage.join(run_uri, RUN)
-    try:
-        found = json.loads(storage.read_bytes(where))
-        if "schema" not in found:
-            found = _of_older_run(found, run_uri)
-        names = {f.name for f in dataclasses.fields(RunRecord)}
-        return RunRecord(**{k: v for k, v in found.items() if k in names})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where} is not the record of a run: {error}.") from error
+    found = parse_json(storage.read_bytes(where), where, _REMEDY)
+    if isinstance(found, dict) and "schema" not in found:
+        found = _of_older_run(found, run_uri, where)
+    return check(found, RunRecord, where, _REMEDY)
 
 
-def _of_older_run(found: dict[str, Any], run_uri: str) -> dict[str, Any]:
+def _of_older_run(found: dict[str, Any], run_uri: str, where: str) -> dict[str, Any]:
     run_id = found.get("run_id") or run_uri.rpartition("/")[2]
+    check(found.get("config"), Config, where, _REMEDY)
+    names = {f.name for f in dataclasses.fields(RunRecord)}
     return {
-        **found,
+        **{k: v for k, v in found.items() if k in names},
         "schema": 0,
         "run_id": run_id,
         "preset": found.get("preset", found["config"]["dataset"]),
@@ -174,15 +178,23 @@ def write_points(
 
 def read_points(uri: str) -> list[Point]:
     """Return the points of one file."""
-    lines = storage.read_bytes(uri).decode().splitlines()
-    return [Point(**json.loads(line)) for line in lines]
+    return [read(line, Point, uri, "delete it") for line in storage.read_bytes(uri).splitlines()]
+
+
+def sound_points(uris: Iterable[str]) -> Iterator[Point]:
+    """Yield the points of many files; a damaged one is left out with a warning."""
+    for uri in uris:
+        try:
+            yield from read_points(uri)
+        except DamagedError as error:
+            log.warning("%s", error)
 
 
 def read_metrics(run_uri: str) -> list[Point]:
     """Return all points of a run, in the order of images seen."""
     folder = storage.join(run_uri, METRICS)
     names = [n for n in storage.list_names(folder) if n.endswith(".jsonl") and n[0] != "."]
-    return [point for name in names for point in read_points(storage.join(folder, name))]
+    return list(sound_points(storage.join(folder, name) for name in names))
 
 
 def curve(run_uri: str, name: str) -> tuple[list[int], list[float]]:

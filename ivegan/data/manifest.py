@@ -14,12 +14,14 @@ from typing import Any
 from ivegan import storage
 from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
+from ivegan.schema import check, inside, parse_json
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 ENCODING = {"format": "npy", "dtype": "uint8"}
 SPLITS = ("train", "valid", "test")
+_REMEDY = "build the data set again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,20 @@ class Manifest:
         """Return the sha256 of the manifest file: the data set's identity."""
         return sha256_hex(to_json(self))
 
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(self.splits, 0)
+        for shard in self.shards:
+            inside(shard.key)
+            if shard.split not in counts or min(shard.samples, shard.bytes) < 0:
+                raise ValueError(f"the shard {shard.key} has no split or a negative size")
+            counts[shard.split] += shard.samples
+        if counts != self.splits:
+            raise ValueError(f"the shards hold {counts} samples, but splits are {self.splits}")
+        for name in self.extras:
+            inside(name)
+        if min(self.image_shape) < 1:
+            raise ValueError(f"image_shape is {self.image_shape}")
+
     def of_split(self, split: str) -> list[Shard]:
         """Return the shards of one split."""
         return [shard for shard in self.shards if shard.split == split]
@@ -91,24 +107,15 @@ def read_manifest(uri: str) -> Manifest:
     manifest_uri = storage.join(uri, MANIFEST)
     if not storage.exists(manifest_uri):
         raise UserError(f"There is no data set at {uri}: build it with data_prep/build.py.")
-    try:
-        values = json.loads(storage.read_bytes(manifest_uri))
-        version = values["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{manifest_uri} has schema version {version}, but this program reads version "
-                f"{SCHEMA_VERSION}: build the data set again."
-            )
-        shards = tuple(Shard(**shard) for shard in values.pop("shards"))
-        channels, height, width = values.pop("image_shape")
-        names = tuple(values.pop("label_names"))
-        manifest = Manifest(
-            **values, shards=shards, image_shape=(channels, height, width), label_names=names
-        )
-    except (ValueError, KeyError, TypeError) as error:
+    content = storage.read_bytes(manifest_uri)
+    values = parse_json(content, manifest_uri, _REMEDY)
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
         raise UserError(
-            f"{manifest_uri} is damaged ({error}): build the data set again."
-        ) from error
+            f"{manifest_uri} has schema version {version}, but this program reads version "
+            f"{SCHEMA_VERSION}: build the data set again."
+        )
+    manifest = check(values, Manifest, manifest_uri, _REMEDY)
     if not manifest.shards or not any(manifest.splits.values()):
         raise UserError(f"The data set at {uri} is empty: build it from a source with images.")
     return manifest

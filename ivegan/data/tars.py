@@ -4,12 +4,12 @@ Images are stored as .npy files without compression: docs/data.md compares the e
 """
 
 import io
-import json
 import logging
 import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from ivegan import storage
 from ivegan.data.manifest import Shard
 from ivegan.digest import canonical_json, sha256_hex
 from ivegan.errors import UserError
+from ivegan.schema import parse_json
 from ivegan.shapes import UInt8
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class Sample(NamedTuple):
     """``label`` (int) or ``attributes`` (list of 0 and 1); ``source``, the id in the raw data."""
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """Location of a sample in a tar, and its metadata."""
 
     key: str
@@ -232,11 +234,10 @@ def _parse_meta(key: str, content: memoryview) -> dict[str, Any]:
     Raises:
         UserError: the JSON is damaged.
     """
-    try:
-        meta = json.loads(bytes(content))
-        del meta["crc32"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"The JSON of {key} is damaged: {error}.") from error
+    meta = parse_json(bytes(content), f"The JSON of {key}", "build the data set again")
+    if not isinstance(meta, dict) or "crc32" not in meta:
+        raise UserError(f"The JSON of {key} is damaged: it has no checksum.")
+    del meta["crc32"]
     return meta
 
 

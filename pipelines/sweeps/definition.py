@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ivegan import storage
+from ivegan import schema, storage
 from ivegan.config import Config, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines.paths import new_id, runs_uri
@@ -127,10 +127,7 @@ def read(sweep_uri: str) -> Definition | None:
     uri = storage.join(sweep_uri, FILE)
     if not storage.exists(uri):
         return None
-    content = json.loads(storage.read_bytes(uri))
-    content["objective"] = SearchObjective(**content["objective"])
-    names = {field.name for field in dataclasses.fields(Definition)}
-    return Definition(**{k: v for k, v in content.items() if k in names})
+    return schema.read(storage.read_bytes(uri), Definition, uri)
 
 
 def write(sweep_uri: str, definition: Definition) -> None:

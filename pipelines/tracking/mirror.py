@@ -13,7 +13,6 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +24,7 @@ from ivegan import storage
 from ivegan.config import flatten, from_dict
 from ivegan.digest import digest
 from ivegan.errors import UserError
+from ivegan.schema import DamagedError, read
 from pipelines import record as records
 from pipelines.paths import public, tracking_uri
 from pipelines.record import RunRecord
@@ -53,8 +53,8 @@ class _Note:
     def read(cls, run_uri: str) -> "_Note":
         where = storage.join(run_uri, "mlflow.json")
         try:
-            return cls(**json.loads(storage.read_bytes(where))) if storage.exists(where) else cls()
-        except (ValueError, TypeError):
+            return read(storage.read_bytes(where), cls, where) if storage.exists(where) else cls()
+        except DamagedError:
             return cls()
 
     def write(self, run_uri: str) -> None:
@@ -198,8 +198,7 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
 def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[str]) -> None:
     metrics = [
         Metric(key, value, point.time, point.images_seen)
-        for name in names
-        for point in records.read_points(storage.join(run_uri, name))
+        for point in records.sound_points(storage.join(run_uri, name) for name in names)
         for key, value in point.metrics.items()
     ]
     for start in range(0, len(metrics), 1000):  # MLflow's limit of one request
@@ -316,8 +315,9 @@ def sync(where: str | Path) -> dict[str, int]:
         UserError: a server does not take a run; all others are copied nevertheless.
     """
     copied, failed = {}, None
+    pending, damaged = _pending(where)
     work = [(str(folder), functools.partial(journals.deliver, folder)) for folder in _old(where)]
-    for run_uri, record in _pending(where):
+    for run_uri, record in pending:
         work.append((record.run_id, functools.partial(_mirrored, run_uri, record.run_id)))
     for name, copy in work:
         try:
@@ -327,8 +327,8 @@ def sync(where: str | Path) -> dict[str, int]:
                 f"MLflow does not take all of {name} ({tracking.first_line(error)}): try sync "
                 "again later."
             )
-    if failed is not None:
-        raise failed
+    if failed is not None or damaged:
+        raise failed or damaged[0]
     return copied
 
 
@@ -338,7 +338,7 @@ def _mirrored(run_uri: str, run_id: str) -> dict[str, int]:
 
 def waiting(where: str | Path) -> dict[str, int]:
     """Return by run id how many files ``sync`` would compare; nothing is copied."""
-    counts = {record.run_id: len(_files(run_uri)) for run_uri, record in _pending(where)}
+    counts = {record.run_id: len(_files(run_uri)) for run_uri, record in _pending(where)[0]}
     for folder in _old(where):
         counts |= journals.waiting(folder)
     return counts
@@ -351,17 +351,22 @@ def _old(where: str | Path) -> list[str]:
     return [folder for folder in (place, beside) if storage.exists(folder)]
 
 
-def _pending(where: str | Path) -> Iterator[tuple[str, RunRecord]]:
-    """Yield the runs that are not completely copied, those that others are nested under first."""
-    found = []
+def _pending(where: str | Path) -> tuple[list[tuple[str, RunRecord]], list[DamagedError]]:
+    """Return the runs that are not completely copied, parents first, and errors of the others."""
+    found, damaged = [], []
     for run_uri in records.list_runs(storage.absolute(where)):
-        record = records.end_if_dead(run_uri, records.read_record(run_uri))
+        try:
+            record = records.end_if_dead(run_uri, records.read_record(run_uri))
+        except DamagedError as error:
+            log.warning("%s", error)
+            damaged.append(error)
+            continue
         note = _Note.read(run_uri)
         complete = _complete_note(note.tracking_uri, note.run_id, _files(run_uri), record)
         # An older run's journal delivers it; one of a folder in use elsewhere is its driver's.
         if record.schema and note != complete:
             found.append((run_uri, record))
-    yield from sorted(found, key=lambda one: one[1].parent is not None)
+    return sorted(found, key=lambda one: one[1].parent is not None), damaged
 
 
 def _store_of(run_uri: str) -> str:

@@ -1,7 +1,6 @@
 """A checkpoint holds all that an exact continuation needs, and nothing unsafe."""
 
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,24 +78,51 @@ def test_nothing_there_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.load_networks(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoint.read_metadata(str(tmp_path))
 
 
 def test_a_configuration_of_another_version_is_a_sentence(tmp_path):
     uri = checkpoint.save(trained(), str(tmp_path), {})
     path = Path(uri) / "config.json"
-    about = json.loads(path.read_text())
-    about["config"]["optim"]["momentum"] = 0.9
-    path.write_text(json.dumps(about))
+    metadata = json.loads(path.read_text())
+    metadata["config"]["optim"]["momentum"] = 0.9
+    path.write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="momentum"):
         checkpoint.load_networks(uri)
 
 
-def test_a_checkpoint_holds_plain_tensors_only(tmp_path):
+def test_a_checkpoint_holds_no_pickle(tmp_path):
     uri = checkpoint.save(trained(), str(tmp_path), {})
     files = {p.name for p in Path(uri).iterdir()}
-    assert files == {"weights.safetensors", "training.pt", "config.json"}
-    torch.load(Path(uri) / "training.pt", weights_only=True)  # refuses anything that runs code
-    with zipfile.ZipFile(Path(uri) / "training.pt") as archive:
-        assert archive.testzip() is None
+    assert files == {"weights.safetensors", "training.safetensors", "config.json"}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "training.safetensors"])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(name, tmp_path, caplog):
+    state = trained()
+    first = checkpoint.save(state, str(tmp_path), {})
+    state.step += 1
+    second = checkpoint.save(state, str(tmp_path), {})
+    content = bytearray((Path(second) / name).read_bytes())
+    content[-1] ^= 1
+    (Path(second) / name).write_bytes(content)
+
+    with pytest.raises(UserError, match=f"{name} is not what was saved"):
+        checkpoint.restore(create_state(state.config), second)
+    assert checkpoint.latest(str(tmp_path)) == first
+    assert "using the checkpoint before it" in caplog.text
+    (Path(first) / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.latest(str(tmp_path))
+
+
+def test_files_that_are_cut_off_are_a_sentence(tmp_path):
+    uri = checkpoint.save(trained(), str(tmp_path), {})
+    metadata = json.loads((Path(uri) / "config.json").read_text())
+    del metadata["files"]  # as before checkpoints had digests
+    (Path(uri) / "config.json").write_text(json.dumps(metadata))
+    weights_file = Path(uri) / "weights.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        checkpoint.load_networks(uri)
