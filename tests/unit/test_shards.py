@@ -191,7 +191,7 @@ def test_the_manifest_comes_back_and_its_hash_is_the_files(tmp_path):
     assert read_manifest(uri) == manifest()
     raw = (tmp_path / "manifest.json").read_bytes()
     assert read_manifest(uri).hash == hashlib.sha256(raw).hexdigest()
-    assert manifest(splits={"train": 4, "valid": 0}).hash != manifest().hash
+    assert manifest(settings={"other": 1}).hash != manifest().hash
 
 
 def test_no_manifest_is_no_data_set(tmp_path):
