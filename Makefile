@@ -7,6 +7,7 @@ PIP_ARGS ?=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint check install ui bench clean
+.PHONY: cluster-up cluster-demo cluster-down
 
 demo: install
 	$(BIN)/python pipelines/workflow.py run digits-plus
@@ -36,6 +37,9 @@ ui: install
 	@mkdir -p runs
 	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+cluster-up cluster-demo cluster-down: install
+	$(BIN)/python infra/local_cluster.py $(@:cluster-%=%)
 
 # The RayCluster of infra/kubernetes, whose comments say why each line is there.
 ray_cluster.yaml: infra/kubernetes/cluster/cluster.yaml infra/kubernetes/image/kustomization.yaml | install

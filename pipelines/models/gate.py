@@ -70,7 +70,8 @@ def examine(
     if shards_uri is None and not config.is_points:
         raise UserError("The candidate does not record where its data are: give --data.")
     faults = _unlike_checkpoint(candidate, checkpoint_uri)
-    faults += [f"its {name} is not recorded" for name in _ORIGIN if not metadata.get(name)]
+    absent = (None, "", "unknown")
+    faults += [f"its {name} is not recorded" for name in _ORIGIN if metadata.get(name) in absent]
     trained_on = metadata.get("dataset_hash")
     if shards_uri and trained_on and read_manifest(shards_uri).hash != trained_on:
         faults.append(f"{shards_uri} is not the data set that it was trained on")

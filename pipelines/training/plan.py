@@ -1,7 +1,9 @@
 """What a run is to do, and where: resolved and checked before anything starts."""
 
 import dataclasses
+import hashlib
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,13 +241,20 @@ def stream_of(plan: Plan, manifest: Manifest) -> Stream:
 
 
 def git_commit() -> str:
-    """Return the commit of this code, "-dirty" where files differ, or "unknown" outside git."""
-    baked = os.environ.get("IVEGAN_GIT_COMMIT")
-    if baked:
-        return baked
-    here = Path(__file__).resolve().parent
+    """Return what identifies this code: its commit, "-dirty" where files differ, or its own hash.
+
+    A job's uploaded code is identified by Ray's hash of it, not by the commit of the image.
+    """
+    if named := os.environ.get("IVEGAN_GIT_COMMIT"):
+        return named
+    here = Path(__file__).resolve().parents[2]
+    if uploaded := re.search(r"_ray_pkg_([0-9a-f]+)", str(here)):
+        return f"package-{uploaded[1]}"
+    if image := os.environ.get("IVEGAN_IMAGE_COMMIT"):
+        return image
     try:
         ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        names = sorted(path for p in ("ivegan", "pipelines") for path in (here / p).rglob("*.py"))
+        return f"code-{hashlib.sha256(b''.join(p.read_bytes() for p in names)).hexdigest()[:40]}"

@@ -1,10 +1,14 @@
 """Ray Train as the back end of a training: its ranks, their outcome and their failures."""
 
+import socket
 from typing import Any
+
+import torch.distributed as dist
 
 from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
+from pipelines import record as records
 from pipelines.cluster.session import in_a_thread
 from pipelines.training.plan import Plan
 from pipelines.training.worker import work
@@ -14,7 +18,7 @@ def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
     """Train with Ray's workers and return rank 0's outcome.
 
     Raises:
-        UserError: a worker raised it.
+        UserError: a worker raised it, or the workers do not see the driver's storage.
         NonFiniteLossError: training diverged.
     """
     import ray.train
@@ -44,6 +48,8 @@ def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
     assert isinstance(outcome, dict), "rank 0 returns the outcome"
+    if "refused" in outcome:
+        raise UserError(outcome["refused"])
     if "diverged" in outcome:
         raise NonFiniteLossError(outcome["diverged"])
     return outcome
@@ -51,11 +57,36 @@ def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train on one of Ray's ranks."""
+    # Returned, not raised: each retry would end in the same way.
+    if refusal := unshared(payload["plan"].run_uri, payload["metadata"]["run_key"]):
+        return {"refused": refusal}
     try:
         return work(payload["plan"], payload["metadata"])
     except NonFiniteLossError as error:
-        # Returned, not raised: every retry would diverge again.
         return {"diverged": str(error)}
+
+
+def unshared(run_uri: str, key: str) -> str:
+    """Return, the same on every rank, why the ranks cannot share a run's folder; "" if they can.
+
+    Args:
+        run_uri: the run's folder.
+        key: of the record that the driver has written there.
+    """
+    nodes: list[str] = [""] * dist.get_world_size()
+    try:
+        sees = records.read_record(run_uri).key == key
+    except UserError:
+        sees = False
+    dist.all_gather_object(nodes, "" if sees else socket.gethostname())
+    blind = [node for node in nodes if node]
+    if not blind:
+        return ""
+    return (
+        f"{len(blind)} of {len(nodes)} workers do not see {run_uri} of the driver's node (on "
+        f"{', '.join(sorted({*blind}))}): give --storage s3://BUCKET/FOLDER, or a folder that all "
+        "nodes share."
+    )
 
 
 def _cause(error: Exception) -> Exception:

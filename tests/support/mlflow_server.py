@@ -72,8 +72,9 @@ def postgres() -> Iterator[str]:
         data, log = Path(tmp) / "data", Path(tmp) / "log"
         run = {"cwd": tmp, "env": {"LC_ALL": "C", "PATH": os.environ["PATH"]}}
         run |= as_user if os.getuid() == 0 else {}
+        words = ["-D", data, "-U", "ivegan", "-A", "trust", "--encoding=UTF8", "--no-sync"]
         made = subprocess.run(
-            [programs[0] / "initdb", "-D", data, "-U", "ivegan", "-A", "trust", "--no-sync"],
+            [programs[0] / "initdb", *words],
             capture_output=True,
             text=True,
             **run,

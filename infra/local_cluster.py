@@ -1,0 +1,433 @@
+"""The production topology as real processes on one machine, and the whole way through it.
+
+    python infra/local_cluster.py up    # PostgreSQL, S3, MLflow with accounts, Ray: head, two nodes
+    python infra/local_cluster.py demo  # build, train on two nodes, sweep, evaluate, promote, pull
+    python infra/local_cluster.py down  # ends these processes by their ids, and deletes their data
+
+As in infra/kubernetes, Ray requires a token, MLflow an account and S3 keys; the nodes share no
+disk, and the keys are in a file that only their processes are given.
+"""
+
+import base64
+import configparser
+import json
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = ROOT / "runs" / "cluster.json"
+HOST, BUCKET, ACCOUNT = "127.0.0.1", "ivegan", "trainer"
+NODES = ("node-1", "node-2")
+_PATIENCE = 180  # seconds for one server to start; MLflow makes its tables in the first ten
+
+
+@dataclass
+class Cluster:
+    """Where the servers are; written to a file that only its owner can read."""
+
+    folder: str
+    """All data, logs and secrets; short, because sockets lie in it."""
+    ports: dict[str, int] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+    processes: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Process id and time of its start, by name."""
+    database: str = ""
+
+    def url(self, name: str) -> str:
+        """Return the address of a server."""
+        return f"http://{HOST}:{self.ports[name]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a client: of a person who submits jobs, and of the nodes."""
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": f"{self.folder}/secrets/ray-token",
+            "RAY_API_SERVER_ADDRESS": self.url("dashboard"),
+            "MLFLOW_TRACKING_URI": self.url("mlflow"),
+            "MLFLOW_TRACKING_USERNAME": ACCOUNT,
+            "MLFLOW_TRACKING_PASSWORD": self.secrets["account"],
+            "AWS_ENDPOINT_URL": self.url("s3"),
+            "AWS_REGION": "us-east-1",
+            "AWS_SHARED_CREDENTIALS_FILE": f"{self.folder}/secrets/credentials",
+        }
+
+    def save(self, state: Path) -> None:
+        """Write the file that ``read`` reads."""
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.touch(0o600)
+        state.write_text(json.dumps(asdict(self), indent=2))
+
+
+def read(state: Path = STATE) -> Cluster:
+    """Return the cluster that is up.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if not state.exists():
+        raise SystemExit("No cluster is up: run `make cluster-up` first.")
+    return Cluster(**json.loads(state.read_text()))
+
+
+def up(state: Path = STATE) -> Cluster:
+    """Start all servers and return once they answer; what started is ended if one does not."""
+    if state.exists():
+        raise SystemExit(f"A cluster is up, or was not ended: run `make cluster-down` ({state}).")
+    cluster = Cluster(tempfile.mkdtemp(prefix="ivegan-"))
+    try:
+        _prepare(cluster)
+        cluster.save(state)
+        for start in (start_postgres, start_s3, start_mlflow, start_head):
+            start(cluster)
+            cluster.save(state)
+        for name in NODES:
+            start_node(cluster, name)
+            cluster.save(state)
+    except BaseException:
+        down(state)
+        raise
+    return cluster
+
+
+def down(state: Path = STATE) -> None:
+    """End the processes, last started first, and delete their data."""
+    if not state.exists():
+        return
+    cluster = read(state)
+    for name in reversed(list(cluster.processes)):
+        end(cluster, name)
+    shutil.rmtree(cluster.folder, ignore_errors=True)
+    state.unlink()
+
+
+def end(cluster: Cluster, name: str, *, kill: bool = False) -> None:
+    """End a server with all that it started; with ``kill`` as a lost node would, without notice."""
+    pid, started = cluster.processes[name]
+    try:
+        parent = psutil.Process(pid)
+        if abs(parent.create_time() - started) > 1:  # another program got the id
+            return
+        family = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family[:1] if not kill else []:
+        process.terminate()
+    alive = psutil.wait_procs(family, timeout=0 if kill else 15)[1]
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=15)
+
+
+def start_postgres(cluster: Cluster) -> None:
+    """Start PostgreSQL with an empty database; without its programs MLflow gets a SQLite file."""
+    found = [*Path("/usr/lib/postgresql").glob("*/bin/postgres"), shutil.which("postgres")]
+    programs = [Path(program).resolve().parent for program in found if program]
+    if not programs:
+        print("SKIPPED: PostgreSQL is not installed (apt-get install postgresql); MLflow on SQLite")
+        cluster.database = f"sqlite:///{cluster.folder}/mlflow.db"
+        return
+    # It does not run as root; its folder is another user's then.
+    user = pwd.getpwnam("nobody" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name)
+    data = Path(cluster.folder) / "postgres"
+    data.mkdir(exist_ok=True)
+    os.chown(data, user.pw_uid, user.pw_gid)
+    as_user: dict[str, Any] = {"cwd": data, "env": {"LC_ALL": "C", "PATH": os.environ["PATH"]}}
+    if os.getuid() == 0:
+        as_user |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    folder, password = data / "data", data / "password"
+    if not folder.exists():
+        password.write_text(cluster.secrets["database"])
+        os.chown(password, user.pw_uid, user.pw_gid)
+        words = [programs[0] / "initdb", "-D", folder, "-U", "mlflow", "-A", "scram-sha-256"]
+        words += [f"--pwfile={password}", "--encoding=UTF8", "--no-sync"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, **as_user)
+        password.unlink()
+    port = str(cluster.ports["postgres"])
+    words = [programs[0] / "postgres", "-D", folder, "-p", port, "-h", HOST, "-k", data]
+    _start(cluster, "postgres", words, **as_user)
+    ask = [programs[0] / "pg_isready", "-q", "-h", HOST, "-p", port]
+    _wait(cluster, "postgres", lambda: subprocess.run(ask, **as_user).returncode == 0)
+    password = cluster.secrets["database"]
+    cluster.database = f"postgresql://mlflow:{password}@{HOST}:{port}/postgres"
+
+
+def start_s3(cluster: Cluster) -> None:
+    """Start the S3 server, and make the bucket."""
+    words = [sys.executable, ROOT / "infra" / "s3_server.py", f"{cluster.folder}/s3"]
+    words += ["--port", cluster.ports["s3"], "--secret", cluster.secrets["s3"]]
+    _start(cluster, "s3", words)
+    _wait(cluster, "s3", lambda: _status(f"{cluster.url('s3')}/healthcheck") == 200)
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=cluster.url("s3"),
+        region_name="us-east-1",
+        aws_access_key_id="ivegan:ivegan",
+        aws_secret_access_key=cluster.secrets["s3"],
+    )
+    if BUCKET not in [one["Name"] for one in client.list_buckets()["Buckets"]]:
+        client.create_bucket(Bucket=BUCKET)
+
+
+def start_mlflow(cluster: Cluster) -> None:
+    """Start the MLflow server, and make the account of jobs."""
+    accounts = Path(cluster.folder) / "secrets" / "basic_auth.ini"
+    settings = configparser.ConfigParser(interpolation=None)
+    settings["mlflow"] = {
+        "default_permission": "READ",
+        "database_uri": cluster.database,
+        "admin_username": "admin",
+        "admin_password": cluster.secrets["admin"],
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+    }
+    with accounts.open("w") as file:
+        settings.write(file)
+    words = [_program("mlflow"), "server", "--host", HOST, "--port", cluster.ports["mlflow"]]
+    words += ["--workers", "1", "--app-name", "basic-auth"]
+    own = {
+        "MLFLOW_BACKEND_STORE_URI": cluster.database,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its workers are for language models
+        "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{BUCKET}/mlflow",
+        "MLFLOW_S3_ENDPOINT_URL": cluster.url("s3"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": cluster.secrets["flask"],
+        "MLFLOW_AUTH_CONFIG_PATH": str(accounts),
+    }
+    _start(cluster, "mlflow", words, env=_environment(cluster) | own)
+    _wait(cluster, "mlflow", lambda: _status(f"{cluster.url('mlflow')}/health") == 200)
+    body = json.dumps({"username": ACCOUNT, "password": cluster.secrets["account"]}).encode()
+    make = urllib.request.Request(
+        f"{cluster.url('mlflow')}/api/2.0/mlflow/users/create",
+        body,
+        {"Content-Type": "application/json"} | _basic("admin", cluster.secrets["admin"]),
+    )
+    # 400: it exists, since the server was started again
+    _wait(cluster, "mlflow", lambda: _status(make) in (200, 400))
+
+
+def start_head(cluster: Cluster) -> None:
+    """Start Ray's head, where drivers run and nothing else."""
+    words = ["--head", "--num-cpus", "0", "--port", cluster.ports["ray"]]
+    words += ["--dashboard-host", HOST, "--dashboard-port", cluster.ports["dashboard"]]
+    words += ["--temp-dir", f"{cluster.folder}/ray"]
+    _start_ray(cluster, "head", words)
+    _wait(cluster, "head", lambda: _nodes(cluster) == 1)
+
+
+def start_node(cluster: Cluster, name: str) -> None:
+    """Start a node with one CPU; what it keeps is its own, as on another machine."""
+    before = _nodes(cluster)
+    _start_ray(cluster, name, ["--address", f"{HOST}:{cluster.ports['ray']}", "--num-cpus", "1"])
+    _wait(cluster, name, lambda: _nodes(cluster) == before + 1)
+
+
+def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
+    home = Path(cluster.folder) / name
+    home.mkdir(exist_ok=True)
+    # The default is one port for all nodes; each has an address of its own elsewhere.
+    words = [*words, "--dashboard-agent-listen-port", _free_port()]
+    own = {
+        "IVEGAN_CACHE": f"{home}/cache",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # On a busy machine 30 s are not enough, and Ray's workers at nice 15 would never run.
+        "RAY_raylet_start_wait_time_s": str(_PATIENCE),
+        "RAY_worker_niceness": "0",
+    }
+    environment = _environment(cluster) | own
+    environment.pop("RAY_API_SERVER_ADDRESS")
+    _start(cluster, name, [_program("ray"), "start", *words, "--block"], cwd=home, env=environment)
+
+
+def submit(cluster: Cluster, *words: str, flags: tuple[str, ...] = ()) -> None:
+    """Run ``ray job submit`` with this repository, as a person does, and return once it succeeded.
+
+    Raises:
+        SystemExit: the job failed; its output has been printed.
+    """
+    name = f"demo-{secrets.token_hex(4)}"
+    where = ["--working-dir", str(ROOT), "--submission-id", name]
+    command = [_program("ray"), "job", "submit", *where, *flags, "--", "python", *words]
+    done = subprocess.run(command, env=_environment(cluster), check=False)
+    # The tail of the log may end before the job does.
+    status = job_status(cluster, name)
+    while status in ("PENDING", "RUNNING"):
+        time.sleep(1)  # between two looks
+        status = job_status(cluster, name)
+    if done.returncode or status != "SUCCEEDED":
+        raise SystemExit(f"The job {name} ended as {status}: {' '.join(words)}")
+
+
+def job_status(cluster: Cluster, name: str) -> str:
+    """Return the status of a submitted job."""
+    return ask_ray(cluster, f"/api/jobs/{name}")["status"]
+
+
+def ask_ray(cluster: Cluster, path: str) -> Any:
+    """Return what the dashboard answers to a request with the token."""
+    request = urllib.request.Request(cluster.url("dashboard") + path, headers=_bearer(cluster))
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def demo(state: Path = STATE) -> None:
+    """Go the whole way by ``ray job submit``, with all state in S3 and the database."""
+    cluster = read(state)
+    source = os.environ.get("IVEGAN_TEST_DATA")
+    preset, raw = ("mnist", f"{source}/mnist") if source else ("digits", None)
+    data, runs = f"s3://{BUCKET}/data/{preset}", f"s3://{BUCKET}/runs"
+    small = ["--model.width", "0.25"] if source else []
+    places = [preset, "--data", data, "--storage", runs, *small]
+    run = f"demo-{secrets.token_hex(3)}"
+    on_a_node = ("--entrypoint-num-cpus", "1")  # what computes in the driver leaves the head alone
+    build = ["data_prep/build.py", preset, "--out", data, *(["--source", raw] if raw else [])]
+    submit(cluster, *build)
+    submit(cluster, "pipelines/train.py", *places, "--run-id", run, "--total-images", "12800")
+    sweep = [
+        "--sweep-id",
+        f"{run}-sweep",
+        "--samples",
+        "2",
+        "--scores",
+        "2",
+        "--score-images",
+        "200",
+    ]
+    submit(cluster, "pipelines/tune.py", *places, *sweep, "--total-images", "3200")
+    out = f"s3://{BUCKET}/reports/{run}"
+    submit(cluster, "pipelines/evaluate.py", f"{runs}/{run}", "--out", out, flags=on_a_node)
+    submit(cluster, "pipelines/registry.py", "register", f"{runs}/{run}", flags=on_a_node)
+    promote = ["pipelines/registry.py", "promote", preset, "--force", "a demonstration"]
+    submit(cluster, *promote, flags=on_a_node)
+    # The team that uses the model has an account of MLflow, and neither Ray nor keys of S3.
+    pulled = Path(cluster.folder) / "pulled"
+    words = ["pull", f"ivegan-{preset}-encoder", "--stage", "production", "--to", str(pulled)]
+    environment = {k: v for k, v in _environment(cluster).items() if not k.startswith("AWS_")}
+    pull = [sys.executable, ROOT / "pipelines" / "registry.py", *words]
+    subprocess.run(pull, env=environment, check=True)
+    print(f"\nThe demo passed: {run} is in production. MLflow: {cluster.url('mlflow')}")
+
+
+def _prepare(cluster: Cluster) -> None:
+    """Choose ports and secrets, and write the secrets' files."""
+    folder = Path(cluster.folder)
+    folder.chmod(0o711)  # PostgreSQL's user passes through to its own folder
+    names = ("postgres", "s3", "mlflow", "ray", "dashboard")
+    cluster.ports = {name: _free_port() for name in names}
+    names = ("database", "s3", "admin", "account", "flask", "token")
+    cluster.secrets = {name: secrets.token_hex(16) for name in names}
+    (folder / "secrets").mkdir(mode=0o700)
+    (folder / "secrets" / "ray-token").write_text(cluster.secrets["token"])
+    keys = f"aws_access_key_id = ivegan:ivegan\naws_secret_access_key = {cluster.secrets['s3']}\n"
+    (folder / "secrets" / "credentials").write_text(f"[default]\n{keys}")
+
+
+def _start(cluster: Cluster, name: str, words: list[Any], **how: Any) -> None:
+    """Start a server in the background; its output goes to a log."""
+    how.setdefault("env", _environment(cluster))
+    how.setdefault("cwd", cluster.folder)
+    with (Path(cluster.folder) / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C ends the command that waits, not the server
+            **how,
+        )
+    cluster.processes[name] = process.pid, psutil.Process(process.pid).create_time()
+
+
+def _wait(cluster: Cluster, name: str, ready: Callable[[], bool]) -> None:
+    """Return once a server answers.
+
+    Raises:
+        SystemExit: it ended, or does not answer; its log is printed.
+    """
+    process = psutil.Process(cluster.processes[name][0])
+    deadline = time.monotonic() + _PATIENCE
+    while not ready():
+        if process.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
+            log = (Path(cluster.folder) / f"{name}.log").read_text(errors="replace")
+            raise SystemExit(f"{name} does not answer; its log ends with:\n{log[-2000:]}")
+        time.sleep(0.2)  # between two looks
+
+
+def _nodes(cluster: Cluster) -> int:
+    """Return how many nodes of Ray are alive."""
+    try:
+        answer = ask_ray(cluster, "/nodes?view=summary")
+    except OSError:
+        return 0
+    return [n["raylet"].get("state") for n in answer["data"]["summary"]].count("ALIVE")
+
+
+def _environment(cluster: Cluster) -> dict[str, str]:
+    """Return this process's environment with the cluster's in place of its own."""
+    theirs = ("RAY_", "MLFLOW_", "AWS_", "IVEGAN_CACHE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | cluster.environment | {"PATH": path}
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _status(request: str | urllib.request.Request) -> int:
+    """Return the HTTP status of an answer; 0 where there is none."""
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def _bearer(cluster: Cluster) -> dict[str, str]:
+    return {"Authorization": f"Bearer {cluster.secrets['token']}"}
+
+
+def _basic(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind((HOST, 0))
+        return one.getsockname()[1]
+
+
+def command() -> None:
+    """Run as a program."""
+    verbs = {"up": up, "demo": demo, "down": down}
+    if len(sys.argv) != 2 or sys.argv[1] not in verbs:
+        raise SystemExit(f"usage: local_cluster.py {'|'.join(verbs)}")
+    verbs[sys.argv[1]]()
+    if sys.argv[1] == "up":
+        for name, value in read().environment.items():
+            print(f"export {name}={value}")
+        print(
+            "# ray job submit --working-dir . -- python pipelines/train.py digits --storage", end=""
+        )
+        print(f" s3://{BUCKET}/runs --data s3://{BUCKET}/data/digits")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,82 @@
+"""A run says which code computed it, and every rank sees the folder that its driver wrote."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import in_ranks
+
+from pipelines import record as records
+from pipelines.training import plan
+from pipelines.training.ray_backend import unshared
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Return a function that makes a folder of code without git the code that runs."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("IVEGAN_GIT_COMMIT", "IVEGAN_IMAGE_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def running(folder: str) -> Path:
+        path = tmp_path / folder / "pipelines" / "training" / "plan.py"
+        path.parent.mkdir(parents=True)
+        path.write_text("# a plan\n")
+        monkeypatch.setattr(plan, "__file__", str(path))
+        return path
+
+    return running
+
+
+@pytest.mark.parametrize(
+    ("folder", "variables", "commit"),
+    [
+        ("_ray_pkg_0123abcd", {"IVEGAN_IMAGE_COMMIT": "ffff"}, "package-0123abcd"),
+        ("_ray_pkg_0123abcd", {"IVEGAN_GIT_COMMIT": "eeee"}, "eeee"),
+        ("app", {"IVEGAN_IMAGE_COMMIT": "ffff"}, "ffff"),
+    ],
+)
+def test_the_commit_is_that_of_the_code_which_runs(code, monkeypatch, folder, variables, commit):
+    code(folder)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert plan.git_commit() == commit
+
+
+def test_code_without_git_and_image_is_identified_by_its_content(code):
+    code("a")
+    first = plan.git_commit()
+    assert first.startswith("code-")
+    path = code("b")
+    assert plan.git_commit() == first
+    path.write_text("# another plan\n")
+    assert plan.git_commit() != first
+
+
+def _rank(rank: int, world: int, folder: str, seeing: tuple[bool, ...]) -> None:
+    here = folder if seeing[rank] else f"{folder}-of-another-disk"
+    answer = unshared(here, "key")
+    if all(seeing):
+        assert answer == ""
+    else:
+        assert answer.startswith(f"{seeing.count(False)} of {world} workers do not see ")
+        assert socket.gethostname() in answer
+        assert "--storage s3://" in answer
+
+
+@pytest.mark.parametrize("seeing", [(True, True), (True, False), (False, False)])
+def test_ranks_that_do_not_see_the_drivers_folder_refuse_together(tmp_path, seeing):
+    record = records.RunRecord(run_id="a", preset="ring", config={}, key="key")
+    records.write_record(str(tmp_path / "a"), record)
+    in_ranks(2, _rank, str(tmp_path / "a"), seeing)
+
+
+def test_the_record_of_an_earlier_run_of_that_name_is_not_the_drivers(tmp_path):
+    record = records.RunRecord(run_id="a", preset="ring", config={}, key="another")
+    records.write_record(str(tmp_path / "a"), record)
+    in_ranks(1, _refused, str(tmp_path / "a"))
+
+
+def _refused(rank: int, world: int, folder: str) -> None:
+    assert unshared(folder, "key").startswith("1 of 1 workers do not see ")
