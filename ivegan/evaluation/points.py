@@ -44,7 +44,7 @@ def evaluate(
         "right_mode_chance": 1 / num_modes,
     }
     panels = [("true data", x), *_history(sampler, uri, count, seed)]
-    panels += [(f"variations at {_short(checkpoint.read_facts(uri)['images_seen'])}", x_hat[0])]
+    panels += [(f"variations at {_short(checkpoint.read_metadata(uri)['images_seen'])}", x_hat[0])]
     pages = [_density(panels, dataset), _closeup(x, prior, x_hat[0], dataset)]
     if sampler.config.model.z_dim in (2, 3):
         pages.append(_latent(z.numpy(), x, dataset))
