@@ -1,8 +1,12 @@
-"""Canonical JSON and sha256: one definition for configurations, data sets and run records."""
+"""Canonical JSON and sha256: one definition for configurations, data, records and caches."""
 
+import contextlib
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+
+_SUMS = "sums.json"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -18,3 +22,35 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 def digest(value: Any) -> str:
     """Return the sha256 of a plain value's canonical JSON."""
     return sha256_hex(canonical_json(value))
+
+
+def write_sums(folder: Path) -> None:
+    """Write the digest, size and time of each file of a folder into ``sums.json``."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != _SUMS)
+    (folder / _SUMS).write_text(json.dumps({path.name: _sum(path) for path in files}))
+
+
+def is_sound(folder: Path) -> bool:
+    """Return whether a folder's files are those that ``write_sums`` saw.
+
+    Files are read again only where their size or time differs from the stored one.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        sums = json.loads((folder / _SUMS).read_bytes())
+        changed = [n for n, (_, *stamp) in sums.items() if stamp != _stamp(folder / n)]
+        if any(_sum(folder / name)[0] != sums[name][0] for name in changed):
+            return False
+        if changed:  # copied, for example
+            write_sums(folder)
+        return bool(sums)
+    return False
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _sum(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [hashlib.file_digest(file, "sha256").hexdigest(), *_stamp(path)]

@@ -23,6 +23,7 @@ from ivegan import order
 from ivegan.config import Config
 from ivegan.data.manifest import Manifest, read_split_manifest
 from ivegan.data.tars import Sample, read_shard
+from ivegan.digest import is_sound, write_sums
 from ivegan.errors import UserError
 from ivegan.shapes import Int, UInt8
 
@@ -84,9 +85,9 @@ def load_split(
         dataset_folder.mkdir(exist_ok=True)
         # A folder appears by one renaming, so an existing one is complete.
         folder = dataset_folder / split
-        if not folder.is_dir() and skip_bad:
+        if not _is_sound(folder) and skip_bad:
             folder = dataset_folder / f"{split}-without-bad"
-        if not folder.is_dir():
+        if not _is_sound(folder):
             bytes_needed = manifest.splits[split] * math.prod(manifest.image_shape)
             _make_room(root, manifest.hash, bytes_needed, limit)
             _decode_split(data_uri, manifest, split, folder, skip_bad)
@@ -97,6 +98,14 @@ def load_split(
             keys=np.load(folder / "keys.npy", mmap_mode="r"),
             dataset_hash=manifest.hash,
         )
+
+
+def _is_sound(folder: Path) -> bool:
+    """Return whether a folder of arrays is there and undamaged; a damaged one is deleted."""
+    if folder.is_dir() and not is_sound(folder):
+        log.warning("the cache %s is damaged: decoding its data again", folder)
+        shutil.rmtree(folder)
+    return folder.is_dir()
 
 
 @contextmanager
@@ -166,6 +175,7 @@ def _decode_split(
     labels = np.array([label for _, column in decoded for label in column], dtype=np.int64)
     np.save(partial / "labels.npy", labels)
     np.save(partial / "keys.npy", np.array([key for keys, _ in decoded for key in keys]))
+    write_sums(partial)
     partial.rename(folder)
 
 

@@ -7,12 +7,11 @@ generator's images look like, and always on one CPU thread, so that its weights 
 many cores a machine has. Trained once per data set, then kept in the cache.
 """
 
-import hashlib
-import json
 import logging
-import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -22,12 +21,15 @@ from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_l
 
 from ivegan.config import Transform
 from ivegan.data.cache import lock
+from ivegan.digest import digest, is_sound, write_sums
 from ivegan.errors import UserError
 from ivegan.shapes import Float, UInt8
+from ivegan.storage import local
 from ivegan.transforms import to_float, transform
 
 log = logging.getLogger(__name__)
 
+_WEIGHTS = "weights.safetensors"
 _BATCH = 512  # of a forward pass; what comes out does not depend on it
 
 
@@ -102,22 +104,24 @@ def classifier_of(
         settings: the defaults, unless given.
     """
     settings = settings or Settings()
-    about = {"dataset": dataset_hash, "samples": len(images), **asdict(settings)}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    path = cache_dir / f"classifier-{key[:16]}.safetensors"
+    key = digest({"dataset": dataset_hash, "samples": len(images), **asdict(settings)})
+    folder = cache_dir / f"classifier-{key[:16]}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     # Of several processes that want it at once, the trials of a sweep say, one trains it.
-    with lock(path.with_suffix(".lock")):
-        if not path.exists():
+    with lock(folder.with_suffix(".lock")):
+        if folder.is_dir() and not is_sound(folder):
+            log.warning("the cached classifier %s is damaged: training it again", folder)
+            shutil.rmtree(folder)
+        if not folder.is_dir():
             log.info("training the classifier that judges the images, once per data set")
             model = train_classifier(images, labels, settings)
-            # Renamed when it is whole; named by the process, since a cache may be shared by nodes
-            # whose locks do not reach each other.
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            save_file(model.state_dict(), unfinished)
-            unfinished.replace(path)
+            # A cache may be shared by nodes whose locks do not reach each other.
+            with TemporaryDirectory(dir=cache_dir, prefix=".classifier-") as unfinished:
+                save_file(model.state_dict(), Path(unfinished) / _WEIGHTS)
+                write_sums(Path(unfinished))
+                local.replace_folder(Path(unfinished), folder)
     model = Classifier(settings, images.shape[1:], labels)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(load_file(folder / _WEIGHTS))
     return model.eval()
 
 

@@ -1,9 +1,10 @@
 """Measures of a checkpoint trained on images, with held-out images of the same data set."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from ivegan.evaluation.sampling import (
 )
 from ivegan.layers.build import initialise
 from ivegan.networks import Encoder, sample_shape
+from ivegan.schema import DamagedError, read
 from ivegan.transforms import to_float
 
 log = logging.getLogger(__name__)
@@ -240,17 +242,30 @@ def probes(
     }
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Numbers in the cache, with their digest."""
+
+    sha256: str
+    values: dict[str, float]
+
+
 def pixel_probes(split: EvaluationData, cache_dir: Path, seed: int) -> dict[str, float]:
     """Return the same probes on raw pixels, which depend on the data alone: kept in the cache."""
     key = digest.digest(["pixels", split.hash, len(split.x), seed, _PIXEL_SIDE, 3])
     path = cache_dir / f"pixels-{key[:16]}.json"
     if path.exists():
-        return json.loads(path.read_bytes())
+        with contextlib.suppress(DamagedError):
+            kept = read(path.read_bytes(), _Kept, str(path))
+            if kept.sha256 == digest.digest(kept.values):
+                return kept.values
+        log.warning("%s is damaged: computing it again", path)
     log.info("probing raw pixels for comparison, once per data set")
     train, x = pixels(split.train), pixels(split.x)
     result = probes(train, split.train_labels, x, split.labels, seed)
     result = {f"{name}_pixels": value for name, value in result.items() if name != "majority"}
-    storage.write_bytes(path, json.dumps(result).encode())
+    kept = _Kept(digest.digest(result), result)
+    storage.write_bytes(path, json.dumps(asdict(kept)).encode())
     return result
 
 

@@ -76,7 +76,7 @@ def test_a_trained_classifier_is_kept_and_not_trained_again(
     squares: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = classifier_of(*squares, "hash", tmp_path, QUICK)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".lock"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".lock"}
 
     def never(*_: object) -> None:
         raise AssertionError("trained again")
@@ -89,6 +89,10 @@ def test_a_trained_classifier_is_kept_and_not_trained_again(
         classifier_of(*squares, "other data", tmp_path, QUICK)
     with pytest.raises(AssertionError, match="trained again"):
         classifier_of(*squares, "hash", tmp_path, Settings(images=600, epochs=1, seed=1))
+    (weights,) = tmp_path.glob("*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))  # damage is found
+    with pytest.raises(AssertionError, match="trained again"):
+        classifier_of(*squares, "hash", tmp_path, QUICK)
 
 
 def test_of_several_that_want_it_at_once_one_trains_it(
@@ -105,7 +109,7 @@ def test_of_several_that_want_it_at_once_one_trains_it(
 
     monkeypatch.setattr(classifier, "train_classifier", train_locked)
     first = classifier_of(*squares, "hash", tmp_path, QUICK)
-    (weights,) = tmp_path.glob("*.safetensors")
+    (weights,) = tmp_path.glob("*/weights.safetensors")
     elsewhere = weights.rename(tmp_path / "kept")
 
     def wait(*arguments: Any) -> None:

@@ -32,8 +32,10 @@ def rewrite(dataset: Path, **changes) -> None:
     """Change the first train shard's entry in the manifest."""
     manifest = read_manifest(str(dataset))
     first = dataclasses.replace(manifest.shards[0], **changes)
-    changed = dataclasses.replace(manifest, shards=(first, *manifest.shards[1:]))
-    write_manifest(str(dataset), changed)
+    more = first.samples - manifest.shards[0].samples
+    splits = {**manifest.splits, "train": manifest.splits["train"] + more}
+    shards = (first, *manifest.shards[1:])
+    write_manifest(str(dataset), dataclasses.replace(manifest, shards=shards, splits=splits))
 
 
 def test_a_split_is_every_sample_of_its_shards_in_order(digits_dataset, tmp_path):
@@ -60,6 +62,25 @@ def test_the_second_load_does_not_read_the_shards(spoilt, tmp_path):
     second = load_split(str(spoilt), "valid", tmp_path / "cache")
     np.testing.assert_array_equal(first.images, second.images)
     assert isinstance(second.images, np.memmap)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "keys.npy", "sums.json"])
+def test_a_damaged_cache_is_decoded_again(name, digits_dataset, tmp_path, caplog):
+    images = load_split(digits_dataset, "valid", tmp_path).images.copy()
+    (cached,) = tmp_path.glob(f"*/valid/{name}")
+    content = bytearray(cached.read_bytes())
+    content[-8:] = bytes(8)
+    cached.write_bytes(content)
+    again = load_split(digits_dataset, "valid", tmp_path)
+    np.testing.assert_array_equal(again.images, images)
+    assert "is damaged: decoding its data again" in caplog.text
+
+
+def test_a_copied_cache_is_compared_once(digits_dataset, tmp_path, caplog):
+    load_split(digits_dataset, "valid", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    load_split(digits_dataset, "valid", tmp_path / "b")
+    assert "damaged" not in caplog.text
 
 
 def test_another_data_set_is_another_cache(spoilt, digits_dataset, tmp_path):
