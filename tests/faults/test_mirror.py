@@ -155,3 +155,14 @@ def test_a_record_of_version_0_1_0_is_read(home):
     record = records.read_record(str(home / "old"))
     assert (record.micro_batches, record.key, record.precision) == (2, "old-1", "float32")
     assert waiting(home) == {}  # its journal delivers it
+
+
+def test_a_damaged_record_does_not_block_the_others(store, home, mlflow_runs, caplog):
+    damaged, other = run_folder(home / "runs", "a"), run_folder(home / "runs", "b")
+    Path(damaged, "run.json").write_text('{"schema": 1, "run_id": ')
+    Path(other, "metrics", "0000000128.jsonl").write_bytes(b"\0\0")
+    with pytest.raises(UserError, match=r"a/run\.json is damaged"):
+        sync(home / "runs")
+    (run,) = mlflow_runs(store)
+    assert points(store, run.info.run_id) == [(64, 1.0), (192, 3.0)]
+    assert "0000000128.jsonl is damaged" in caplog.text
