@@ -1,0 +1,1 @@
+"""What ``pipelines/reproduce.py`` computes: tasks, cells, published numbers, tables."""

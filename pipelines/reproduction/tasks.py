@@ -1,0 +1,276 @@
+"""What is reproduced: tasks, each a table of rows, each row a method with its settings."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ivegan.config import Config, flatten, override, preset
+from ivegan.digest import digest
+from ivegan.errors import UserError
+
+IVE_GAN = "ive-gan"
+# Methods without discriminators take Adam's usual settings instead of the preset's.
+_ADAM = {"optim.lr_g": 1e-3, "optim.beta1": 0.9, "optim.beta2": 0.999}
+
+
+class Variant(NamedTuple):
+    """A row of a table: a method and its settings."""
+
+    title: str
+    preset: str
+    method: str = IVE_GAN
+    changes: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table, of cells (row, seed)."""
+
+    name: str
+    title: str
+    rows: Mapping[str, Variant]
+    metrics: tuple[str, ...]
+    """Columns."""
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of all rows, the same budget and width."""
+    quick: Mapping[str, Any] | None = None
+    """Settings of the reduced table, of one seed; None where there is none."""
+    protocol: str = "pacgan"
+    """Of points."""
+
+
+class Cell(NamedTuple):
+    """One computation of a table."""
+
+    task: str
+    row: str
+    method: str
+    preset: str
+    config: Config
+    protocol: str
+
+    @property
+    def name(self) -> str:
+        """Return the name of its file and of its run."""
+        return f"{self.task}-{self.row}-s{self.config.seed}"
+
+    @property
+    def path(self) -> str:
+        """Return its place below the folder of results."""
+        return f"{self.task}/{self.row}-s{self.config.seed}.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what differs from the defaults of ``Config``, under dotted names."""
+        defaults = flatten(Config())
+        return {k: v for k, v in flatten(self.config).items() if v != defaults[k]}
+
+    @property
+    def hash(self) -> str:
+        """Return the hash of method and settings; a new setting that is off does not change it."""
+        return digest([self.method, self.protocol, self.settings])[:16]
+
+
+def cells(task: Table, seeds: tuple[int, ...] = (), rows: tuple[str, ...] = ()) -> list[Cell]:
+    """Return the cells of a task, row by row; of these rows and seeds where any are given."""
+    for name in rows:
+        if name not in task.rows:
+            raise UserError(f"{task.name} has no row {name!r}; it has {', '.join(task.rows)}.")
+    return [
+        Cell(task.name, name, row.method, row.preset, _config(task, row, seed), task.protocol)
+        for name, row in task.rows.items()
+        if not rows or name in rows
+        for seed in seeds or task.seeds
+    ]
+
+
+def _config(task: Table, row: Variant, seed: int) -> Config:
+    return override(preset(row.preset), {**task.settings, **row.changes, "seed": seed})
+
+
+def task_of(name: str, quick: bool = False) -> Table:
+    """Return the task of that name, or its reduced table; raises UserError with the names."""
+    if name not in TASKS:
+        raise UserError(f"There is no task {name!r}; choose from {', '.join(TASKS)}.")
+    task = TASKS[name]
+    if not quick:
+        return task
+    if task.quick is None:
+        raise UserError(f"{name} has no --quick table; these have: {', '.join(QUICK)}.")
+    settings = {**task.settings, **task.quick}
+    return dataclasses.replace(task, name=f"{name}-quick", settings=settings, seeds=(0,))
+
+
+def _representations(presets: Mapping[str, str], network: str) -> dict[str, Variant]:
+    """Return IVE-GAN of several presets, and all baselines with the networks of ``network``."""
+    rows = {name: Variant(f"IVE-GAN, `{key}`", key) for name, key in presets.items()}
+    rows["bigan"] = Variant("BiGAN / ALI", network, "bigan")
+    titles = {
+        "autoencoder": "autoencoder",
+        "denoising": "autoencoder, T(x) to x",
+        "vae": "variational autoencoder",
+        "simclr": "SimCLR",
+        "vicreg": "VICReg",
+    }
+    rows |= {name: Variant(title, network, name, _ADAM) for name, title in titles.items()}
+    rows["pca"] = Variant("PCA", network, "pca")
+    rows["random"] = Variant("random encoder", network, "random")
+    return rows
+
+
+def _points(dataset: str) -> dict[str, Variant]:
+    plus = f"{dataset}-plus"
+    return {
+        "paper": Variant(f"IVE-GAN, `{dataset}`", dataset),
+        "plus": Variant(f"IVE-GAN, `{plus}`", plus),
+        "gan": Variant("GAN", plus, "gan"),
+        "pacgan2": Variant("PacGAN2", plus, "pacgan2"),
+        "bigan": Variant("BiGAN / ALI", plus, "bigan"),
+    }
+
+
+def _changed(title: str, preset_name: str, **changes: Any) -> Variant:
+    """Return IVE-GAN with some settings of a preset changed, ``__`` in the place of dots."""
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return Variant(title, preset_name, IVE_GAN, dotted)
+
+
+def _without(name: str) -> dict[str, Variant]:
+    """Return the recipe of images, and the same with each ingredient left out in turn."""
+    return {
+        "plus": _changed(f"`{name}`", name),
+        "no-d-prime": _changed("without D'", name, objective__prior_weight=0.0),
+        "no-t": _changed("without T", name, transform__shift=0.0, transform__rotate=0.0),
+        "no-mismatched": _changed("without mismatched pairs", name, objective__mismatched=0.0),
+        "no-difference": _changed("D sees no differences", name, model__pair_features="concat"),
+        "no-norm": _changed("without batch norm in E and G", name, model__norm="none"),
+        "no-encoder-t": _changed("E sees x, not T(x)", name, transform__encoder=False),
+        "no-invariance": _changed("without the invariance loss", name, objective__invariance=0.0),
+        "nonsaturating": _changed("not relativistic", name, objective__loss="nonsaturating"),
+        "no-penalties": _changed("without R1, R2", name, objective__r1=0.0, objective__r2=0.0),
+        "constant-rate": _changed("constant learning rates", name, optim__schedule="constant"),
+        "no-ema": _changed("without averaged weights", name, optim__ema=0.0),
+    }
+
+
+def _readings() -> dict[str, Variant]:
+    """Return the readings of Table 1 and of Eqs. 3 and 4 that change numbers."""
+    std, name = preset("ring").transform.noise_std, "ring"
+    return {
+        "paper": _changed("`ring`", name),
+        "z3": _changed("z of 3 entries", name, model__z_dim=3),
+        "minimax": _changed("Eq. 3 to the letter, minimax", name, objective__loss="minimax"),
+        "half-std": _changed("T of half the std", name, transform__noise_std=std / 2**0.5),
+        "no-d-prime": _changed("without D'", name, objective__prior_weight=0.0),
+        "no-t": _changed("without T", name, transform__noise_std=0.0),
+    }
+
+
+_POINTS = ("modes", "high_quality", "reverse_kl", "std_ratio", "right_mode", "residual_std_ratio")
+_CLASSES = (
+    "same_class",
+    "one_nn",
+    "linear_probe",
+    "few_labels",
+    "kmeans_accuracy",
+    "kmeans_nmi",
+    "retrieval",
+    "variation_ratio",
+    "frechet",
+    "frechet_fitted",
+    "frechet_recon",
+)
+_FACES = (
+    "same_attributes",
+    "attribute_auroc",
+    "attribute_ap",
+    "retrieval",
+    "frechet",
+    "frechet_recon",
+)
+_DIGITS = {"digits": "digits", "plus": "digits-plus"}
+_MNIST = {"paper": "mnist", "plus": "mnist-plus"}
+_BUDGET = {"model.width": 0.25, "total_images": 600_000}
+
+TASKS = {
+    task.name: task
+    for task in (
+        Table(
+            name="ring",
+            title="Fig. 2, eight Gaussians",
+            rows=_points("ring"),
+            metrics=_POINTS,
+            seeds=tuple(range(10)),
+            quick={"total_images": 2000 * 512, "batch_size": 512},
+        ),
+        Table(
+            name="grid",
+            title="25 Gaussians",
+            rows=_points("grid"),
+            metrics=_POINTS,
+            seeds=tuple(range(10)),
+        ),
+        Table(
+            name="ablations-ring",
+            title="Readings of Table 1 on the ring",
+            rows=_readings(),
+            metrics=_POINTS,
+            seeds=tuple(range(5)),
+        ),
+        Table(
+            name="digits",
+            title="1,797 digits of 8x8 pixels, half the width, 100,000 images seen",
+            rows=_representations(_DIGITS, "digits-plus"),
+            metrics=_CLASSES,
+            seeds=tuple(range(5)),
+            settings={"model.width": 0.5, "total_images": 100_000},
+            quick={"total_images": 30_000},
+        ),
+        Table(
+            name="ablations-digits",
+            title="`digits-plus` with an ingredient left out, half the width, 50,000 images seen",
+            rows=_without("digits-plus"),
+            metrics=_CLASSES,
+            seeds=(0, 1, 2),
+            settings={"model.width": 0.5, "total_images": 50_000},
+        ),
+        Table(
+            name="mnist-z16",
+            title="MNIST, z of 16 entries, a quarter of the width, 600,000 images seen",
+            rows=_representations(_MNIST, "mnist-plus"),
+            metrics=_CLASSES,
+            seeds=(0, 1, 2),
+            settings=_BUDGET,
+        ),
+        Table(
+            name="mnist-z3",
+            title="MNIST, z of 3 entries, a quarter of the width, 600,000 images seen",
+            rows=_representations(_MNIST, "mnist-plus"),
+            metrics=_CLASSES,
+            seeds=(0, 1, 2),
+            settings={**_BUDGET, "model.z_dim": 3},
+        ),
+        Table(
+            name="ablations-mnist",
+            title="`mnist-plus` with an ingredient left out, width 0.25, 300,000 images",
+            rows=_without("mnist-plus"),
+            metrics=_CLASSES,
+            seeds=(0, 1, 2),
+            settings={"model.width": 0.25, "total_images": 300_000},
+        ),
+        Table(
+            name="celeba",
+            title="Faces of 128x128 pixels, a quarter of the width, 500,000 images seen",
+            rows=_representations({"paper": "celeba", "plus": "celeba-plus"}, "celeba-plus"),
+            metrics=_FACES,
+            seeds=(0,),
+            settings={"model.width": 0.25, "total_images": 500_000},
+        ),
+    )
+}
+"""All tables by name."""
+
+QUICK = [name for name, task in TASKS.items() if task.quick is not None]
+"""The tables that ``--quick`` computes."""
