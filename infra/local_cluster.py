@@ -254,23 +254,33 @@ def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
     _start(cluster, name, [_program("ray"), "start", *words, "--block"], cwd=home, env=environment)
 
 
-def submit(cluster: Cluster, *words: str, flags: tuple[str, ...] = ()) -> None:
-    """Run ``ray job submit`` with this repository, as a person does, and return once it succeeded.
+def submit(cluster: Cluster, *words: str, flags: tuple[str, ...] = (), wait: bool = True) -> str:
+    """Run ``ray job submit`` with this repository, as a person does, and return the job's name.
 
     Raises:
         SystemExit: the job failed; its output has been printed.
     """
     name = f"demo-{secrets.token_hex(4)}"
-    where = ["--working-dir", str(ROOT), "--submission-id", name]
+    where = ["--working-dir", str(ROOT), "--submission-id", name, *([] if wait else ["--no-wait"])]
     command = [_program("ray"), "job", "submit", *where, *flags, "--", "python", *words]
     done = subprocess.run(command, env=_environment(cluster), check=False)
-    # The tail of the log may end before the job does.
-    status = job_status(cluster, name)
-    while status in ("PENDING", "RUNNING"):
+    if done.returncode:
+        raise SystemExit(f"The job {name} failed: {' '.join(words)}")
+    if wait:
+        finish(cluster, name)
+    return name
+
+
+def finish(cluster: Cluster, name: str) -> None:
+    """Return once a job succeeded; the tail of its log may end before the job does.
+
+    Raises:
+        SystemExit: it did not succeed.
+    """
+    while (status := job_status(cluster, name)) in ("PENDING", "RUNNING"):
         time.sleep(1)  # between two looks
-        status = job_status(cluster, name)
-    if done.returncode or status != "SUCCEEDED":
-        raise SystemExit(f"The job {name} ended as {status}: {' '.join(words)}")
+    if status != "SUCCEEDED":
+        raise SystemExit(f"The job {name} ended as {status}: see `ray job logs {name}`.")
 
 
 def job_status(cluster: Cluster, name: str) -> str:

@@ -1,0 +1,163 @@
+"""The production topology as processes: a head without CPUs, two nodes, token, accounts and keys.
+
+One cluster for all tests, in their order: each takes minutes on two cores.
+"""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import local_cluster
+import pytest
+from local_cluster import BUCKET, Cluster
+from mlflow import MlflowClient
+
+from ivegan import checkpoint, storage
+from ivegan.storage import objects
+from pipelines import record as records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+RUNS, DATA = f"s3://{BUCKET}/runs", f"s3://{BUCKET}/data/digits"
+TRAINING = ("pipelines/train.py", "digits", "--data", DATA, "--storage", RUNS, "--resume")
+TRAINING += ("--total-images", "7680", "--save-every", "1280", "--log-every", "640")
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the file of a cluster that is up, in whose environment this process is."""
+    pytest.importorskip("swift", reason="the S3 server needs it: pip install ivegan[cluster]")
+    state = tmp_path_factory.mktemp("cluster") / "cluster.json"
+    cluster = local_cluster.up(state)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("IVEGAN_TEST_DATA", raising=False)  # digits are faster
+        for name, value in cluster.environment.items():
+            environment.setenv(name, value)
+        objects.client.cache_clear()
+        yield state
+        objects.client.cache_clear()
+    local_cluster.down(state)
+
+
+@pytest.fixture
+def cluster(state: Path) -> Cluster:
+    return local_cluster.read(state)
+
+
+def status_of(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def until(event: str) -> None:
+    """Return once an object exists."""
+    while not storage.exists(event):
+        time.sleep(0.5)  # between two looks; the test's timeout ends them
+
+
+def each_metric_once(run_id: str) -> None:
+    """Check that MLflow has every point of a run's record, and each once."""
+    client = MlflowClient()
+    (run,) = client.search_runs(
+        [e.experiment_id for e in client.search_experiments()],
+        f"attributes.run_name = '{run_id}'",
+    )
+    assert run.info.status == "FINISHED"
+    points = records.read_metrics(storage.join(RUNS, run_id))
+    for name in ("loss/D", "system/cpu_utilization_percentage"):
+        steps = Counter(m.step for m in client.get_metric_history(run.info.run_id, name))
+        assert steps == Counter(p.images_seen for p in points if name in p.metrics)
+        assert {*steps.values()} == {1}
+
+
+def test_the_whole_way(state, cluster):
+    local_cluster.demo(state)
+    (run,) = [
+        n
+        for n in storage.list_names(RUNS)
+        if records.exists(storage.join(RUNS, n))
+        and records.read_record(storage.join(RUNS, n)).kind == "train"
+        and n.count("-") == 1
+    ]
+    record = records.read_record(storage.join(RUNS, run))
+    assert record.git_commit.startswith("package-")
+    each_metric_once(run)
+    assert storage.exists(f"s3://{BUCKET}/reports/{run}/report.html")
+    version = MlflowClient().get_model_version_by_alias("ivegan-digits-encoder", "production")
+    assert version.tags["run_id"] == run
+    assert (Path(cluster.folder) / "pulled" / "weights.safetensors").exists()
+    for node in local_cluster.NODES:  # both trained
+        assert (Path(cluster.folder) / node / "cache").exists()
+
+
+def test_requests_without_token_account_or_key_are_refused(cluster):
+    assert status_of(cluster.url("dashboard") + "/api/jobs/") in (401, 403)
+    experiments = "/api/2.0/mlflow/experiments/search?max_results=1"
+    assert status_of(cluster.url("mlflow") + experiments) == 401
+    assert status_of(f"{cluster.url('s3')}/{BUCKET}?list-type=2") in (400, 403)
+
+
+def test_no_secret_stands_in_logs_states_jobs_or_records(cluster):
+    texts = {p: p.read_text(errors="replace") for p in _logs(cluster)}
+    states: list[Any] = ["/api/jobs/", "/nodes?view=details"]
+    kinds = ("actors", "tasks", "workers", "runtime_envs", "jobs", "nodes")
+    states += [f"/api/v0/{kind}?detail=1&limit=1000" for kind in kinds]
+    texts |= {s: json.dumps(local_cluster.ask_ray(cluster, s)) for s in states}
+    for name in storage.list_files(RUNS):
+        if name.endswith(("run.json", "sweep.json", "config.json", "mlflow.json")):
+            texts[name] = storage.read_bytes(storage.join(RUNS, name)).decode()
+    assert len(texts) > 50
+    assert "ivegan:ivegan" not in texts["/api/jobs/"]
+    for secret, value in cluster.secrets.items():
+        assert [str(where) for where, text in texts.items() if value in text] == [], secret
+
+
+def _logs(cluster: Cluster) -> list[Path]:
+    """Return the logs of Ray and MLflow; the S3 server prints its key for its owner."""
+    logs = (Path(cluster.folder) / "ray" / "session_latest" / "logs").rglob("*")
+    own = [Path(cluster.folder) / f"{name}.log" for name in cluster.processes if name != "s3"]
+    return [*own, *(path for path in logs if path.is_file())]
+
+
+def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(state, cluster):
+    local_cluster.submit(cluster, *TRAINING, "--run-id", "unbroken")
+    broken = (*TRAINING, "--run-id", "broken", "--wait-for-nodes", "600")
+    job = local_cluster.submit(cluster, *broken, wait=False)
+    until(f"{RUNS}/broken/checkpoint-0000001280/config.json")
+    local_cluster.end(cluster, "node-1", kill=True)
+    local_cluster.start_node(cluster, "node-1")
+    cluster.save(state)
+    local_cluster.finish(cluster, job)
+    weights = [
+        storage.read_bytes(storage.join(checkpoint.find(f"{RUNS}/{name}"), "weights.safetensors"))
+        for name in ("unbroken", "broken")
+    ]
+    assert weights[0] == weights[1]
+    each_metric_once("unbroken")
+    each_metric_once("broken")
+
+
+def test_a_sweep_goes_through_an_outage_of_mlflow_and_s3(state, cluster):
+    words = ["pipelines/tune.py", "digits", "--data", DATA, "--storage", RUNS, "--sweep-id", "s"]
+    words += ["--samples", "2", "--scores", "2", "--total-images", "6400", "--score-images", "200"]
+    job = local_cluster.submit(cluster, *words, wait=False)
+    until(f"{RUNS}/s-000/run.json")
+    for name in ("mlflow", "s3"):
+        local_cluster.end(cluster, name, kill=True)
+    time.sleep(30)  # the outage
+    local_cluster.start_s3(cluster)
+    local_cluster.start_mlflow(cluster)
+    cluster.save(state)
+    local_cluster.finish(cluster, job)
+    assert records.read_record(f"{RUNS}/s").status == "FINISHED"
+    for run in ("s-000", "s-001"):
+        if records.read_record(f"{RUNS}/{run}").status == "FINISHED":
+            each_metric_once(run)
