@@ -106,7 +106,7 @@ def test_requests_without_token_account_or_key_are_refused(cluster):
 
 
 def test_no_secret_stands_in_logs_states_jobs_or_records(cluster):
-    texts = {p: p.read_text(errors="replace") for p in _logs(cluster)}
+    texts = {str(p): p.read_text(errors="replace") for p in _logs(cluster)}
     states: list[Any] = ["/api/jobs/", "/nodes?view=details"]
     kinds = ("actors", "tasks", "workers", "runtime_envs", "jobs", "nodes")
     states += [f"/api/v0/{kind}?detail=1&limit=1000" for kind in kinds]
@@ -117,7 +117,7 @@ def test_no_secret_stands_in_logs_states_jobs_or_records(cluster):
     assert len(texts) > 50
     assert "ivegan:ivegan" not in texts["/api/jobs/"]
     for secret, value in cluster.secrets.items():
-        assert [str(where) for where, text in texts.items() if value in text] == [], secret
+        assert [where for where, text in texts.items() if value in text] == [], secret
 
 
 def _logs(cluster: Cluster) -> list[Path]:

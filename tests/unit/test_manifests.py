@@ -252,3 +252,18 @@ def test_the_image_is_locked_and_not_roots():
     assert text.rstrip().endswith("USER 1000:1000")
     for name in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / one).exists() for one in name.split()), name
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text().partition("Messages of others")[0]
+    paths = [
+        p for name in ("ivegan", "pipelines", "data_prep") for p in (ROOT / name).rglob("*.py")
+    ]
+    # Sentences are f-strings over several lines: compare words outside braces and quotes.
+    source = "\n".join(re.sub(r'"\s*\n\s*f?"', "", p.read_text()) for p in paths)
+    source = re.sub(r"\{[^{}]*\}", "…", source)
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        for part in re.split(r" ?… ?", message):
+            assert part in source, f"{message!r}: no longer printed"
