@@ -225,7 +225,6 @@ def start_head(cluster: Cluster) -> None:
     """Start Ray's head, where drivers run and nothing else."""
     words = ["--head", "--num-cpus", "0", "--port", cluster.ports["ray"]]
     words += ["--dashboard-host", HOST, "--dashboard-port", cluster.ports["dashboard"]]
-    words += ["--temp-dir", f"{cluster.folder}/ray"]
     _start_ray(cluster, "head", words)
     _wait(cluster, "head", lambda: _nodes(cluster) == 1)
 
@@ -240,8 +239,10 @@ def start_node(cluster: Cluster, name: str) -> None:
 def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
     home = Path(cluster.folder) / name
     home.mkdir(exist_ok=True)
-    # The default is one port for all nodes; each has an address of its own elsewhere.
-    words = [*words, "--dashboard-agent-listen-port", _free_port()]
+    # By default all nodes of a machine share this folder, and one cleans up what another uses.
+    words = [*words, "--temp-dir", home / "ray"]
+    # By default one port for all nodes; each has an address of its own elsewhere.
+    words += ["--dashboard-agent-listen-port", _free_port()]
     own = {
         "IVEGAN_CACHE": f"{home}/cache",
         "RAY_USAGE_STATS_ENABLED": "0",
