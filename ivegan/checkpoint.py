@@ -37,6 +37,7 @@ from ivegan.step import State
 
 PREFIX = "checkpoint-"
 _WEIGHTS, _TRAINING, _CONFIG = "weights.safetensors", "training.safetensors", "config.json"
+_KEEP = "keep"
 _REMEDY = "restore or delete that checkpoint"
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,30 @@ def checkpoints(run_uri: str) -> list[str]:
     names = sorted(n for n in storage.list_names(run_uri) if n.startswith(PREFIX))
     uris = [storage.join(run_uri, name) for name in names]
     return [uri for uri in uris if storage.exists(storage.join(uri, _CONFIG))]
+
+
+def keep(uri: str) -> None:
+    """Mark a checkpoint as one that ``prune`` leaves, because it was evaluated or registered."""
+    try:
+        if not storage.exists(storage.join(uri, _KEEP)):
+            storage.write_bytes(storage.join(uri, _KEEP), b"")
+    except UserError as error:  # a run of another owner
+        log.warning("%s cannot be marked as one to keep: %s", uri, error)
+
+
+def prune(run_uri: str, count: int) -> None:
+    """Delete a run's checkpoints, except for the last ``count`` and those that are marked."""
+    for uri in checkpoints(run_uri)[:-count]:
+        if not storage.exists(storage.join(uri, _KEEP)):
+            storage.delete_folder(uri, first=_CONFIG)
+
+
+def clear_unfinished(run_uri: str) -> None:
+    """Delete what a killed process left of the checkpoint that it was writing."""
+    names = [n for n in storage.list_names(run_uri) if n.lstrip(".").startswith(PREFIX)]
+    for uri in {storage.join(run_uri, name) for name in names} - set(checkpoints(run_uri)):
+        log.info("deleting the unfinished checkpoint %s", uri)
+        storage.delete_folder(uri)
 
 
 def find(uri: str) -> str:

@@ -115,6 +115,7 @@ def _evaluate(
     """Evaluate a checkpoint, and copy a whole evaluation to the run's folder and to MLflow."""
     from pipelines.paths import cache_dir
 
+    checkpoint.keep(uri)
     result = evaluate(
         uri,
         data,

@@ -53,6 +53,7 @@ def register(
         preset = metadata.get("preset") or metadata["config"]["dataset"]
         names = [model_name(preset, kind) for kind in KINDS]
         return {"checkpoint": uri, "names": names, "stage": "staging"}
+    checkpoint.keep(uri)
     config, encoder, generator, metadata = checkpoint.load_networks(uri)
     preset = metadata.get("preset") or config.dataset
     halves = [

@@ -13,6 +13,7 @@ from ivegan import storage
 from ivegan.config import Config, config_hash, override, to_dict
 from ivegan.config import preset as preset_of
 from pipelines import record as records
+from pipelines.claim import PATIENCE, claimed
 from pipelines.cluster.session import (
     Terminated,
     in_a_thread,
@@ -81,13 +82,15 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         )
     else:
         tracking.check(plan.tracking_uri)
-    record = _record(plan, definition, options)
-    definitions.write(plan.run_uri, definition)
-    with recorded(plan.run_uri, record, plan.tracking_uri) as mirrored:
-        result = _searched(plan, definition, options)
-        if options.confirm:
-            result = _confirmed(plan, definition, options, result)
-        _publish(plan, result)
+    patience = PATIENCE if options.resume else 0.0
+    with claimed(plan.run_uri, patience, log.info) as ownership:
+        record = _record(plan, definition, options)
+        definitions.write(plan.run_uri, definition)
+        with recorded(plan.run_uri, record, plan.tracking_uri, ownership) as mirrored:
+            result = _searched(plan, definition, options)
+            if options.confirm:
+                result = _confirmed(plan, definition, options, result)
+            _publish(plan, result)
     result["parent_run_id"] = mirrored.run_id or record.key
     definitions.write(plan.run_uri, dataclasses.replace(definition, result=result))
     return result

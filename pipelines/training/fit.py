@@ -11,6 +11,7 @@ import torch
 from ivegan.config import config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
+from pipelines.claim import PATIENCE, Ownership, claimed
 from pipelines.cluster.session import (
     Terminated,
     answer_of,
@@ -55,19 +56,22 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         NonFiniteLossError: training diverged.
     """
     dataset_hash = check_data(plan)
-    record = _record(plan, dataset_hash)
+    _record(plan, dataset_hash)  # says early what is wrong
+    log_line = (lambda line: show({"line": line})) if show else log.info
     first = not records.exists(plan.run_uri) and plan.run.parent_run is None
     asked = started(_check_tracking if first else _import_mlflow, plan)
     with contextlib.ExitStack() as stack:
+        patience = PATIENCE if plan.run.resume else 0.0
+        ownership = stack.enter_context(claimed(plan.run_uri, patience, log_line))
+        record = _record(plan, dataset_hash)
         if plan.run.workers:  # Ray starts while MLflow is asked
             stack.enter_context(ray_session())
-            log_line = (lambda line: show({"line": line})) if show else log.info
             each = plan.run.worker_resources
             require_resources(plan.run.workers, each, plan.run.wait_for_nodes, log_line)
             stack.enter_context(missing_nodes_logged(plan.run.workers, each, log_line))
         answer_of(asked)
         stack.enter_context(terminated_by_signal())
-        mirror = stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri))
+        mirror = stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri, ownership))
         follower = Follower(plan, show, measure)
         metadata = _metadata(plan, record)
         if plan.run.workers:
@@ -80,7 +84,9 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
 
 
 @contextlib.contextmanager
-def recorded(run_uri: str, record: RunRecord, tracking_uri: str) -> Iterator["Mirror"]:
+def recorded(
+    run_uri: str, record: RunRecord, tracking_uri: str, ownership: Ownership
+) -> Iterator["Mirror"]:
     """Write a run's record, mirror it while the block runs, and write how the block ended."""
     from pipelines.tracking.mirror import Mirror
 
@@ -95,7 +101,8 @@ def recorded(run_uri: str, record: RunRecord, tracking_uri: str) -> Iterator["Mi
         raise
     finally:
         try:
-            records.end_record(run_uri, status)
+            if not ownership.lost:
+                records.end_record(run_uri, status)
         finally:
             mirror.close()
 

@@ -83,6 +83,9 @@ class Run(Execution):
     """Continue the run id from its last checkpoint if it has one, start it otherwise."""
     log_every: int = 0
     """Images between two lines of progress; 0 is a hundredth of the run."""
+    keep: int = 3
+    """Last checkpoints that a run of images keeps, beside those that were evaluated or registered;
+    0 is all."""
     save_every: int = 0
     """Images between two checkpoints; 0 is a tenth of the run."""
     parent_run: str | None = None
@@ -90,7 +93,7 @@ class Run(Execution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(log_every=0, save_every=0)
+        self.at_least(log_every=0, save_every=0, keep=0)
 
 
 def run_of(execution: Execution, **own: Any) -> Run:

@@ -65,6 +65,8 @@ def work(
                         writer.add_figure(name, seen, png)
                     writer.join()  # a resumed run computes no earlier points again
                     saved = checkpoint.save(state, plan.run_uri, metadata)
+                    if run.keep and not config.is_points:  # Figure 2 shows all of them
+                        checkpoint.prune(plan.run_uri, run.keep)
                 flushed()
             before = seen
             clock.resume()
@@ -85,6 +87,8 @@ def _state(plan: Plan) -> tuple[State, str | None]:
         keep_freed_memory()
     state = create_state(plan.config, device_of(run), getattr(torch, run.precision))
     state.micro_batches = run.accumulate
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        checkpoint.clear_unfinished(plan.run_uri)
     start = _agree(checkpoint.latest(plan.run_uri))
     if start:
         checkpoint.restore(state, start)

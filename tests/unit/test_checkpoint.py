@@ -126,3 +126,24 @@ def test_files_that_are_cut_off_are_a_sentence(tmp_path):
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
         checkpoint.load_networks(uri)
+
+
+def test_the_last_checkpoints_and_the_marked_ones_are_kept(tmp_path):
+    state, run = trained(), str(tmp_path)
+    for step in range(1, 7):
+        state.step = step
+        uri = checkpoint.save(state, run, {})
+        if step == 2:
+            checkpoint.keep(uri)
+        checkpoint.prune(run, 3)
+    assert [int(uri[-10:]) // 16 for uri in checkpoint.checkpoints(run)] == [2, 4, 5, 6]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    uri = checkpoint.save(trained(), str(tmp_path), {})
+    (tmp_path / ".checkpoint-0000000128.x1" / "new").mkdir(parents=True)
+    (tmp_path / "checkpoint-0000000256").mkdir()
+    (tmp_path / "checkpoint-0000000256" / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / "run.json").write_text("{}")
+    checkpoint.clear_unfinished(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [Path(uri).name, "run.json"]
