@@ -1,9 +1,14 @@
 """Fixtures for several test files: real data, a real S3 server, one Ray, MLflow stores."""
 
+import os
+
+# Before torch is imported: threads of several test processes on few cores spend most of their time
+# waiting for each other. Commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import gzip
 import importlib.util
 import io
-import os
 import shutil
 import struct
 import uuid
@@ -118,7 +123,7 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         if importlib.util.find_spec("swift") or os.environ.get("S3_TEST_ENDPOINT"):
             for name, value in request.getfixturevalue("s3_variables").items():
                 environment.setenv(name, value)
-        ray.init(num_cpus=2, log_to_driver=False)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
