@@ -1,11 +1,11 @@
 """Floating-point operations of a step by formula, and the machine's rate of matrix products."""
 
 import time
-from typing import Any
 
 import torch
 from common import wait
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ivegan.config import Config
 from ivegan.layers.fast import plain
@@ -13,23 +13,10 @@ from ivegan.networks import Discriminators, EncoderGenerator, sample_shape
 
 
 def forward_flop(network: nn.Module, *inputs: Tensor) -> float:
-    """Return multiplications and additions per sample of one forward pass, from layer shapes."""
-    network = plain(network)
-    total = 0
-
-    def count(layer: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal total
-        # In a transposed convolution input and output exchange their roles.
-        places = (given[0] if isinstance(layer, nn.ConvTranspose2d) else out).numel()
-        total += 2 * places * layer.weight[0].numel()
-
-    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, kinds)]
-    with torch.no_grad():
-        network(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return total / len(inputs[0])
+    """Return multiplications and additions per sample of one forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        plain(network)(*inputs)
+    return counter.get_total_flops() / len(inputs[0])
 
 
 def step_flop(config: Config) -> float:

@@ -5,8 +5,8 @@
     python benchmarks/step.py celeba --device cuda --reference
 
 ``--rounds N`` alternates the loops N times in one process and reports ratios; an absolute rate
-means little on a shared machine. ``--variant NAME`` adds our step with one property changed. Needs
-only the packages that ``import ivegan`` needs. The last line is one JSON object.
+means little on a shared machine. Needs only the packages that ``import ivegan`` needs. The last
+line is one JSON object.
 """
 
 import functools
@@ -27,33 +27,13 @@ from ivegan.layers.fast import keep_freed_memory
 from ivegan.step import create_state, train_step
 
 WARM_UP = 3  # steps
-VARIANTS = ("float32", "contiguous", "foreach Adam", "compiled")
 
 
-def our_steps(
-    config: Config, samples: np.ndarray, device: str, precision: str, variant: str = ""
-) -> Iterator[int]:
-    """Train with the project's step, yielding after every step.
-
-    Args:
-        config: of the run.
-        samples: images or points.
-        device: the networks' device.
-        precision: of the networks.
-        variant: one of ``VARIANTS``, the property that is changed.
-    """
+def our_steps(config: Config, samples: np.ndarray, device: str, precision: str) -> Iterator[int]:
+    """Train with the project's step, yielding after every step."""
     if device == "cpu":
         keep_freed_memory()
-    precision = "float32" if variant == "float32" else precision
     state = create_state(config, device, getattr(torch, precision))
-    for network in (state.encoder_generator, state.discriminators):
-        if variant == "contiguous":
-            network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        if variant == "compiled":
-            network.compile(dynamic=False)
-    if variant == "foreach Adam":
-        for optimizer in (state.optimizer_g, state.optimizer_d):
-            optimizer.param_groups[0].update(fused=False, foreach=True)
     split = None
     if not config.is_points:
         labels = np.zeros(len(samples), np.int64)
@@ -69,7 +49,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--reference", action="store_true", help="time the textbook loop instead")
     parser.add_argument("--rounds", type=int, help="alternate both loops, and report the ratio")
-    parser.add_argument("--variant", action="append", default=[], choices=VARIANTS)
     parser.add_argument("--loader-workers", type=int, default=2, help="of the textbook's loader")
     options = parser.parse_args()
     if options.reference:
@@ -81,8 +60,6 @@ def main() -> None:
         loops["ours"] = our_steps(config, samples, device, options.precision)
     if options.reference or options.rounds:
         loops["textbook"] = textbook_steps(config, samples, device, options.loader_workers)
-    for variant in options.variant if options.rounds else []:
-        loops[variant] = our_steps(config, samples, device, options.precision, variant)
     for steps in loops.values():
         for _ in range(WARM_UP):
             next(steps)
@@ -93,14 +70,13 @@ def main() -> None:
     rates = in_turns(turns, options.rounds or 1, "images/s")
     medians = {name: statistics.median(values) for name, values in rates.items()}
     loop, flop = next(iter(loops)), step_flop(config)
+    peak = peak_rate(device, getattr(torch, options.precision))
     report = {
         **metadata(options, config),
         "loop": loop,
         "images_per_second": medians[loop],
         "flop_per_image": flop,
-        "share_of_peak": medians[loop]
-        * flop
-        / peak_rate(device, getattr(torch, options.precision)),
+        "share_of_peak": medians[loop] * flop / peak,
         "loops": medians,
         "ours_to": {k: ratio(rates[loop], v) for k, v in rates.items() if loop == "ours" != k},
     }

@@ -38,12 +38,9 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 
 def vary(image: Image.Image, t: Transform) -> Image.Image:
     """Return a transformation of an image."""
-    shift = [round(random.uniform(-t.shift, t.shift)) for _ in range(2)]
-    out = image.rotate(
-        random.uniform(-t.rotate, t.rotate),
-        Image.Resampling.BILINEAR,
-        translate=(shift[0], shift[1]),
-    )
+    shift = tuple(round(random.uniform(-t.shift, t.shift)) for _ in range(2))
+    angle = random.uniform(-t.rotate, t.rotate)
+    out = image.rotate(angle, Image.Resampling.BILINEAR, translate=shift)  # pyright: ignore[reportArgumentType]
     if t.flip and random.random() < 0.5:
         out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if t.brightness:
@@ -72,14 +69,8 @@ def batches(config: Config, samples: np.ndarray, workers: int) -> Iterator[tuple
             x = points[torch.randint(len(points), (config.batch_size,))]
             yield x, x + config.transform.noise_std * torch.randn_like(x)
     data = Pairs(samples, config.transform)
-    loader = DataLoader(
-        data,
-        config.batch_size,
-        sampler=RandomSampler(data, num_samples=10**9),
-        num_workers=workers,
-        drop_last=True,
-    )
-    yield from loader
+    sampler = RandomSampler(data, num_samples=10**9)
+    yield from DataLoader(data, config.batch_size, sampler=sampler, num_workers=workers)
 
 
 def steps(config: Config, samples: np.ndarray, device: str, workers: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep import mnist
-from data_prep.building import build, existing_manifest, make_plan
+from data_prep.building import Choices, build, existing_manifest, make_plan
 from ivegan import storage
 from ivegan.errors import UserError
 from pipelines import options as cli
@@ -46,40 +46,41 @@ def main(options: Build) -> dict[str, Any]:
     if options.out is None:
         raise UserError("build.py needs --out, a folder or s3:// URI for the data set.")
     options.at_least(workers=0)
-    choice: dict[str, Any] = {
+    dataset, source, out = options.dataset, options.source, options.out
+    choices: Choices = {
         "shard_size": options.shard_size,
         "name": options.name,
         "crop": options.crop,
         "limit": options.limit,
     }
-    if options.dry_run:
-        where = options.source
-        if options.dataset == "mnist" and where is not None and mnist.is_remote(where):
-            where = mnist.raw_uri(options.out)
-            if not storage.exists(where):
-                print(f"{options.source} would first be downloaded to {where}")
-                return {"source": options.source, "out": storage.absolute(options.out)}
-        plan = make_plan(options.dataset, where, options.out, **choice)
-        summary = {
-            "dataset": plan.about.dataset,
-            "source": options.source,
-            "out": plan.out,
-            "workers": options.workers,
-            "splits": plan.about.splits,
-            "image_shape": plan.about.image_shape,
-            "shards": len(plan.jobs),
-            "settings": plan.settings,
-            "already_built": existing_manifest(plan) is not None,
-        }
-        for key, value in summary.items():
-            print(f"{key:14} {value}")
-        return summary
-    result = build(options.dataset, options.source, options.out, options.workers, **choice)
-    print(
-        f"{result['samples']} samples in {result['shards']} shards, {result['bytes']:,} bytes, "
-        f"{result['skipped']} shards were there already: {result['manifest']}"
-    )
-    return result
+    if not options.dry_run:
+        result = build(dataset, source, out, options.workers, **choices)
+        print(
+            f"{result['samples']} samples in {result['shards']} shards, {result['bytes']:,} bytes, "
+            f"{result['skipped']} shards existed already: {result['manifest']}"
+        )
+        return result
+    raw_uri = source
+    if dataset == "mnist" and source is not None and mnist.is_remote(source):
+        raw_uri = mnist.raw_uri(out)
+        if not storage.exists(raw_uri):
+            print(f"{source} would first be downloaded to {raw_uri}")
+            return {"source": source, "out": storage.absolute(out)}
+    plan = make_plan(dataset, raw_uri, out, **choices)
+    summary = {
+        "dataset": plan.raw.dataset,
+        "source": source,
+        "out": plan.out,
+        "workers": options.workers,
+        "splits": plan.raw.splits,
+        "image_shape": plan.raw.image_shape,
+        "shards": len(plan.jobs),
+        "settings": plan.settings,
+        "already_built": existing_manifest(plan) is not None,
+    }
+    for key, value in summary.items():
+        print(f"{key:14} {value}")
+    return summary
 
 
 def command() -> None:

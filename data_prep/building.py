@@ -6,16 +6,13 @@ shards. Two builds of the same data into one place write the same bytes and may 
 with other settings is refused.
 """
 
-import dataclasses
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from data_prep import celeba, digits, mnist
 from data_prep.products import Written, contact_sheets, table
@@ -40,63 +37,70 @@ from ivegan.schema import DamagedError, read
 log = logging.getLogger(__name__)
 
 DATASETS: dict[str, ModuleType] = {"digits": digits, "mnist": mnist, "celeba": celeba}
-_UNFINISHED = ".unfinished"  # folder with the plan and a record of each shard
 _ADVICE = "choose another --out, or delete the existing files"
+
+
+class Choices(TypedDict, total=False):
+    """Settings of a build, as ``Build`` in ``data_prep/build.py`` explains them."""
+
+    shard_size: int
+    name: str | None
+    crop: str | None
+    limit: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One shard to write."""
+    """One shard to write: the samples of a split from start to stop."""
 
-    dataset: str
-    source: str | None
-    out: str
-    options: dict[str, Any]
     split: str
     number: int
     start: int
     stop: int
-    record: str
-    """Where the finished shard is noted."""
+
+    @property
+    def key(self) -> str:
+        """Name of the shard below the data set's folder."""
+        return shard_key(self.split, self.number)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
     """All that is decided before the first shard is written."""
 
-    about: Source
+    dataset: str
+    source: str | None
     out: str
+    options: dict[str, Any]
+    """Of the data set's module."""
+    raw: Source
     settings: dict[str, Any]
     jobs: tuple[Job, ...]
-    records: str
-    """Folder of what is noted until all is done."""
 
     @property
     def identity(self) -> bytes:
         """Return what another build must agree with to write into the same place."""
-        what = {
-            "dataset": self.about.dataset,
-            "sources": self.about.sources,
-            "settings": self.settings,
-        }
+        raw = self.raw
+        what = {"dataset": raw.dataset, "sources": raw.sources, "settings": self.settings}
         return (json.dumps(what, sort_keys=True, indent=1) + "\n").encode()
+
+    @property
+    def records(self) -> str:
+        """Folder of the plan and a record of each finished shard, until all is done."""
+        return storage.join(self.out, ".unfinished")
 
     @property
     def marker(self) -> str:
         """Return where the identity is while a build is unfinished."""
         return storage.join(self.records, "plan.json")
 
+    def record(self, job: Job) -> str:
+        """Return where a finished shard is recorded."""
+        return storage.join(self.records, f"{job.split}-{job.number:05d}.json")
+
 
 def build(
-    dataset: str,
-    source: str | None,
-    out: str,
-    workers: int = 0,
-    *,
-    shard_size: int = 1000,
-    name: str | None = None,
-    crop: str | None = None,
-    limit: int | None = None,
+    dataset: str, source: str | None, out: str, workers: int = 0, **choices: Unpack[Choices]
 ) -> dict[str, Any]:
     """Build the data set at ``out`` and return what was done.
 
@@ -105,13 +109,10 @@ def build(
         source: folder or URI of the raw files; mnist also takes what ``mnist.fetched`` does.
         out: folder or URI of the data set.
         workers: shards written at a time by Ray tasks; 0 is a plain loop in this process.
-        shard_size: samples per shard.
-        name: name in the manifest.
-        crop: see ``celeba``.
-        limit: see ``celeba``.
+        choices: see ``Choices``.
 
     Returns:
-        manifest (its URI), shards, samples, bytes, skipped (shards that were there already) and
+        manifest (its URI), shards, samples, bytes, skipped (shards that existed already) and
         seconds.
 
     Raises:
@@ -120,7 +121,7 @@ def build(
     began = time.perf_counter()
     if dataset == "mnist" and source is not None:
         source = mnist.fetched(source, out)
-    plan = make_plan(dataset, source, out, shard_size=shard_size, name=name, crop=crop, limit=limit)
+    plan = make_plan(dataset, source, out, **choices)
     manifest, skipped = existing_manifest(plan), len(plan.jobs)
     if manifest is None:
         try:
@@ -142,77 +143,58 @@ def build(
     }
 
 
-def make_plan(
-    dataset: str,
-    source: str | None,
-    out: str,
-    *,
-    shard_size: int = 1000,
-    name: str | None = None,
-    crop: str | None = None,
-    limit: int | None = None,
-) -> BuildPlan:
+def make_plan(dataset: str, source: str | None, out: str, **choices: Unpack[Choices]) -> BuildPlan:
     """Return what ``build`` would write, after looking through the source.
 
     Raises:
         UserError: as for ``build``.
     """
+    shard_size = choices.get("shard_size", 1000)
     if shard_size < 1:
         raise UserError(f"--shard-size is {shard_size}, but must be at least 1.")
     module = DATASETS[dataset]
-    options = {key: value for key, value in (("crop", crop), ("limit", limit)) if value is not None}
+    options = {key: choices.get(key) for key in ("crop", "limit") if choices.get(key) is not None}
     for key in options:
         if key not in module.OPTIONS:
             raise UserError(f"--{key} means nothing for {dataset}: leave it out.")
     if source is not None:
         source = storage.absolute(source)
     out = storage.absolute(out)
-    about: Source = module.describe(source, name or dataset, **options)
-    if not any(about.splits.values()):
+    raw: Source = module.describe(source, choices.get("name") or dataset, **options)
+    if not any(raw.splits.values()):
         raise UserError(f"There are no images in {source}: nothing to build.")
-    settings = {**about.settings, "shard_size": shard_size, "encoding": ENCODING}
-    records = storage.join(out, _UNFINISHED)
-    jobs = [
-        Job(
-            dataset=dataset,
-            source=source,
-            out=out,
-            options=options,
-            split=split,
-            number=number,
-            start=start,
-            stop=min(start + shard_size, total),
-            record=storage.join(records, f"{split}-{number:05d}.json"),
-        )
-        for split, total in about.splits.items()
+    jobs = tuple(
+        Job(split=split, number=number, start=start, stop=min(start + shard_size, total))
+        for split, total in raw.splits.items()
         for number, start in enumerate(range(0, total, shard_size))
-    ]
-    return BuildPlan(about=about, out=out, settings=settings, jobs=tuple(jobs), records=records)
+    )
+    return BuildPlan(
+        dataset=dataset,
+        source=source,
+        out=out,
+        options=options,
+        raw=raw,
+        settings={**raw.settings, "shard_size": shard_size, "encoding": ENCODING},
+        jobs=jobs,
+    )
 
 
-def write_shard(job: Job) -> Written:
-    """Write one shard, note it as finished, and return it; an object store is waited for.
+def write_shard(plan: BuildPlan, job: Job) -> Written:
+    """Write one shard, record it as finished, and return it.
 
     Raises:
         UserError: the source is not what it should be, or nothing can be written.
     """
-    return storage.patiently(_write_shard, job)
-
-
-def _write_shard(job: Job) -> Written:
-    key = shard_key(job.split, job.number)
-    samples = DATASETS[job.dataset].read(job.source, job.split, job.start, job.stop, **job.options)
-    raw, rows = write_tar(samples)
-    storage.write_bytes(storage.join(job.out, key), raw)
+    samples = DATASETS[plan.dataset].read(
+        plan.source, job.split, job.start, job.stop, **plan.options
+    )
+    data, rows = write_tar(samples)
+    storage.write_bytes(storage.join(plan.out, job.key), data)
     shard = Shard(
-        split=job.split,
-        key=key,
-        samples=len(rows),
-        bytes=len(raw),
-        sha256=sha256_hex(raw),
+        split=job.split, key=job.key, samples=len(rows), bytes=len(data), sha256=sha256_hex(data)
     )
     written = Written(shard=shard, rows=rows)
-    storage.write_bytes(job.record, json.dumps(dataclasses.asdict(written)).encode())
+    storage.write_bytes(plan.record(job), json.dumps(asdict(written)).encode())
     return written
 
 
@@ -220,38 +202,33 @@ def existing_manifest(plan: BuildPlan) -> Manifest | None:
     """Return the manifest at ``out`` if it is of this plan, and None if there is none.
 
     Raises:
-        UserError: something else is there, or being built.
+        UserError: it is of another plan.
     """
-    if storage.exists(storage.join(plan.out, MANIFEST)):
-        manifest = read_manifest(plan.out)
-        about = plan.about
-        if manifest.settings_hash != digest(plan.settings):
-            raise UserError(
-                f"{plan.out} holds {manifest.dataset} built with other settings: {_ADVICE}."
-            )
-        if (manifest.dataset, manifest.sources) != (about.dataset, about.sources):
-            raise UserError(
-                f"{plan.out} holds {manifest.dataset} built from other files: {_ADVICE}."
-            )
-        return manifest
-    if storage.exists(plan.marker):
-        _check_claim(plan, storage.read_bytes(plan.marker))
-    return None
+    if not storage.exists(storage.join(plan.out, MANIFEST)):
+        return None
+    manifest, raw, other = read_manifest(plan.out), plan.raw, ""
+    if manifest.settings_hash != digest(plan.settings):
+        other = "with other settings"
+    elif (manifest.dataset, manifest.sources) != (raw.dataset, raw.sources):
+        other = "from other files"
+    if other:
+        raise UserError(f"{plan.out} holds {manifest.dataset} built {other}: {_ADVICE}.")
+    return manifest
 
 
 def _write(plan: BuildPlan, workers: int) -> tuple[Manifest, int]:
-    """Write what is missing; return the manifest and how many shards were there already."""
+    """Write what is missing; return the manifest and how many shards existed already."""
     _claim(plan)
     finished = _finished(plan)
-    missing = [job for job in plan.jobs if shard_key(job.split, job.number) not in finished]
-    skipped = len(finished)
-    if workers == 0:
-        written: Iterable[Written] = map(write_shard, missing)
-    else:
-        written = write_with_ray(write_shard, missing, workers)
-    for one in with_progress(written, missing):
-        finished[one.shard.key] = one
-    return storage.patiently(_complete, plan, finished), skipped
+    missing, skipped = [job for job in plan.jobs if job.key not in finished], len(finished)
+
+    def write(job: Job) -> Written:
+        return storage.patiently(write_shard, plan, job)  # long work waits for an object store
+
+    written = write_with_ray(write, missing, workers) if workers else map(write, missing)
+    samples = sum(job.stop - job.start for job in missing)
+    finished |= {one.shard.key: one for one in with_progress(written, len(missing), samples)}
+    return storage.patiently(_complete, plan, [finished[job.key] for job in plan.jobs]), skipped
 
 
 def _claim(plan: BuildPlan) -> None:
@@ -260,11 +237,7 @@ def _claim(plan: BuildPlan) -> None:
     Raises:
         UserError: a build with other settings or files came first.
     """
-    _check_claim(plan, storage.create_bytes(plan.marker, plan.identity))
-
-
-def _check_claim(plan: BuildPlan, claim: bytes) -> None:
-    if claim != plan.identity:
+    if storage.create_bytes(plan.marker, plan.identity) != plan.identity:
         raise UserError(
             f"{plan.out} holds an unfinished build with other settings or files: {_ADVICE}."
         )
@@ -273,11 +246,11 @@ def _check_claim(plan: BuildPlan, claim: bytes) -> None:
 def _finished(plan: BuildPlan) -> dict[str, Written]:
     """Return the shards that an earlier, interrupted run has written, by their keys."""
     out: dict[str, Written] = {}
-    wanted = {job.record.rpartition("/")[2] for job in plan.jobs}
-    names = sorted(wanted & set(storage.list_names(plan.records)))
-    sizes = storage.list_files(plan.out) if names else {}
-    for name in names:
-        record = storage.join(plan.records, name)
+    sizes = storage.list_files(plan.out)
+    names = {storage.join(plan.out, name) for name in sizes}
+    for record in (plan.record(job) for job in plan.jobs):
+        if record not in names:
+            continue
         try:
             written = read(storage.read_bytes(record), Written, record)
         except DamagedError as error:
@@ -292,35 +265,23 @@ def _finished(plan: BuildPlan) -> dict[str, Written]:
     return out
 
 
-def _complete(plan: BuildPlan, finished: dict[str, Written]) -> Manifest:
+def _complete(plan: BuildPlan, written: list[Written]) -> Manifest:
     """Write what is for people, then the manifest, and return it.
 
     Raises:
         UserError: a shard that another node has written cannot be seen from here, or another build
             has taken the place.
     """
-    sizes = storage.list_files(plan.out)
-    written = [finished[shard_key(job.split, job.number)] for job in plan.jobs]
+    sizes, raw = storage.list_files(plan.out), plan.raw
     for one in written:
         if sizes.get(one.shard.key) != one.shard.bytes:
             raise UserError(
                 f"{plan.out} has no {one.shard.key}, though a worker wrote it: on several nodes "
                 "--out must be a place that all of them share, such as an s3:// URI."
             )
-    extras = {SAMPLES: table(written, plan.about.label_names), **contact_sheets(plan.out, written)}
+    extras = {SAMPLES: table(written, raw.label_names), **contact_sheets(plan.out, written)}
     for name, content in extras.items():
         storage.write_bytes(storage.join(plan.out, name), content)
-    manifest = Manifest(
-        dataset=plan.about.dataset,
-        image_shape=plan.about.image_shape,
-        splits=plan.about.splits,
-        shards=tuple(one.shard for one in written),
-        sources=plan.about.sources,
-        settings=plan.settings,
-        settings_hash=digest(plan.settings),
-        label_names=plan.about.label_names,
-        extras={name: hashlib.sha256(content).hexdigest() for name, content in extras.items()},
-    )
     if storage.is_local(plan.out):
         ours = {Path(name).name for name in (*sizes, *extras, MANIFEST)}
         for name in sizes:
@@ -331,5 +292,16 @@ def _complete(plan: BuildPlan, finished: dict[str, Written]) -> Manifest:
     # one of the claims stands, and an equal build that was faster has left the manifest instead.
     if existing_manifest(plan) is None:
         _claim(plan)
+    manifest = Manifest(
+        dataset=raw.dataset,
+        image_shape=raw.image_shape,
+        splits=raw.splits,
+        shards=tuple(one.shard for one in written),
+        sources=raw.sources,
+        settings=plan.settings,
+        settings_hash=digest(plan.settings),
+        label_names=raw.label_names,
+        extras={name: sha256_hex(content) for name, content in extras.items()},
+    )
     write_manifest(plan.out, manifest)
     return manifest

@@ -12,21 +12,21 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import logging
 import math
 import struct
-import time
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-from urllib.error import HTTPError
 
 import numpy as np
 
 from data_prep.source import Source
 from ivegan import storage
 from ivegan.data.tars import Sample
+from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ MD5 = {  # as published with MNIST
 }
 _UNSIGNED_BYTES = 0x08
 _LARGEST = 1 << 30  # values of a file; MNIST has 47 million, EMNIST 547 million
-_LARGEST_DOWNLOAD = 1 << 28  # bytes
-_SILENCE, _PATIENCE = 30.0, 600.0  # seconds without a byte, and for a whole file
-_CHUNK = 1 << 16
+_TIMEOUT = 30.0  # seconds without a byte from a mirror
 
 
 class _Half(NamedTuple):
@@ -115,9 +113,8 @@ def fetched(source: str, out: str) -> str:
 
     Args:
         source: ``download`` for MNIST from a public mirror; ``http(s)://…`` for the folder of
-            another mirror, or of another data set in MNIST's layout: its files are looked through
-            (gzip's check sums, headers, lengths), but the published check sums are not demanded.
-            Anything else is returned as it is.
+            another mirror, or of another data set in MNIST's layout, whose check sums are not
+            those of MNIST. Anything else is returned as it is.
         out: folder or URI of the data set to build; the files go to ``raw_uri``.
 
     Raises:
@@ -143,92 +140,42 @@ def is_remote(source: str) -> bool:
     return source == DOWNLOAD or source.startswith(("http://", "https://"))
 
 
-def download(to: str, mirrors: Sequence[str] = MIRRORS, *, published: bool = True) -> None:
+def download(to: str, mirrors: Sequence[str], *, published: bool = True) -> None:
     """Put the four gzipped IDX files into a folder, each only when it is whole and checked.
 
     Args:
         to: folder or s3:// URI.
         mirrors: URLs of folders, tried in this order for each file.
-        published: demand MNIST's published check sums, and fetch no file again that has its own.
-            Otherwise all are fetched: what is there may have come from another URL.
+        published: require MNIST's published check sums, and download no file again that has its
+            own. Otherwise all are downloaded: existing ones may have come from another URL.
 
     Raises:
         UserError: no mirror gives the right files, or they cannot be written.
     """
-    for images, labels in FILES.values():
-        for name, num_axes in ((f"{images}.gz", 3), (f"{labels}.gz", 1)):
-            uri = storage.join(to, name)
-            if published and storage.exists(uri) and _md5(storage.read_bytes(uri)) == MD5[name]:
-                continue
-            raw = _from_a_mirror(mirrors, name, num_axes, MD5[name] if published else None)
-            storage.write_bytes(uri, raw)
-
-
-def _from_a_mirror(mirrors: Sequence[str], name: str, num_axes: int, md5: str | None) -> bytes:
-    """Return a file from the first mirror that gives the right one.
-
-    Raises:
-        UserError: none does.
-    """
-    reasons = []
-    for mirror in mirrors:
-        url = f"{mirror.rstrip('/')}/{name}"
-        try:
-            raw = _fetch(url)
-            if md5 and _md5(raw) != md5:
-                raise UserError(f"{url} is not as published (wrong md5)")
-            _parse_idx(raw, url, num_axes)
-        except UserError as error:
-            log.info("%s", error)
-            reasons.append(str(error).rstrip("."))
+    for file in itertools.chain(*FILES.values()):
+        name, num_axes = f"{file}.gz", 3 if "images" in file else 1
+        uri = storage.join(to, name)
+        if published and storage.exists(uri) and _md5(storage.read_bytes(uri)) == MD5[name]:
+            continue
+        reasons = []
+        for url in (f"{mirror.rstrip('/')}/{name}" for mirror in mirrors):
+            try:
+                with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
+                    raw = answer.read(_LARGEST)
+                _parse_idx(raw, name, num_axes)
+                if published and _md5(raw) != MD5[name]:
+                    raise UserError("it has another md5 than published")
+            except (OSError, http.client.HTTPException, ValueError, UserError) as error:
+                reasons.append(f"{url}: {' '.join(str(error).split())}".rstrip("."))
+                log.info("%s", reasons[-1])
+            else:
+                storage.write_bytes(uri, raw)
+                break
         else:
-            log.info("fetched %s", url)
-            return raw
-    raise UserError(
-        f"{name} cannot be downloaded ({'; '.join(reasons)}): get the four files in another way, "
-        "and name their folder with --source."
-    )
-
-
-def _fetch(url: str) -> bytes:
-    """Return what a URL gives.
-
-    Raises:
-        UserError: nothing, too little, too much or too slowly.
-    """
-    # Not urlopen, which knows ftp: too, and would follow a mirror there.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    until = time.monotonic() + _PATIENCE
-    body = io.BytesIO()
-    try:
-        with opener.open(url, timeout=_SILENCE) as answer:
-            length = answer.length  # None if the server does not say
-            # Counted here, for Python before 3.11.7 would wait for the server to hang up.
-            while body.tell() != length and (chunk := answer.read1(_CHUNK)):
-                body.write(chunk)
-                if body.tell() > _LARGEST_DOWNLOAD:
-                    raise UserError(f"{url} gives more than {_LARGEST_DOWNLOAD:,} bytes")
-                if time.monotonic() > until:
-                    raise UserError(f"{url} takes more than {_PATIENCE:g} s")
-            if length not in (None, body.tell()):
-                raise UserError(f"{url} ended after {body.tell():,} of {length:,} bytes")
-    except HTTPError as error:
-        error.close()
-        raise UserError(f"{url} answers {error.code}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]  # the server's words may be in it
-        raise UserError(f"{url} does not answer as it should ({reason})") from error
-    return body.getvalue()
+            raise UserError(
+                f"{name} cannot be downloaded ({'; '.join(reasons)}): get the four files in "
+                "another way, and name their folder with --source."
+            )
 
 
 def _md5(data: bytes) -> str:
@@ -259,11 +206,9 @@ def _read_idx(source: str, name: str, num_axes: int) -> tuple[np.ndarray, dict[s
     for candidate in (f"{name}.gz", name):
         uri = storage.join(source, candidate)
         if storage.exists(uri):
-            break
-    else:
-        raise UserError(f"There is no {name}.gz or {name} in {source}: correct --source.")
-    raw = storage.read_bytes(uri)
-    return _parse_idx(raw, uri, num_axes), {candidate: hashlib.sha256(raw).hexdigest()}
+            raw = storage.read_bytes(uri)
+            return _parse_idx(raw, uri, num_axes), {candidate: sha256_hex(raw)}
+    raise UserError(f"There is no {name}.gz or {name} in {source}: correct --source.")
 
 
 def _parse_idx(raw: bytes, uri: str, num_axes: int) -> np.ndarray:
@@ -275,29 +220,27 @@ def _parse_idx(raw: bytes, uri: str, num_axes: int) -> np.ndarray:
     file = gzip.GzipFile(fileobj=io.BytesIO(raw)) if uri.endswith(".gz") else io.BytesIO(raw)
     # Two zero bytes, the type of the values, the number of axes; then each axis's length.
     magic = bytes([0, 0, _UNSIGNED_BYTES, num_axes])
-    size = 4 + 4 * num_axes
-    with file:
-        try:
-            header = file.read(size)
-            if len(header) < size or header[:4] != magic:
-                raise UserError(
-                    f"{uri} is no IDX file of {num_axes} axes: it starts with 0x{header[:4].hex()} "
-                    f"instead of 0x{magic.hex()}."
-                )
-            shape = struct.unpack(f">{num_axes}I", header[4:])
-            total = math.prod(shape)
-            if total > _LARGEST:
-                raise UserError(
-                    f"{uri} says that it holds {total:,} values, but at most {_LARGEST:,} can be "
-                    "read: take a smaller one."
-                )
-            data = file.read(total + 1)  # one more, to reach the end and gzip's check sum there
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{uri} is damaged ({error}): download it again.") from error
+    try:
+        header = file.read(4 + 4 * num_axes)
+        if header[:4] != magic:
+            raise UserError(
+                f"{uri} is no IDX file of {num_axes} axes: it starts with 0x{header[:4].hex()} "
+                f"instead of 0x{magic.hex()}."
+            )
+        shape = struct.unpack(f">{num_axes}I", header[4:])
+        total = math.prod(shape)
+        if total > _LARGEST:
+            raise UserError(
+                f"{uri} claims to hold {total:,} values, but at most {_LARGEST:,} can be read: "
+                "take a smaller one."
+            )
+        data = file.read(total + 1)  # one more, to reach the end and gzip's check sum there
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise UserError(f"{uri} is damaged ({error}): download it again.") from error
     if len(data) != total:
-        held = f"more than {total}" if len(data) > total else f"{len(data)}"
+        count = f"more than {total}" if len(data) > total else f"{len(data)}"
         raise UserError(
-            f"{uri} is truncated or too long: it holds {held} values instead of {total}; download "
+            f"{uri} is truncated or too long: it holds {count} values instead of {total}; download "
             "it again."
         )
     return np.frombuffer(data, np.uint8).reshape(shape)

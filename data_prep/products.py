@@ -7,9 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ivegan import storage
-from ivegan.data.manifest import (
-    Shard,
-)
+from ivegan.data.manifest import Shard
 from ivegan.data.tars import Row, decode
 
 _CONTACTS = 80  # images on a contact sheet
@@ -57,8 +55,9 @@ def contact_sheets(out: str, written: list[Written]) -> dict[str, bytes]:
         count = min(len(rows), _CONTACTS)
         images = []
         for shard, row in (rows[index * len(rows) // count] for index in range(count)):
-            uri = storage.join(out, shard.key)
-            images.append(decode(storage.read_range(uri, row.offset, row.bytes)))
+            with storage.open_file(storage.join(out, shard.key), buffer_size=row.bytes) as file:
+                file.seek(row.offset)
+                images.append(decode(file.read(row.bytes)))
         sheets[f"contact-{split}.png"] = _side_by_side(np.stack(images))
     return sheets
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -28,24 +27,24 @@ def write_with_ray(
 
     started = not ray.is_initialized()
     if started:
-        # Without RAY_ADDRESS, a local cluster is started for this build.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        attach = bool(os.environ.get("RAY_ADDRESS"))
-        _check_ray_address()
-        ray.init(
-            address=None if attach else "local",
-            num_cpus=None if attach else workers,
-            include_dashboard=None if attach else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if os.environ.get("RAY_ADDRESS"):
+            _check_ray_address()
+            ray.init(**quiet)
+        else:  # a local cluster for this build
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
     try:
         where = {"env_vars": storage.environment()}
-        task = ray.remote(num_cpus=1, runtime_env=where, scheduling_strategy="SPREAD")(write_shard)
+
+        @ray.remote(num_cpus=1, runtime_env=where, scheduling_strategy="SPREAD")
+        def write(job: Any) -> Written:
+            return write_shard(job)
+
         waiting, running = list(reversed(jobs)), []
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(task.remote(waiting.pop()))
+                running.append(write.remote(waiting.pop()))
             done, running = ray.wait(running)
             yield ray.get(done[0])
     except RayTaskError as error:
@@ -59,7 +58,7 @@ def write_with_ray(
 
 def _check_ray_address() -> None:
     """Check that the host of RAY_ADDRESS answers: Ray would retry indefinitely."""
-    address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
+    address = os.environ["RAY_ADDRESS"].removeprefix("ray://")
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         try:
@@ -70,27 +69,13 @@ def _check_ray_address() -> None:
             ) from error
 
 
-def with_progress(written: Iterable[Written], jobs: list[Any]) -> Iterator[Written]:
-    """Yield the shards, with a bar on a terminal and log lines elsewhere."""
-    total = sum(job.stop - job.start for job in jobs)
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, unit=" images", unit_scale=True, desc="build") as bar:
-            for one in written:
-                bar.update(one.shard.samples)
-                yield one
-        return
-    began, images = time.perf_counter(), 0
+def with_progress(written: Iterable[Written], shards: int, images: int) -> Iterator[Written]:
+    """Yield the shards, and log a line at each tenth of them."""
+    began, seen = time.perf_counter(), 0
     for done, one in enumerate(written, start=1):
-        images += one.shard.samples
-        if done * 10 // len(jobs) > (done - 1) * 10 // len(jobs):
-            rate = images / (time.perf_counter() - began)
-            log.info(
-                "%d of %d shards, %.0f images/s, %.0f s left",
-                done,
-                len(jobs),
-                rate,
-                (total - images) / rate,
-            )
+        seen += one.shard.samples
+        if done * 10 // shards > (done - 1) * 10 // shards:
+            rate = seen / (time.perf_counter() - began)
+            left = (images - seen) / rate
+            log.info("%d of %d shards, %.0f images/s, %.0f s left", done, shards, rate, left)
         yield one

@@ -8,13 +8,12 @@ ends with status 0 and "OK: 1797 samples in 4 shards"; status 1 means that somet
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from ivegan import storage
 from ivegan.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from ivegan.data.tars import read_tar
-from ivegan.digest import digest
+from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
 from pipelines import options as cli
 
@@ -35,17 +34,19 @@ def verify(uri: str) -> list[str]:
     """
     uri = storage.absolute(uri)
     manifest = read_manifest(uri)
-    wrong = list(_of_manifest(manifest))
+    wrong = []
+    if digest(manifest.settings) != manifest.settings_hash:
+        wrong.append(f"{MANIFEST} holds settings of another hash than it says.")
     present = storage.list_files(uri)
     named = {shard.key for shard in manifest.shards}
     wrong += [
         f"{name} does not belong to the data set."
         for name in sorted(present.keys() - named - {MANIFEST} - manifest.extras.keys())
     ]
-    for name, sha256_digest in manifest.extras.items():
+    for name, expected in manifest.extras.items():
         if name not in present:
             wrong.append(f"{name} is missing.")
-        elif _sha256(storage.join(uri, name)) != sha256_digest:
+        elif sha256_hex(_read(uri, name)) != expected:
             wrong.append(f"{name} has another sha256 than the manifest says.")
     keys: Counter[str] = Counter()
     for shard in manifest.shards:
@@ -85,47 +86,28 @@ def command() -> None:
     cli.run(main, Verify, failed=lambda result: bool(result["wrong"]))
 
 
-def _sha256(uri: str) -> str:
-    return sha256(storage.patiently(storage.read_bytes, uri)).hexdigest()
-
-
-def _of_manifest(manifest: Manifest) -> Iterator[str]:
-    """Yield where the manifest contradicts itself."""
-    counted = Counter[str]()
-    for shard in manifest.shards:
-        counted[shard.split] += shard.samples
-    for split in sorted(counted.keys() | manifest.splits.keys()):
-        if counted[split] != manifest.splits.get(split, 0):
-            yield (
-                f"{MANIFEST} says {manifest.splits.get(split, 0)} samples of {split}, but its "
-                f"shards sum to {counted[split]}."
-            )
-    if digest(manifest.settings) != manifest.settings_hash:
-        yield f"{MANIFEST} holds settings of another hash than it says."
+def _read(uri: str, name: str) -> bytes:
+    return storage.patiently(storage.read_bytes, storage.join(uri, name))
 
 
 def _of_shard(uri: str, shard: Shard, manifest: Manifest, keys: Counter[str]) -> Iterator[str]:
     """Yield what is wrong with one shard, counting its keys."""
-    raw = storage.patiently(storage.read_bytes, storage.join(uri, shard.key))
+    raw = _read(uri, shard.key)
     if len(raw) != shard.bytes:
         yield f"{shard.key} has {len(raw)} bytes, the manifest says {shard.bytes}."
-    if sha256(raw).hexdigest() != shard.sha256:
+    if sha256_hex(raw) != shard.sha256:
         yield f"{shard.key} has another sha256 than the manifest says."
-    count = 0
     try:
-        for sample in read_tar(raw):
-            count += 1
-            keys[sample.key] += 1
-            if sample.image.shape != manifest.image_shape:
-                yield (
-                    f"{shard.key} holds {sample.key} of shape {sample.image.shape}, the manifest "
-                    f"says {manifest.image_shape}."
-                )
+        samples = list(read_tar(raw))
     except UserError as error:
         yield f"{shard.key} cannot be read: {error}"
         return
-    if count != shard.samples:
-        yield f"{shard.key} holds {count} samples, the manifest says {shard.samples}."
+    keys.update(sample.key for sample in samples)
+    if len(samples) != shard.samples:
+        yield f"{shard.key} holds {len(samples)} samples, the manifest says {shard.samples}."
+    for shape in {sample.image.shape for sample in samples} - {manifest.image_shape}:
+        right = manifest.image_shape
+        yield f"{shard.key} holds images of shape {shape}, the manifest says {right}."
 
 
 if __name__ == "__main__":

@@ -92,9 +92,10 @@ def load_split(
             _make_room(root, manifest.hash, bytes_needed, limit)
             _decode_split(data_uri, manifest, split, folder, skip_bad)
         os.utime(dataset_folder)
+        labels = np.load(folder / "labels.npy")
         return Split(
-            images=np.load(folder / "images.npy", mmap_mode="r"),
-            labels=np.load(folder / "labels.npy"),
+            images=np.load(folder / "images.npy", mmap_mode="r")[: len(labels)],
+            labels=labels,
             keys=np.load(folder / "keys.npy", mmap_mode="r"),
             dataset_hash=manifest.hash,
         )
@@ -168,10 +169,14 @@ def _decode_split(
 
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         decoded = list(pool.map(decode, range(len(shards))))
+    end = 0
+    for start, (keys, _) in zip(starts, decoded, strict=False):
+        if start != end:  # images before it were left out: close the gap
+            images[end : end + len(keys)] = images[start : start + len(keys)]
+        end += len(keys)
+    if not end:
+        raise UserError("No sample of the split can be read: build the data set again.")
     images.flush()
-    counts = [len(keys) for keys, _ in decoded]
-    if sum(counts) < total:
-        _close_gaps(partial, images, starts, counts)
     labels = np.array([label for _, column in decoded for label in column], dtype=np.int64)
     np.save(partial / "labels.npy", labels)
     np.save(partial / "keys.npy", np.array([key for keys, _ in decoded for key in keys]))
@@ -195,20 +200,6 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
             f"({error.strerror}): train with --stream, or set IVEGAN_CACHE to a larger disk."
         ) from error
     return array
-
-
-def _close_gaps(
-    partial: Path, images: np.memmap, starts: np.ndarray, counts: Sequence[int]
-) -> None:
-    """Write ``images.npy`` again without the rows that were left out at each shard's end."""
-    if not sum(counts):
-        raise UserError("No sample of the split can be read: build the data set again.")
-    closed = _new_array(partial / "closed.npy", (sum(counts), *images.shape[1:]))
-    ends = np.cumsum(counts)
-    for start, count, end in zip(starts, counts, ends, strict=False):
-        closed[end - count : end] = images[start : start + count]
-    closed.flush()
-    (partial / "closed.npy").replace(partial / "images.npy")
 
 
 def _label(sample: Sample, shard: str) -> object:

@@ -1,4 +1,7 @@
-"""Scatter plots, by matplotlib without its global state: arrays in, pillow images out."""
+"""Scatter plots, by matplotlib without its global state: arrays in, pillow images out.
+
+Each has a title and a note above it, one line each.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +20,6 @@ def closeup(
 
     Args:
         panels: (name, offsets from the mode's centre or from x, in stds); at most 6 stds are shown.
-        title, note: one line each, above the panels.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
@@ -52,7 +54,6 @@ def scatter(
         codes: d is 2 or 3.
         labels: indices into ``names``; -1 is drawn in pale grey, below the rest.
         names: of the classes, for the legend.
-        title, note: one line each, above the plot.
         axes: whether the axes are entries of z; they mean nothing otherwise and are left out.
     """
     from matplotlib.figure import Figure
@@ -60,18 +61,7 @@ def scatter(
     solid = codes.shape[1] == 3
     figure = Figure(figsize=(7.8, 6.9), dpi=150)
     axis: Any = figure.add_subplot(projection="3d" if solid else None)
-    size = float(np.clip(14000 / len(codes), 4, 24))
-    for label in range(-1, len(names)):
-        own = codes[labels == label]
-        if len(own):
-            axis.scatter(
-                *own.T,
-                s=size,
-                color=FAINT if label < 0 else PALETTE[label % len(PALETTE)],
-                label="other" if label < 0 else names[label],
-                alpha=0.75,
-                linewidths=0,
-            )
+    _points(axis, codes, labels, names, PALETTE)
     if solid:
         axis.view_init(elev=22, azim=-60)
         axis.set_box_aspect((1, 1, 1), zoom=0.97)
@@ -86,26 +76,12 @@ def scatter(
             _name_groups(axis, codes, labels, names)
     if axes:
         axis.locator_params(nbins=4)
-        setters = (axis.set_xlabel, axis.set_ylabel) + ((axis.set_zlabel,) if solid else ())
-        for setter, name in zip(setters, ("z₁", "z₂", "z₃"), strict=False):
-            setter(name, fontsize=10, color=MUTED)
+        for letter, name in zip("xyz"[: codes.shape[1]], ("z₁", "z₂", "z₃"), strict=False):
+            getattr(axis, f"set_{letter}label")(name, fontsize=10, color=MUTED)
     else:
         axis.set_axis_off()
     axis.tick_params(labelsize=8, colors=MUTED)
-    handles, legend_names = axis.get_legend_handles_labels()
-    legend = figure.legend(
-        handles,
-        legend_names,
-        loc="center right",
-        frameon=False,
-        fontsize=10,
-        labelcolor=INK,
-        markerscale=max(1.0, (40 / size) ** 0.5),
-        bbox_to_anchor=(0.99, 0.46),
-    )
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
+    _legend(figure, axis)
     return finished(figure, title, note, right=0.86)
 
 
@@ -121,24 +97,37 @@ def maps(
     Args:
         panels: (name, positions, labels); labels as in ``scatter``.
         names: of the labels, for the legend.
-        title, note: one line each, above the maps.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4 * len(panels) + 2.0, 6.0), dpi=150)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, positions, labels) in zip(axes, panels, strict=True):
-        size = float(np.clip(14000 / len(positions), 4, 24))
-        for label in range(-1, len(names)):
-            own = positions[labels == label]
-            colour = FAINT if label < 0 else PALETTE[2 * label % len(PALETTE)]
-            text = "other" if label < 0 else names[label].replace("_", " ")
-            axis.scatter(*own.T, s=size, color=colour, label=text, alpha=0.75, linewidths=0)
+        _points(axis, positions, labels, names, PALETTE[::2])
         axis.set_title(name, fontsize=11, color=INK)
         axis.set_axis_off()
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="center right", frameon=False, fontsize=10, markerscale=2.5)
+    _legend(figure, axes[0])
     return finished(figure, title, note, right=0.85)
+
+
+def _points(
+    axis: Any, positions: np.ndarray, labels: np.ndarray, names: Sequence[str], colours: Any
+) -> None:
+    """Draw points in the colours of their labels, those without a label below the rest."""
+    size = float(np.clip(14000 / len(positions), 4, 24))
+    for label in range(-1 if labels.min() < 0 else 0, len(names)):
+        colour = FAINT if label < 0 else colours[label % len(colours)]
+        text = "other" if label < 0 else names[label].replace("_", " ")
+        own = positions[labels == label]
+        axis.scatter(*own.T, s=size, color=colour, label=text, alpha=0.75, linewidths=0)
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    handles, names = axis.get_legend_handles_labels()
+    style = {"frameon": False, "fontsize": 10, "labelcolor": INK, "markerscale": 2}
+    legend = figure.legend(handles, names, loc="center right", bbox_to_anchor=(0.99, 0.46), **style)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
 
 
 def _name_groups(axis: Any, codes: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:

@@ -5,9 +5,7 @@ resolved once, in ``places.s3_settings``, for boto3, pyarrow, MLflow and Metaflo
 are left to each library's standard chain. Files appear whole or not at all.
 """
 
-import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -36,7 +34,6 @@ __all__ = [
     "open_file",
     "patiently",
     "read_bytes",
-    "read_range",
     "s3_client",
     "s3_settings",
     "upload_folder",
@@ -72,8 +69,7 @@ def exists(uri: str | Path) -> bool:
         if key and objects.head(place) is not None:
             return True
         prefix = f"{key}/" if key else ""
-        answer = s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-        return answer.get("KeyCount", 0) > 0
+        return s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)["KeyCount"] > 0
 
 
 def read_bytes(uri: str | Path) -> bytes:
@@ -89,22 +85,6 @@ def read_bytes(uri: str | Path) -> bytes:
         file = io.BytesIO()
         objects.download(place, file)
         return file.getvalue()
-
-
-def read_range(uri: str | Path, start: int, length: int) -> bytes:
-    """Return ``length`` bytes of a file from ``start`` on.
-
-    Raises:
-        UserError: the file is shorter, or as for ``read_bytes``.
-    """
-    with open_file(uri, buffer_size=max(length, 1)) as file:
-        file.seek(start)
-        data = file.read(length)
-    if len(data) < length:
-        raise UserError(
-            f"{uri} ends before byte {start + length}, so it is cut off: write it again."
-        )
-    return data
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
@@ -133,27 +113,17 @@ def create_bytes(uri: str | Path, data: bytes) -> bytes:
     return read_bytes(uri)
 
 
-@contextlib.contextmanager
-def open_file(
-    uri: str | Path, buffer_size: int = objects.READ_AHEAD
-) -> Iterator[io.BufferedReader]:
-    """Yield a seekable file for reading in place: an archive need not be copied first.
+def open_file(uri: str | Path, buffer_size: int = objects.READ_AHEAD) -> io.BufferedReader:
+    """Return a seekable file for reading in place: an archive need not be copied first.
 
     Raises:
         UserError: no such file, no access to it, or it was replaced while it was read.
     """
     place = parse(uri)
-    if isinstance(place, Path):
-        with sentences(uri), place.open("rb") as file:
-            yield file
-        return
     with sentences(uri):
-        answer = objects.head(place)
-    if answer is None:
-        raise UserError(f"There is no file {uri}: correct the URI.")
-    raw = objects.ObjectFile(str(uri), place, answer)
-    with io.BufferedReader(cast(Any, raw), buffer_size) as file:
-        yield file
+        if isinstance(place, Path):
+            return place.open("rb")
+        return io.BufferedReader(cast(Any, objects.ObjectFile(place)), buffer_size)
 
 
 def list_names(uri: str | Path) -> list[str]:

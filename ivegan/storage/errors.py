@@ -43,33 +43,23 @@ _LOCAL = {
     errno.EPERM: _FORBIDDEN,
 }
 MISSING = ("404", "NotFound", "NoSuchKey")
+_BUSY = (
+    *("ConditionalRequestConflict", "RequestTimeout", "SlowDown", "Throttling"),
+    *("ThrottlingException", "TooManyRequests", "busy"),
+)
+_DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_CHANGED = ("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
 _REMOTE: list[tuple[tuple[str, ...], type[UserError], str]] = [
-    (
-        ("NoSuchBucket",),
-        UserError,
-        "There is no bucket {bucket!r} at {store}: create it or correct {uri}.",
-    ),
+    (("NoSuchBucket",), UserError, "There is no bucket {bucket!r} at {store}: create it or correct "
+     "{uri}."),
     (MISSING, UserError, "There is no file {uri}: correct the URI."),
-    (
-        ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
-        UserError,
-        "Access to {uri} at {store} was denied: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-        "what they may do.",
-    ),
-    (
-        ("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
-        Unavailable,
-        "{uri} was changed on its way to {store} ({code}): try again.",
-    ),
-    (
-        (
-            *("ConditionalRequestConflict", "RequestTimeout", "SlowDown", "Throttling"),
-            *("ThrottlingException", "TooManyRequests", "busy"),
-        ),
-        Unavailable,
-        "The object store at {store} cannot serve {uri} now ({code}): try later.",
-    ),
-]
+    (("412", "PreconditionFailed"), UserError, "{uri} was replaced while it was read: begin "
+     "again."),
+    (_DENIED, UserError, "Access to {uri} at {store} was denied: check AWS_ACCESS_KEY_ID, "
+     "AWS_SECRET_ACCESS_KEY and what they may do."),
+    (_CHANGED, Unavailable, "{uri} was changed on its way to {store} ({code}): try again."),
+    (_BUSY, Unavailable, "The object store at {store} cannot serve {uri} now ({code}): try later."),
+]  # fmt: skip
 
 
 def patiently(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -144,15 +134,11 @@ def _remote_sentences(uri: str) -> Iterator[None]:
 
 def refusal(error: Any, uri: str, store: str) -> UserError | None:
     """Return the sentence for botocore's ClientError, or None if no user can fix it."""
-    from ivegan.storage.objects import bucket_exists
-
     code = kind = error.response["Error"]["Code"]
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    bucket = uri.removeprefix("s3://").partition("/")[0]
-    if code in MISSING and not bucket_exists(bucket):
-        kind = "NoSuchBucket"
-    elif (status >= 500 and status != 501) or status == 429:
+    if (status >= 500 and status != 501) or status == 429:
         kind = "busy"
+    bucket = uri.removeprefix("s3://").partition("/")[0]
     for codes, error_type, sentence in _REMOTE:
         if kind in codes:
             return error_type(sentence.format(uri=uri, store=store, code=code, bucket=bucket))

@@ -1,7 +1,6 @@
 """Files and folders of this machine, which appear whole or not at all."""
 
 import contextlib
-import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,11 +33,7 @@ def create(path: Path, data: bytes) -> None:
         fresh.write_bytes(data)
         try:
             path.hardlink_to(fresh)
-        except FileExistsError:
-            return
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
+        except OSError:
             if not path.exists():  # a file system without hard links, such as FAT
                 fresh.replace(path)
 

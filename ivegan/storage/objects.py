@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import IO, Any
 
+from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
 from ivegan.storage.errors import MISSING, Unavailable, sentences
 from ivegan.storage.places import Object, s3_settings
@@ -71,17 +72,18 @@ def head(place: Object) -> Mapping[str, Any] | None:
         raise
 
 
-def bucket_exists(bucket: str) -> bool:
-    """Return False if the store answers that there is no such bucket."""
-    from botocore.exceptions import BotoCoreError, ClientError
+def require(place: Object) -> Mapping[str, Any]:
+    """Return the answer to a HEAD request.
 
-    try:
-        s3_client().head_bucket(Bucket=bucket)
-    except ClientError as error:
-        return error.response["Error"]["Code"] not in ("404", "NoSuchBucket")
-    except BotoCoreError as error:
-        log.debug("no answer about the bucket %s: %s", bucket, error)
-    return True
+    Raises:
+        UserError: there is no such object.
+    """
+    answer = head(place)
+    if answer is None:
+        # HEAD does not tell a missing bucket from a missing object; a list raises NoSuchBucket.
+        s3_client().list_objects_v2(Bucket=place[0], MaxKeys=1)
+        raise UserError(f"There is no file {_uri(place)}: correct the URI.")
+    return answer
 
 
 def list_objects(place: Object) -> dict[str, int]:
@@ -104,16 +106,9 @@ def create(place: Object, data: bytes) -> None:
     """Upload an object, unless there is one."""
     from botocore.exceptions import ClientError
 
-    metadata = {_DIGEST: hashlib.sha256(data).hexdigest()}
+    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_DIGEST: sha256_hex(data)}}
     try:
-        s3_client().put_object(
-            Bucket=place[0],
-            Key=place[1],
-            Body=data,
-            ChecksumAlgorithm="SHA256",
-            Metadata=metadata,
-            IfNoneMatch="*",
-        )
+        s3_client().put_object(Bucket=place[0], Key=place[1], Body=data, IfNoneMatch="*", **extra)
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status == 501 and head(place) is None:  # a store without conditional writes
@@ -126,72 +121,40 @@ def download(place: Object, file: _File) -> None:
     """Download an object into an empty file and check its digest.
 
     Raises:
-        UserError: the object is not what its digest says.
+        UserError: there is no such object, or it is not what its digest says.
     """
     from boto3.s3.transfer import TransferConfig
     from s3transfer.exceptions import S3DownloadFailedError
 
-    uri = f"s3://{'/'.join(place)}"
     config = TransferConfig(num_download_attempts=ATTEMPTS)
     replaced = False
     for _ in range(max(2, ATTEMPTS)):
-        metadata = s3_client().head_object(Bucket=place[0], Key=place[1])["Metadata"]
+        digest = require(place)["Metadata"].get(_DIGEST)
         try:
             s3_client().download_fileobj(*place, file, Config=config)
             replaced = False
         except S3DownloadFailedError:
             replaced = True  # between two requests of the transfer manager
-        if not replaced and metadata.get(_DIGEST) in (None, _sha256(file)):
+        if not replaced and digest in (None, _sha256(file)):
             return
-        log.info("reading %s again: its bytes differ from its digest", uri)
+        log.info("reading %s again: its bytes differ from its digest", _uri(place))
         file.seek(0)
         file.truncate()
     if replaced:
-        raise Unavailable(f"{uri} was replaced again while it was read: try later.")
-    raise UserError(f"{uri} is damaged (wrong sha256): write it again.")
-
-
-def read_part(place: Object, start: int, stop: int, etag: str | None = None) -> bytes:
-    """Return the bytes of an object from start to stop, fewer if it ends before.
-
-    Args:
-        place: bucket and key.
-        start: the first byte.
-        stop: the byte after the last.
-        etag: of the only state of the object to read; any state by default.
-    """
-    from botocore import exceptions as aws
-
-    state = {"IfMatch": etag} if etag else {}
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            answer = s3_client().get_object(
-                Bucket=place[0], Key=place[1], Range=f"bytes={start}-{stop - 1}", **state
-            )
-            return answer["Body"].read()
-        except aws.ClientError as error:
-            code = error.response["Error"]["Code"]
-            if code in ("InvalidRange", "416"):
-                return b""
-            if code in ("PreconditionFailed", "412"):
-                uri = f"s3://{'/'.join(place)}"
-                raise UserError(f"{uri} was replaced while it was read: begin again.") from error
-            raise
-        except (aws.HTTPClientError, aws.IncompleteReadError):
-            if attempt == ATTEMPTS:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+        raise Unavailable(f"{_uri(place)} was replaced again while it was read: try later.")
+    raise UserError(f"{_uri(place)} is damaged (wrong sha256): write it again.")
 
 
 class ObjectFile(io.RawIOBase):
     """An object as a seekable file; every read is a request, so wrap it into a buffer."""
 
-    def __init__(self, uri: str, place: Object, answer: Mapping[str, Any]) -> None:
-        """Take the answer to a HEAD request: only this state of the object is read."""
+    def __init__(self, place: Object) -> None:
         super().__init__()
-        self._uri, self._place = uri, place
-        self._size, self._etag = answer["ContentLength"], answer["ETag"]
-        self._position = 0
+        answer = require(place)
+        self._size = answer["ContentLength"]
+        # Only this state of the object is read.
+        self._object = {"Bucket": place[0], "Key": place[1], "IfMatch": answer["ETag"]}
+        self._place, self._position = place, 0
 
     def readable(self) -> bool:
         return True
@@ -213,11 +176,25 @@ class ObjectFile(io.RawIOBase):
         stop = min(self._position + len(buffer), self._size)
         if stop <= self._position:
             return 0
-        with sentences(self._uri):
-            data = read_part(self._place, self._position, stop, self._etag)
+        with sentences(_uri(self._place)):
+            data = self._read(stop)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _read(self, stop: int) -> bytes:
+        from botocore import exceptions as aws
+
+        for attempt in range(1, ATTEMPTS + 1):  # botocore does not repeat the reading of a body
+            try:
+                answer = s3_client().get_object(
+                    **self._object, Range=f"bytes={self._position}-{stop - 1}"
+                )
+                return answer["Body"].read()
+            except (aws.HTTPClientError, aws.IncompleteReadError):
+                if attempt == ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
 
 def delete_objects(place: Object, first: str | None) -> None:
@@ -235,3 +212,7 @@ def _sha256(file: _File) -> str:
     """Return the digest of a whole file."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def _uri(place: Object) -> str:
+    return f"s3://{'/'.join(place)}"

@@ -113,18 +113,18 @@ class OnceTold(logging.Handler):
 def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path, monkeypatch):
     good = str(tmp_path / "good")
     build("digits", None, good, shard_size=100)
-    whole = building._write_shard
+    whole = building.write_shard
     done = itertools.count(1)
 
-    def counted(job):
+    def counted(plan, job):
         if next(done) == 5:
             killable.kill()
-        return whole(job)
+        return whole(plan, job)
 
     waiting = OnceTold(killable.start)
     logging.getLogger("ivegan.storage").addHandler(waiting)
     try:
-        monkeypatch.setattr(building, "_write_shard", counted)
+        monkeypatch.setattr(building, "write_shard", counted)
         build("digits", None, "s3://bucket/set", shard_size=100)
         assert waiting.count >= 1
         assert remote_files("s3://bucket/set") == files_of(tmp_path / "good")

@@ -1,18 +1,16 @@
 """One set of names for files here and in an object store; nothing is ever half there."""
 
 import errno
+import functools
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from ivegan import storage
 from ivegan.errors import UserError
@@ -55,6 +53,7 @@ def test_a_folder_is_distinguished_from_one_whose_name_starts_alike(place):
 
 
 def test_lists_are_direct_children_or_all_files(place):
+    assert storage.list_files(place) == {}
     for name in ("b/2", "b/1", "a", "b/deep/3"):
         storage.write_bytes(storage.join(place, name), name.encode())
     assert storage.list_names(place) == ["a", "b"]
@@ -74,19 +73,6 @@ def test_a_file_can_be_read_in_place(place):
         assert file.read() == content[-7:]
 
 
-def test_a_part_of_a_file_can_be_read(place):
-    uri, content = storage.join(place, "x"), bytes(range(256)) * 10
-    storage.write_bytes(uri, content)
-    assert storage.read_range(uri, 0, 2560) == content
-    assert storage.read_range(uri, 1000, 7) == content[1000:1007]
-    assert storage.read_range(uri, 1000, 0) == b""
-    for start, length in ((0, 2561), (2559, 2), (2560, 1), (9000, 1)):
-        with pytest.raises(UserError, match=f"{uri} ends before byte {start + length}, so it is"):
-            storage.read_range(uri, start, length)
-    with pytest.raises(UserError, match=f"There is no file {uri}x"):
-        storage.read_range(f"{uri}x", 0, 5)
-
-
 def test_what_is_created_first_stands(place):
     uri = storage.join(place, "a/b")
     assert storage.create_bytes(uri, b"first") == b"first"
@@ -97,18 +83,11 @@ def test_what_is_created_first_stands(place):
 
 
 def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
-    gate = threading.Barrier(8)
     contents = [bytes([n]) * 100_000 for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        for number in range(30):
-
-            def create(content: bytes, uri: Path = tmp_path / str(number)) -> bytes:
-                gate.wait(60)
-                return storage.create_bytes(uri, content)
-
-            (content,) = set(pool.map(create, contents))
-            assert content in contents
-            assert (tmp_path / str(number)).read_bytes() == content
+        for uri in (tmp_path / str(number) for number in range(30)):
+            (content,) = set(pool.map(functools.partial(storage.create_bytes, uri), contents))
+            assert content == uri.read_bytes()
     assert len(storage.list_names(tmp_path)) == 30  # no temporary names stay behind
 
 
@@ -185,7 +164,7 @@ def test_a_local_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatc
     ("number", "sentence"),
     [
         (errno.ENOSPC, "No space is left for {}: free some, or choose another place."),
-        (errno.EDQUOT, "No space is left for {}: free some, or choose another place."),
+        (errno.EFBIG, "{} grows larger than files may be here: choose another place."),
         (errno.EROFS, "{} lies on a disk that is read-only: choose another place."),
         (errno.EACCES, "{} may not be read or written: change its permissions."),
     ],
@@ -208,43 +187,6 @@ def test_a_disk_that_refuses_is_reported_in_a_sentence(number, sentence, tmp_pat
             act()
         assert str(caught.value) == sentence.format(named)
         assert storage.list_files(tmp_path) == {f"source/{n}": len(c) for n, c in FILES.items()}
-
-
-FULL = """
-import resource, sys
-from ivegan import storage
-from ivegan.errors import UserError
-from ivegan.storage import errors, local, objects
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-source, target = sys.argv[1:]
-for act in (
-    lambda: storage.write_bytes(f"{target}/x", b"n" * 9000),
-    lambda: storage.upload_folder(source, f"{target}/up"),
-    lambda: storage.download_folder(source, f"{target}/down"),
-):
-    try:
-        act()
-    except UserError as error:
-        print(error)
-"""
-
-
-def test_a_file_that_the_disk_does_not_take_leaves_nothing(tmp_path):
-    source = folder(tmp_path / "source", {"big": b"b" * 9000})
-    target = folder(tmp_path / "target", {"x": b"old"})
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, source, target], capture_output=True, text=True, check=True
-    )
-    caught = "grows larger than files may be here: choose another place."
-    names = ("x", "up", "down/big")
-    assert done.stdout.splitlines() == [f"{target / name} {caught}" for name in names]
-    assert storage.list_files(target) == {"x": 3}
-
-
-def test_a_name_that_is_too_long_is_reported_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="is too long: choose a shorter one"):
-        storage.write_bytes(tmp_path / ("n" * 300), b"")
 
 
 def test_a_list_leaves_out_what_goes_while_it_is_made(tmp_path, monkeypatch):
@@ -284,11 +226,8 @@ def test_long_work_waits_for_a_store(clock, caplog):
 
     assert storage.patiently(call, 1, b=2) == 3
     assert len(clock.pauses) == 3
-    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        "Away, 0. Trying again: failure 1.",
-        "Away, 1. Trying again: failure 2.",
-        "Away, 2. Trying again: failure 3.",
-    ]
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"Away, {n}. Trying again: failure {n + 1}." for n in range(3)]
 
 
 def test_patience_ends(clock):
@@ -322,28 +261,20 @@ def test_unavailable_comes_back_from_another_process():
     assert str(caught) == "Away."
 
 
-def refusal(code: str, status: int) -> Any:
-    return SimpleNamespace(
-        response={"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    )
-
-
 @pytest.mark.parametrize(
     ("code", "status", "kind"),
     [
-        ("SlowDown", 503, storage.Unavailable),
         ("InternalError", 500, storage.Unavailable),
         ("RequestTimeout", 400, storage.Unavailable),
-        ("ConditionalRequestConflict", 409, storage.Unavailable),
         ("429", 429, storage.Unavailable),
         ("BadDigest", 400, storage.Unavailable),
         ("AccessDenied", 403, UserError),
         ("NotImplemented", 501, type(None)),
-        ("MalformedXML", 400, type(None)),
     ],
 )
 def test_refusals_are_distinguished(code, status, kind):
-    caught = errors.refusal(refusal(code, status), "s3://bucket/x", "http://store")
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    caught = errors.refusal(ClientError(answer, "Get"), "s3://bucket/x", "http://store")
     assert type(caught) is kind
 
 
@@ -351,11 +282,8 @@ def test_a_missing_file_is_reported_in_a_sentence(place):
     uri = storage.join(place, "nothing")
     with pytest.raises(UserError, match=rf"There is no file {uri}: correct the"):
         storage.read_bytes(uri)
-    with (
-        pytest.raises(UserError, match=rf"There is no file {uri}: correct the"),
-        storage.open_file(uri),
-    ):
-        pass
+    with pytest.raises(UserError, match=rf"There is no file {uri}: correct the"):
+        storage.open_file(uri)
     with pytest.raises(UserError, match=rf"There is no folder {uri}"):
         storage.download_folder(uri, "unused")
 
@@ -374,10 +302,7 @@ def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "sentence"),
     [
-        (
-            "gs://bucket/x",
-            "gs://bucket/x has an unknown scheme: give a local path, file:// or s3://.",
-        ),
+        ("gs://bucket/x", "gs://bucket/x has an unknown scheme: give a local path, file:// or s3:"),
         ("s3:///x", "s3:///x names no bucket: write s3://BUCKET/KEY."),
         ("", "An empty path was given: name a folder or an s3:// URI."),
     ],
@@ -385,11 +310,13 @@ def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
 def test_a_wrong_uri_is_reported_in_a_sentence(uri, sentence):
     with pytest.raises(UserError) as caught:
         storage.read_bytes(uri)
-    assert str(caught.value) == sentence
+    assert str(caught.value).startswith(sentence)
 
 
-def test_a_file_in_a_folders_place_is_reported_in_a_sentence(tmp_path):
+def test_a_wrong_path_is_reported_in_a_sentence(tmp_path):
     (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is too long: choose a shorter one"):
+        storage.write_bytes(tmp_path / ("n" * 300), b"")
     with pytest.raises(UserError, match="a file stands in its way"):
         storage.write_bytes(tmp_path / "file" / "below", b"")
     with pytest.raises(UserError, match="is a folder where a file is expected"):
@@ -430,11 +357,16 @@ def test_pyarrow_and_boto3_reach_the_same_objects(s3):
 
 
 def test_a_missing_bucket_is_named(s3):
-    for act in (storage.read_bytes, storage.exists, storage.list_names, storage.delete_folder):
+    for act in (
+        storage.read_bytes,
+        storage.open_file,
+        storage.exists,
+        storage.list_names,
+        storage.delete_folder,
+        lambda uri: storage.write_bytes(uri, b""),
+    ):
         with pytest.raises(UserError, match="There is no bucket 'nowhere-at-all' at http"):
             act("s3://nowhere-at-all/x")
-    with pytest.raises(UserError, match="There is no bucket 'nowhere-at-all' at http"):
-        storage.write_bytes("s3://nowhere-at-all/x", b"")
 
 
 def test_wrong_credentials_are_reported_and_missing_ones_too(s3, monkeypatch):

@@ -1,11 +1,9 @@
 """Faces from a zip or a folder become the same samples, or one sentence says why not."""
 
-import contextlib
 import io
 import tracemalloc
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,6 +58,12 @@ def patch(folder: Path, offset: int, value: bytes) -> None:
     entry = content.rindex(b"PK\1\2", 0, content.rindex(FIRST.encode()))
     content[entry + offset : entry + offset + len(value)] = value
     path.write_bytes(content)
+
+
+def flip(folder: Path, word: bytes) -> None:
+    """Change the first such word in the zip."""
+    path = folder / celeba.ZIP
+    path.write_bytes(path.read_bytes().replace(word, word.lower(), 1))
 
 
 def jpeg(size: tuple[int, int] = (178, 218), kind: str = "jpeg") -> bytes:
@@ -166,97 +170,50 @@ def test_line_ends_of_windows_are_accepted(face_folder):
 # What is wrong
 
 
-LISTS: list[tuple[Callable[[Path], object], str]] = [
+SWAPPED = "000005.jpg 0\n000004.jpg 0\n"
+SPOILT: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: (f / ATTRIBUTES).unlink(), "There is no list_attr_celeba.txt in .*faces: it"),
-    (lambda f: (f / PARTITION).unlink(), "There is no list_eval_partition.txt in .*faces: it"),
-    (lambda f: (f / ATTRIBUTES).write_bytes(b"\xff"), f"{ATTRIBUTES} is no text file"),
     (lambda f: (f / IDENTITY).write_bytes(b"\xc3\xa9"), f"{IDENTITY} is no text file"),
-    (lambda f: (f / ATTRIBUTES).write_text(""), f"{ATTRIBUTES} does not start with the number"),
-    (lambda f: (f / ATTRIBUTES).write_text("0\na b\n"), f"{ATTRIBUTES} lists no images"),
-    (lambda f: (f / PARTITION).write_text("\n"), "row 1 is of 'nothing' here and of '000001.jpg'"),
-    (lambda f: edit(f / ATTRIBUTES, "10\n", "12\n"), f"{ATTRIBUTES} says 12 rows, but has 10"),
-    (lambda f: edit(f / ATTRIBUTES, "10\n", "1" * 5000 + "\n"), "says 1+ rows, but has 10"),
-    (lambda f: edit(f / ATTRIBUTES, "10\n", "x\n"), "does not start with the number of its rows"),
-    (lambda f: edit(f / ATTRIBUTES, "Attribute_3 ", ""), "names 39 attributes instead of 40"),
+    (lambda f: (f / ATTRIBUTES).write_text(""), f"{ATTRIBUTES} must start with the number"),
+    (lambda f: (f / ATTRIBUTES).write_text("0\na b\n"), f"{ATTRIBUTES} must start with the num"),
+    (lambda f: edit(f / ATTRIBUTES, "10\n", "12\n"), "but has 10 rows of them below '12'"),
     (lambda f: edit(f / ATTRIBUTES, "_3 ", "_4 "), "names 39 attributes instead of 40"),
     (lambda f: edit(f / ATTRIBUTES, " -1\n", " 0\n"), "row of 000001.jpg in .* has not 40 values"),
     (lambda f: edit(f / ATTRIBUTES, " -1\n", "\n"), "row of 000001.jpg in .* has not 40 values"),
-    (lambda f: edit(f / ATTRIBUTES, "000003.jpg", "\n000003.jpg"), "says 10 rows, but has 11"),
     (
-        lambda f: (
-            edit(f / ATTRIBUTES, "10\n", "11\n"),
-            edit(f / ATTRIBUTES, "000003.jpg", "\n000003.jpg"),
-        ),
-        "has '' in row 3, where the name of a JPEG is expected",
+        lambda f: edit(f / ATTRIBUTES, "000003", "000002"),
+        "has '000002.jpg' in row 3, where the nam",
     ),
-    (lambda f: edit(f / ATTRIBUTES, "000003", "000002"), "has two rows of 000002.jpg"),
     (lambda f: edit(f / ATTRIBUTES, "000002", "../2"), r"has '../2.jpg' in row 2, where the name"),
+    (lambda f: edit(f / ATTRIBUTES, "000002.jpg", "\n"), "must start with .* but has 11 rows"),
+    (lambda f: (f / PARTITION).write_text("\n"), f"{PARTITION} has the row '' where '000001.jpg'"),
+    (lambda f: edit(f / PARTITION, "000010.jpg 2\n", ""), "has the row '' where '000010.jpg'"),
+    (lambda f: edit(f / PARTITION, "000004.jpg 0\n000005.jpg 0\n", SWAPPED), "where '000004.jpg'"),
+    (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg 7"), "row '000002.jpg 7' where"),
+    (lambda f: edit(f / PARTITION, "000010.jpg 2", "000010.jpg 2\nx 1"), "row 'x 1' where 'no im"),
     (
-        lambda f: edit(f / ATTRIBUTES, "000002.jpg", "9.jpg"),
-        f"{PARTITION} does not fit {ATTRIBUTES}: row 2 is of '000002.jpg' here and of '9.jpg' ther",
+        lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"),
+        f"{IDENTITY} has the row '00000",
     ),
-    (
-        lambda f: edit(f / PARTITION, "000010.jpg 2\n", ""),
-        f"{PARTITION} does not fit {ATTRIBUTES}: row 10 is of 'nothing' here and of '000010.jpg'",
-    ),
-    (
-        lambda f: edit(
-            f / PARTITION, "000004.jpg 0\n000005.jpg 0\n", "000005.jpg 0\n000004.jpg 0\n"
-        ),
-        "row 4 is of '000005.jpg' here and of '000004.jpg' there",
-    ),
-    (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg 7"), "says '000002.jpg 7', where a"),
-    (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg"), "says '000002.jpg', where a fil"),
-    (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"), f"{IDENTITY} says '000009.jpg "),
-    (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg"), f"{IDENTITY} says '000009.jpg'"),
-    (lambda f: edit(f / IDENTITY, "000009.jpg", "9.jpg"), f"{IDENTITY} does not fit .*row 9 is"),
     (lambda f: (f / celeba.ZIP).unlink(), "There is no img_align_celeba.zip and there are no JPEG"),
     (lambda f: (f / celeba.ZIP).write_bytes(b"PK" * 99), "img_align_celeba.zip is damaged"),
-]
-ZIPS: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: rezip(f, {FIRST: None}), "zip has no image 000001.jpg, which list_eval_partition"),
     (lambda f: rezip(f, {"x/0.JPG": b""}), "zip has an image '0.JPG', which list_eval_partition"),
-    (lambda f: rezip(f, {"../x": b""}), r"zip holds '../x', which leads out of its folder"),
-    (lambda f: rezip(f, {"a\\..\\x": b""}), r"zip holds .*, which leads out of its folder"),
-    (lambda f: rezip(f, {"/tmp/x": b""}), "zip holds '/tmp/x', which leads out of its folder"),
-    (lambda f: rezip(f, {"c:/x": b""}), "zip holds 'c:/x', which leads out of its folder"),
     (lambda f: rezip(f, {"x/000001.jpg": b""}), "zip holds two images named '000001.jpg'"),
-    (lambda f: patch(f, 8, b"\1"), "image '000001.jpg' in .*zip is encrypted"),
     (
-        lambda f: rezip(f, {}, zipfile.ZIP_LZMA),
-        "'000001.jpg' in .*zip is compressed by a rare method",
+        lambda f: (unzip(f) / "000001.jpg").unlink(),
+        "faces has no image 000001.jpg, which list_eval",
     ),
-    (lambda f: patch(f, 24, (5 << 20).to_bytes(4, "little")), "'000001.jpg' in .*has 5242880 byte"),
+    (lambda f: (unzip(f) / "0.jpeg").touch(), "faces has an image '0.jpeg', which list_eval_parti"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), LISTS + ZIPS)
-def test_a_wrong_list_or_zip_is_reported_before_anything_is_built(face_folder, spoil, sentence):
+@pytest.mark.parametrize(("spoil", "sentence"), SPOILT)
+def test_a_wrong_source_is_reported_before_anything_is_built(face_folder, spoil, sentence):
     spoil(face_folder)
     with pytest.raises(UserError, match=sentence) as error:
-        celeba.describe(str(face_folder), "celeba", limit=1)  # whole lists are looked through
+        celeba.describe(str(face_folder), "celeba", limit=1)  # whole lists are checked
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (
-            lambda f: (f / "000001.jpg").unlink(),
-            "folder has no image 000001.jpg, which list_eval_p",
-        ),
-        (lambda f: (f / "0.jpeg").touch(), "folder has an image '0.jpeg', which list_eval_partiti"),
-        (
-            lambda f: (f / "000001.jpg").write_bytes(bytes(5 << 20)),
-            "'000001.jpg' in .*folder says that it has 5242880 bytes",
-        ),
-    ],
-)
-def test_a_wrong_folder_is_reported_before_anything_is_built(faces, tmp_path, spoil, sentence):
-    folder = unzip(faces(tmp_path / "folder"))
-    spoil(folder)
-    with pytest.raises(UserError, match=sentence):
-        celeba.describe(str(folder), "celeba")
 
 
 @pytest.mark.parametrize(
@@ -265,12 +222,9 @@ def test_a_wrong_folder_is_reported_before_anything_is_built(faces, tmp_path, sp
         (jpeg()[:600], "Truncated File Read"),
         (jpeg()[:-200], "truncated"),
         (b"<html>not found</html>", "it is no JPEG"),
-        (b"", "it is no JPEG"),
         (jpeg(kind="png"), "it is no JPEG"),
         (jpeg((200, 300)), r"it has \(200, 300\) pixels instead of \(178, 218\)"),
-        (claiming(4000, 3000), r"it has \(4000, 3000\) pixels instead of \(178, 218\)"),
-        (claiming(10_000, 10_000), "it has far too many pixels"),  # where Pillow warns
-        (claiming(60_000, 60_000), "it has far too many pixels"),  # where Pillow raises
+        (claiming(60_000, 60_000), "it is no JPEG of an aligned image"),  # where Pillow raises
     ],
 )
 @pytest.mark.parametrize("kind", ["zip", "folder"])
@@ -279,11 +233,8 @@ def test_a_wrong_image_is_reported_with_its_name(face_folder, kind, content, sen
     if kind == "folder":
         unzip(face_folder)
     sentence = rf"The image 000001.jpg in .*faces.* cannot be used \(.*({sentence})"
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        with pytest.raises(UserError, match=sentence) as error:
-            tar(face_folder)
-    assert seen == []
+    with pytest.raises(UserError, match=sentence) as error:
+        tar(face_folder)
     assert "\n" not in str(error.value)
 
 
@@ -298,21 +249,19 @@ def test_pixels_are_not_decoded_before_their_number_is_right(monkeypatch):
         celeba.cut(jpeg(), "c128")
 
 
-def test_an_image_damaged_or_missing_in_the_zip_is_reported(face_folder):
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda f: flip(f, b"JFIF"), r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"),
+        (lambda f: rezip(f, {FIRST: None}), "zip has no image 000001.jpg, which list_eval_part"),
+        (lambda f: patch(f, 8, b"\1"), "000001.jpg in .*zip is damaged .*encrypted"),
+    ],
+)
+def test_an_image_damaged_or_missing_in_the_zip_is_reported(face_folder, spoil, sentence):
     celeba.describe(str(face_folder), "celeba")
-    path = face_folder / celeba.ZIP
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"JFIF", b"JFIX", 1))
-    celeba._images.cache_clear()
-    with pytest.raises(UserError, match=r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"):
-        tar(face_folder)
-    path.write_bytes(content)
-    rezip(face_folder, {FIRST: None})  # as where another worker's disk has another zip
-    with pytest.raises(UserError, match=r"zip has no image 000001.jpg, which list_eval_part"):
-        tar(face_folder)
-    path.write_bytes(content)
-    patch(face_folder, 24, (1 << 20).to_bytes(4, "little"))
-    with pytest.raises(UserError, match=r"000001.jpg in .*zip has \d+ bytes instead of 1048576"):
+    spoil(face_folder)
+    celeba._images.cache_clear()  # as in another process
+    with pytest.raises(UserError, match=sentence):
         tar(face_folder)
 
 
@@ -349,11 +298,9 @@ def opened(monkeypatch) -> list[IO[bytes]]:
     """Return a list to which each opened file is added."""
     files = []
 
-    @contextlib.contextmanager
-    def open_file(uri: str) -> Iterator[IO[bytes]]:
-        with io.BufferedReader(_Flaky(uri)) as file:
-            files.append(file)
-            yield file
+    def open_file(uri: str) -> IO[bytes]:
+        files.append(io.BufferedReader(_Flaky(uri)))
+        return files[-1]
 
     monkeypatch.setattr(storage, "open_file", open_file)
     return files

@@ -134,7 +134,7 @@ def test_every_number_is_explained_or_explains_another(
 ) -> None:
     points = run(saved(tmp_path, "ring"), tmp_path / "out", tmp_path)
     against = {
-        name for meaning in report.MEANINGS.values() for _, name in meaning.references
+        name for meaning in report.MEANINGS.values() for _, name in meaning.compare
     } | report.MEANINGS.keys()
     for metrics in (first[1]["metrics"], points["metrics"]):
         unknown = {name.removeprefix("eval/") for name in metrics} - against

@@ -1,0 +1,68 @@
+"""Shards that Ray tasks write, here and in an object store."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import files_of
+
+from data_prep.building import build
+from data_prep.verify import verify
+from ivegan import storage
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
+from ivegan.errors import UserError
+
+BUILD = Path(__file__).resolve().parents[2] / "data_prep" / "build.py"
+
+
+def test_from_a_bucket_to_a_bucket_and_back(s3, idx_folder, face_folder, tmp_path, ray_cluster):
+    """By Ray tasks, with the bytes of a plain loop from a folder to a folder."""
+    local, uri = tmp_path / "local", f"{s3}/built/digits"
+    build("mnist", str(idx_folder), str(local), shard_size=10)
+    storage.upload_folder(idx_folder, f"{s3}/raw/digits")
+    result = build("mnist", f"{s3}/raw/digits", uri, workers=2, shard_size=10)
+    assert result["manifest"] == f"{uri}/manifest.json"
+    storage.download_folder(uri, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(local)
+    assert len(files_of(local)) == 5 + 3 + 2  # shards, contact sheets, table, manifest
+    assert build("mnist", f"{s3}/raw/digits", uri, shard_size=10)["skipped"] == 5
+    assert verify(uri) == []
+    ours = load_split(str(local), "train", tmp_path / "cache")
+    theirs = load_split(uri, "train", tmp_path / "cache-s3")
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    storage.upload_folder(face_folder, f"{s3}/raw/faces")  # the zip is read in place
+    build("celeba", f"{s3}/raw/faces", f"{s3}/built/faces")
+    build("celeba", str(face_folder), str(tmp_path / "faces-here"))
+    assert read_manifest(f"{s3}/built/faces") == read_manifest(str(tmp_path / "faces-here"))
+
+
+def test_a_mistake_found_in_a_task_is_the_same_sentence(faces, tmp_path, ray_cluster):
+    folder = faces(tmp_path / "wild", size=(200, 300))
+    with pytest.raises(UserError) as error:
+        build("celeba", str(folder), str(tmp_path / "out"), 2)
+    assert "has (200, 300) pixels instead of (178, 218)" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert type(error.value) is UserError
+
+
+def test_a_cluster_that_does_not_answer_is_reported_at_once(idx_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match=r"No Ray cluster answers at RAY_ADDRESS 127\.0\.0\.1:9"):
+        build("mnist", str(idx_folder), str(tmp_path / "out"), workers=2)
+
+
+def test_the_program_starts_its_own_ray_and_answers_in_json(idx_folder, tmp_path):
+    out = tmp_path / "out"
+    words = ["mnist", "--source", str(idx_folder), "--out", str(out), "--workers", "2", "--json"]
+    done = subprocess.run([sys.executable, BUILD, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert set(answer) == {"manifest", "shards", "samples", "bytes", "skipped", "seconds"}
+    assert answer["manifest"] == f"{out}/manifest.json"
+    assert answer["samples"] == 34
+    assert verify(str(out)) == []
