@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ivegan import checkpoint, order
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from ivegan.evaluation import evaluate, images, pictures, points, report
+from ivegan.evaluation import evaluate, images, measures, mixtures, pictures, points, report
 from ivegan.evaluation.classifier import Settings, classifier_of
 from ivegan.evaluation.sampling import Sampler
 from ivegan.step import create_state
@@ -119,6 +119,24 @@ def test_the_same_checkpoint_gives_the_same_files_again(
     run(digits_checkpoint, tmp_path, cache)
     for path in first[0].iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_numbers_without_figures_are_those_of_the_evaluation(
+    first: tuple[Path, dict], digits_checkpoint: str, cache: Path, tmp_path: Path
+) -> None:
+    config, encoder, generator, metadata = checkpoint.load_networks(digits_checkpoint)
+    split = images.load(config, metadata["data"], "test", cache, NUM_TEST)
+    numbers = measures.of_images(config, encoder, generator, split, cache)
+    assert {f"eval/{name}": value for name, value in numbers.items()} == first[1]["metrics"]
+    codes = measures.of_images(config, encoder, None, split, cache)
+    assert codes.items() <= numbers.items()
+    assert "one_nn" in codes
+    assert "frechet" not in codes
+    uri = saved(tmp_path, "ring")
+    config, encoder, generator, _ = checkpoint.load_networks(uri)
+    numbers = measures.of_points(config, encoder, generator, mixtures.PROTOCOLS["pacgan"])
+    whole = evaluate.evaluate(uri, None, tmp_path / "ring", cache_dir=cache)["metrics"]
+    assert {f"eval/{name}": value for name, value in numbers.items()}.items() <= whole.items()
 
 
 def test_an_untrained_generator_keeps_no_class(first: tuple[Path, dict]) -> None:

@@ -111,6 +111,8 @@ def test_a_dry_run_and_a_table_compute_nothing(
     assert "gan with ring: model.width 0.1, batch_size 8, seed 1" in capsys.readouterr().out
     run(only_print=True)
     assert not (home / "results").exists()
+    run("ablations-digits", rows=("no-mismatched",), seeds=(0,), dry_run=True)
+    assert "objective.mismatched 0.0" in capsys.readouterr().out  # the default of Config
 
 
 def test_training_that_diverges_is_a_result(
