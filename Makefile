@@ -38,8 +38,11 @@ ui: install
 	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
-cluster-up cluster-demo cluster-down: install
+cluster-up cluster-down: install
 	$(BIN)/python infra/local_cluster.py $(@:cluster-%=%)
+
+cluster-demo: install
+	$(BIN)/python infra/local_demo.py
 
 # The RayCluster of infra/kubernetes, whose comments say why each line is there.
 ray_cluster.yaml: infra/kubernetes/cluster/cluster.yaml infra/kubernetes/image/kustomization.yaml | install

@@ -1,7 +1,7 @@
-"""The production topology as real processes on one machine, and the whole way through it.
+"""The production topology as real processes on one machine.
 
     python infra/local_cluster.py up    # PostgreSQL, S3, MLflow with accounts, Ray: head, two nodes
-    python infra/local_cluster.py demo  # build, train on two nodes, sweep, evaluate, promote, pull
+    python infra/local_demo.py          # from raw data to a promoted model
     python infra/local_cluster.py down  # ends these processes by their ids, and deletes their data
 
 As in infra/kubernetes, Ray requires a token, MLflow an account and S3 keys; the nodes share no
@@ -199,7 +199,7 @@ def start_mlflow(cluster: Cluster) -> None:
     }
     with accounts.open("w") as file:
         settings.write(file)
-    words = [_program("mlflow"), "server", "--host", HOST, "--port", cluster.ports["mlflow"]]
+    words = [program("mlflow"), "server", "--host", HOST, "--port", cluster.ports["mlflow"]]
     words += ["--workers", "1", "--app-name", "basic-auth"]
     own = {
         "MLFLOW_BACKEND_STORE_URI": cluster.database,
@@ -209,12 +209,16 @@ def start_mlflow(cluster: Cluster) -> None:
         "MLFLOW_FLASK_SERVER_SECRET_KEY": cluster.secrets["flask"],
         "MLFLOW_AUTH_CONFIG_PATH": str(accounts),
     }
-    _start(cluster, "mlflow", words, env=_environment(cluster) | own)
+    _start(cluster, "mlflow", words, env=environment_of(cluster) | own)
     _wait(cluster, "mlflow", lambda: _status(f"{cluster.url('mlflow')}/health") == 200)
-    body = json.dumps({"username": ACCOUNT, "password": cluster.secrets["account"]}).encode()
+    make_account(cluster, ACCOUNT, cluster.secrets["account"])
+
+
+def make_account(cluster: Cluster, name: str, password: str) -> None:
+    """Make an account of MLflow, which reads everything and writes what it creates."""
     make = urllib.request.Request(
         f"{cluster.url('mlflow')}/api/2.0/mlflow/users/create",
-        body,
+        json.dumps({"username": name, "password": password}).encode(),
         {"Content-Type": "application/json"} | _basic("admin", cluster.secrets["admin"]),
     )
     # 400: it exists, since the server was started again
@@ -250,43 +254,9 @@ def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
         "RAY_raylet_start_wait_time_s": str(_PATIENCE),
         "RAY_worker_niceness": "0",
     }
-    environment = _environment(cluster) | own
+    environment = environment_of(cluster) | own
     environment.pop("RAY_API_SERVER_ADDRESS")
-    _start(cluster, name, [_program("ray"), "start", *words, "--block"], cwd=home, env=environment)
-
-
-def submit(cluster: Cluster, *words: str, flags: tuple[str, ...] = (), wait: bool = True) -> str:
-    """Run ``ray job submit`` with this repository, as a person does, and return the job's name.
-
-    Raises:
-        SystemExit: the job failed; its output has been printed.
-    """
-    name = f"demo-{secrets.token_hex(4)}"
-    where = ["--working-dir", str(ROOT), "--submission-id", name, *([] if wait else ["--no-wait"])]
-    command = [_program("ray"), "job", "submit", *where, *flags, "--", "python", *words]
-    done = subprocess.run(command, env=_environment(cluster), check=False)
-    if done.returncode:
-        raise SystemExit(f"The job {name} failed: {' '.join(words)}")
-    if wait:
-        finish(cluster, name)
-    return name
-
-
-def finish(cluster: Cluster, name: str) -> None:
-    """Return once a job succeeded; the tail of its log may end before the job does.
-
-    Raises:
-        SystemExit: it did not succeed.
-    """
-    while (status := job_status(cluster, name)) in ("PENDING", "RUNNING"):
-        time.sleep(1)  # between two looks
-    if status != "SUCCEEDED":
-        raise SystemExit(f"The job {name} ended as {status}: see `ray job logs {name}`.")
-
-
-def job_status(cluster: Cluster, name: str) -> str:
-    """Return the status of a submitted job."""
-    return ask_ray(cluster, f"/api/jobs/{name}")["status"]
+    _start(cluster, name, [program("ray"), "start", *words, "--block"], cwd=home, env=environment)
 
 
 def ask_ray(cluster: Cluster, path: str) -> Any:
@@ -294,44 +264,6 @@ def ask_ray(cluster: Cluster, path: str) -> Any:
     request = urllib.request.Request(cluster.url("dashboard") + path, headers=_bearer(cluster))
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
-
-
-def demo(state: Path = STATE) -> None:
-    """Go the whole way by ``ray job submit``, with all state in S3 and the database."""
-    cluster = read(state)
-    source = os.environ.get("IVEGAN_TEST_DATA")
-    preset, raw = ("mnist", f"{source}/mnist") if source else ("digits", None)
-    data, runs = f"s3://{BUCKET}/data/{preset}", f"s3://{BUCKET}/runs"
-    small = ["--model.width", "0.25"] if source else []
-    places = [preset, "--data", data, "--storage", runs, *small]
-    run = f"demo-{secrets.token_hex(3)}"
-    on_a_node = ("--entrypoint-num-cpus", "1")  # what computes in the driver leaves the head alone
-    build = ["data_prep/build.py", preset, "--out", data, *(["--source", raw] if raw else [])]
-    submit(cluster, *build)
-    submit(cluster, "pipelines/train.py", *places, "--run-id", run, "--total-images", "12800")
-    sweep = [
-        "--sweep-id",
-        f"{run}-sweep",
-        "--samples",
-        "2",
-        "--scores",
-        "2",
-        "--score-images",
-        "200",
-    ]
-    submit(cluster, "pipelines/tune.py", *places, *sweep, "--total-images", "3200")
-    out = f"s3://{BUCKET}/reports/{run}"
-    submit(cluster, "pipelines/evaluate.py", f"{runs}/{run}", "--out", out, flags=on_a_node)
-    submit(cluster, "pipelines/registry.py", "register", f"{runs}/{run}", flags=on_a_node)
-    promote = ["pipelines/registry.py", "promote", preset, "--force", "a demonstration"]
-    submit(cluster, *promote, flags=on_a_node)
-    # The team that uses the model has an account of MLflow, and neither Ray nor keys of S3.
-    pulled = Path(cluster.folder) / "pulled"
-    words = ["pull", f"ivegan-{preset}-encoder", "--stage", "production", "--to", str(pulled)]
-    environment = {k: v for k, v in _environment(cluster).items() if not k.startswith("AWS_")}
-    pull = [sys.executable, ROOT / "pipelines" / "registry.py", *words]
-    subprocess.run(pull, env=environment, check=True)
-    print(f"\nThe demo passed: {run} is in production. MLflow: {cluster.url('mlflow')}")
 
 
 def _prepare(cluster: Cluster) -> None:
@@ -350,7 +282,7 @@ def _prepare(cluster: Cluster) -> None:
 
 def _start(cluster: Cluster, name: str, words: list[Any], **how: Any) -> None:
     """Start a server in the background; its output goes to a log."""
-    how.setdefault("env", _environment(cluster))
+    how.setdefault("env", environment_of(cluster))
     how.setdefault("cwd", cluster.folder)
     with (Path(cluster.folder) / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
@@ -388,7 +320,7 @@ def _nodes(cluster: Cluster) -> int:
     return [n["raylet"].get("state") for n in answer["data"]["summary"]].count("ALIVE")
 
 
-def _environment(cluster: Cluster) -> dict[str, str]:
+def environment_of(cluster: Cluster) -> dict[str, str]:
     """Return this process's environment with the cluster's in place of its own."""
     theirs = ("RAY_", "MLFLOW_", "AWS_", "IVEGAN_CACHE")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
@@ -396,7 +328,8 @@ def _environment(cluster: Cluster) -> dict[str, str]:
     return kept | cluster.environment | {"PATH": path}
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """Return the path of a program of this environment."""
     return str(Path(sys.executable).with_name(name))
 
 
@@ -427,7 +360,7 @@ def _free_port() -> int:
 
 def command() -> None:
     """Run as a program."""
-    verbs = {"up": up, "demo": demo, "down": down}
+    verbs = {"up": up, "down": down}
     if len(sys.argv) != 2 or sys.argv[1] not in verbs:
         raise SystemExit(f"usage: local_cluster.py {'|'.join(verbs)}")
     verbs[sys.argv[1]]()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import local_cluster
+import local_demo
 import pytest
 from local_cluster import BUCKET, Cluster
 from mlflow import MlflowClient
@@ -20,6 +21,7 @@ from mlflow import MlflowClient
 from ivegan import checkpoint, storage
 from ivegan.storage import objects
 from pipelines import record as records
+from pipelines.tracking.mirror import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -65,6 +67,7 @@ def until(event: str) -> None:
 
 def each_metric_once(run_id: str) -> None:
     """Check that MLflow has every point of a run's record, and each once."""
+    sync(storage.join(RUNS, run_id))
     client = MlflowClient()
     (run,) = client.search_runs(
         [e.experiment_id for e in client.search_experiments()],
@@ -79,7 +82,7 @@ def each_metric_once(run_id: str) -> None:
 
 
 def test_the_whole_way(state, cluster):
-    local_cluster.demo(state)
+    local_demo.demo(state)
     (run,) = [
         n
         for n in storage.list_names(RUNS)
@@ -128,14 +131,14 @@ def _logs(cluster: Cluster) -> list[Path]:
 
 
 def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(state, cluster):
-    local_cluster.submit(cluster, *TRAINING, "--run-id", "unbroken")
+    local_demo.submit(cluster, *TRAINING, "--run-id", "unbroken")
     broken = (*TRAINING, "--run-id", "broken", "--wait-for-nodes", "600")
-    job = local_cluster.submit(cluster, *broken, wait=False)
+    job = local_demo.submit(cluster, *broken, wait=False)
     until(f"{RUNS}/broken/checkpoint-0000001280/config.json")
     local_cluster.end(cluster, "node-1", kill=True)
     local_cluster.start_node(cluster, "node-1")
     cluster.save(state)
-    local_cluster.finish(cluster, job)
+    local_demo.finish(cluster, job)
     weights = [
         storage.read_bytes(storage.join(checkpoint.find(f"{RUNS}/{name}"), "weights.safetensors"))
         for name in ("unbroken", "broken")
@@ -148,7 +151,7 @@ def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(state, 
 def test_a_sweep_goes_through_an_outage_of_mlflow_and_s3(state, cluster):
     words = ["pipelines/tune.py", "digits", "--data", DATA, "--storage", RUNS, "--sweep-id", "s"]
     words += ["--samples", "2", "--scores", "2", "--total-images", "6400", "--score-images", "200"]
-    job = local_cluster.submit(cluster, *words, wait=False)
+    job = local_demo.submit(cluster, *words, wait=False)
     until(f"{RUNS}/s-000/run.json")
     for name in ("mlflow", "s3"):
         local_cluster.end(cluster, name, kill=True)
@@ -156,7 +159,7 @@ def test_a_sweep_goes_through_an_outage_of_mlflow_and_s3(state, cluster):
     local_cluster.start_s3(cluster)
     local_cluster.start_mlflow(cluster)
     cluster.save(state)
-    local_cluster.finish(cluster, job)
+    local_demo.finish(cluster, job)
     assert records.read_record(f"{RUNS}/s").status == "FINISHED"
     for run in ("s-000", "s-001"):
         if records.read_record(f"{RUNS}/{run}").status == "FINISHED":
