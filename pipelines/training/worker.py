@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from ivegan.data.cache import Split, load_split
 from ivegan.data.manifest import read_split_manifest
 from ivegan.data.stream import Stream
 from ivegan.errors import UserError
+from ivegan.evaluation.alarms import SENTENCES, Alarms
 from ivegan.evaluation.figures import progress_figures
 from ivegan.layers.fast import keep_freed_memory
 from ivegan.speed.graph import fastest_update
 from ivegan.step import State, create_state, distribute, train
 from pipelines.record import MetricsWriter
 from pipelines.training.plan import Plan, Run, stream_of
+
+log = logging.getLogger(__name__)
 
 
 def work(
@@ -51,6 +55,7 @@ def work(
     before = state.images_seen
     clock, writer = Clock(before), MetricsWriter(plan.run_uri)
     metrics: dict[str, float] = {}
+    alarms = Alarms(config)
     with contextlib.closing(writer):
         for progress in train(state, inputs, log_every, fastest_update(state)):
             seen = progress.images_seen
@@ -58,7 +63,13 @@ def work(
             metrics = progress.metrics | {"rate/images_per_second": clock.rate}
             save = progress.step == config.total_steps or seen // save_every > before // save_every
             if rank == 0:
-                writer.add(seen, metrics | system_metrics(state.device))
+                raised = alarms.of_losses(metrics)
+                if save and pictured is not None:
+                    raised += alarms.of_networks(state.encoder_generator, pictured)
+                for name in raised:
+                    log.warning("After %s images: %s.", f"{seen:,}", SENTENCES[name])
+                raised_metrics = {f"alarm/{name}": 1.0 for name in raised}
+                writer.add(seen, metrics | raised_metrics | system_metrics(state.device))
                 if save:
                     figures = progress_figures(state.encoder_generator, config, pictured)
                     for name, png in figures.items():
