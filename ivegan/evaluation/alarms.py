@@ -1,9 +1,9 @@
 """Signs that training learns nothing, from what a run computes anyway.
 
-discriminator_won       D or D' tells real from generated without error, so G and E get no gradient
-discriminator_at_chance D' does not tell them apart at all, from the start on
-codes_collapsed         E gives different images the same code
-noise_ignored           G(z', E(x)) is the same image for every z'
+discriminator_won        D or D' separates real from generated samples without error
+discriminator_at_chance  D' does not separate them at all
+codes_collapsed          E gives different images the same code
+noise_ignored            G(z', E(x)) is the same image for every z'
 """
 
 from collections import deque
@@ -18,9 +18,9 @@ from ivegan.networks import EncoderGenerator
 from ivegan.transforms import to_float
 
 SENTENCES = {
-    "discriminator_won": "a discriminator tells real from generated samples without error, so that "
+    "discriminator_won": "a discriminator separates real from generated samples without error, so that "
     "E and G learn nothing: lower optim.lr_d, or add gradient penalties (objective.r1, r2)",
-    "discriminator_at_chance": "D' does not tell real from generated samples: raise optim.lr_d or "
+    "discriminator_at_chance": "D' does not separate real from generated samples: raise optim.lr_d or "
     "model.width",
     "codes_collapsed": "E gives all images nearly the same code: lower optim.lr_g, or change the "
     "seed",
