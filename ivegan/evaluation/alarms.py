@@ -18,10 +18,10 @@ from ivegan.networks import EncoderGenerator
 from ivegan.transforms import to_float
 
 SENTENCES = {
-    "discriminator_won": "a discriminator separates real from generated samples without error, so that "
+    "discriminator_won": "a discriminator separates real from generated samples without error, so "
     "E and G learn nothing: lower optim.lr_d, or add gradient penalties (objective.r1, r2)",
-    "discriminator_at_chance": "D' does not separate real from generated samples: raise optim.lr_d or "
-    "model.width",
+    "discriminator_at_chance": "D' does not separate real from generated samples: raise "
+    "optim.lr_d or model.width",
     "codes_collapsed": "E gives all images nearly the same code: lower optim.lr_g, or change the "
     "seed",
     "noise_ignored": "G draws nearly the same image for every z': check that transform.* is not 0, "

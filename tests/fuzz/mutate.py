@@ -1,0 +1,263 @@
+"""Damage stored files at random and read them again: `python tests/fuzz/mutate.py --cases 100000`.
+
+A reader may refuse a damaged file with a sentence (UserError), or return what was written. Anything
+else is a failure: a traceback, other data where a digest exists, a file written outside, or a case
+that takes longer than it may.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep import mnist
+from data_prep.build import build
+from ivegan import checkpoint
+from ivegan.config import override, preset, to_dict
+from ivegan.data.cache import load_split
+from ivegan.data.manifest import read_manifest
+from ivegan.data.tars import read_shard
+from ivegan.errors import UserError
+from ivegan.step import create_state
+from pipelines import record
+
+LONGEST = 20.0  # seconds of one case
+
+Read = Callable[[Path], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A folder of files and how they are read."""
+
+    name: str
+    folder: Path
+    files: tuple[str, ...]
+    """Those that are damaged."""
+    read: Read
+    has_digest: bool
+    """Whether data other than those written must be refused."""
+
+
+# --- Damage -------------------------------------------------------------------------------------
+
+
+def damaged(content: bytes, draws: random.Random) -> bytes:
+    """Return other bytes: a flip, a cut, zeros, a repetition, a foreign piece, or other JSON."""
+    text = content.lstrip()[:1] in (b"{", b"[")
+    if text and draws.random() < 0.6:
+        return _other_json(content, draws)
+    out, size = bytearray(content), len(content)
+    start = draws.randrange(size + 1)
+    length = min(draws.choice([1, 1, 4, 64, 512, 4096]), size - start)
+    kind = draws.choice(["flip", "cut", "zeros", "repeat", "insert", "drop", "empty"])
+    if kind == "flip" and start < size:
+        out[start] ^= 1 << draws.randrange(8)
+    elif kind == "cut":
+        del out[start:]
+    elif kind == "zeros":
+        out[start : start + length] = bytes(length)
+    elif kind == "repeat":
+        out[start:start] = out[start : start + length]
+    elif kind == "insert":
+        out[start:start] = draws.randbytes(length or 1)
+    elif kind == "drop":
+        del out[start : start + length]
+    elif kind == "empty":
+        out.clear()
+    return bytes(out)
+
+
+STRANGE: list[Any] = [
+    None, True, -1, 0, 2**70, 1.5, float("nan"), float("inf"), "", "../../outside", "/etc/passwd",
+    "\0", [], {}, [[]], {"a": 1}, "x" * 5000,
+]  # fmt: skip
+
+
+def _other_json(content: bytes, draws: random.Random) -> bytes:
+    """Return JSON with an entry replaced, deleted, added or nested."""
+    try:
+        value = json.loads(content.splitlines()[0] if b"\n{" in content else content)
+    except ValueError:
+        return content[: len(content) // 2]
+    places = list(_places(value))
+    if not places or draws.random() < 0.05:
+        return draws.choice([b"[" * 3000, b'{"a":' * 3000, b"null", b"[]", b"{}", b'"x"'])
+    where, key = draws.choice(places)
+    kind = draws.choice(["replace", "replace", "delete", "add"])
+    if kind == "replace":
+        where[key] = draws.choice(STRANGE)
+    elif kind == "delete":
+        del where[key]
+    elif isinstance(where, dict):
+        where[f"{key}_"] = draws.choice(STRANGE)
+    else:
+        where.append(draws.choice(STRANGE))
+    return json.dumps(value).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in list(inner):
+        yield value, key
+        if isinstance(one, dict | list):
+            yield from _places(one)
+
+
+# --- What is read -------------------------------------------------------------------------------
+
+
+def targets(root: Path) -> list[Target]:
+    """Write one of each kind of stored file below a folder."""
+    build("digits", source=None, out=str(root / "data"), workers=0, shard_size=300)
+    manifest = read_manifest(str(root / "data"))
+    valid = manifest.of_split("valid")[0]
+    load_split(str(root / "data"), "valid", root / "cache")
+    (cached,) = (root / "cache").glob("*/valid")
+    config = override(preset("digits-plus"), {"model.width": 0.125, "batch_size": 16})
+    saved = Path(checkpoint.save(create_state(config), str(root / "run"), {"run_id": "run"}))
+    own = record.RunRecord(run_id="run", preset="digits-plus", config=to_dict(config), key="run-1")
+    record.write_record(str(root / "run"), own)
+    record.write_points(str(root / "run"), 16, {"loss/D": 1.0})
+    _write_idx(root / "idx")
+
+    def cache(folder: Path) -> Any:
+        split = load_split(str(root / "data"), "valid", folder)
+        return [np.array(split.images), split.labels, np.array(split.keys)]
+
+    def state(folder: Path) -> Any:
+        fresh = create_state(config)
+        checkpoint.restore(fresh, str(folder / saved.name))
+        return [p.detach().numpy() for p in fresh.encoder_generator.parameters()]
+
+    def shard(folder: Path) -> Any:
+        samples = read_shard(str(folder), valid, manifest.image_shape)
+        return [np.stack([s.image for s in samples]), [s.meta for s in samples]]
+
+    def idx(folder: Path) -> Any:
+        source = mnist.describe(str(folder), "mnist")
+        return [s.image for s in mnist.read(str(folder), "test", 0, source.splits["test"])]
+
+    metrics = "metrics/0000000016.jsonl"
+    place = cached.relative_to(root / "cache")
+    arrays = tuple(f"{place}/{n}" for n in ("images.npy", "labels.npy", "keys.npy", "sums.json"))
+    parts = tuple(f"{saved.name}/{n}" for n in ("weights.safetensors", "training.safetensors"))
+    raw = tuple(sorted(path.name for path in (root / "idx").iterdir()))
+    return [
+        Target("manifest", root / "data", ("manifest.json",), _manifest, False),
+        Target("shard", root / "data", (valid.key,), shard, True),
+        Target("cache", root / "cache", arrays, cache, True),
+        Target("weights", root / "run", parts, state, True),
+        Target("config.json", root / "run", (f"{saved.name}/config.json",), state, False),
+        Target("run.json", root / "run", ("run.json",), _record, False),
+        Target("points", root / "run", (metrics,), _points, False),
+        Target("idx", root / "idx", raw, idx, False),
+    ]
+
+
+def _manifest(folder: Path) -> Any:
+    return [shard.key for shard in read_manifest(str(folder)).shards]
+
+
+def _record(folder: Path) -> Any:
+    return record.read_record(str(folder))
+
+
+def _points(folder: Path) -> Any:
+    return record.read_points(str(folder / "metrics/0000000016.jsonl"))
+
+
+def _write_idx(folder: Path) -> None:
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for half, count in (("train", 24), ("t10k", 6)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            values = draws.integers(0, 10, shape, dtype=np.uint8)
+            header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4) for n in shape)
+            (folder / f"{half}-{kind}-ubyte").write_bytes(header + values.tobytes())
+
+
+# --- Cases --------------------------------------------------------------------------------------
+
+
+def run(target: Target, root: Path, seed: int) -> str | None:
+    """Run one case and return what is wrong, if anything."""
+    draws = random.Random(f"{target.name} {seed}")
+    folder = root / "case" / "inner" / target.name
+    shutil.copytree(target.folder, folder)
+    name = draws.choice(target.files)
+    content = (folder / name).read_bytes()
+    changed = damaged(content, draws)
+    (folder / name).write_bytes(changed)
+    start = time.monotonic()
+    try:
+        found = target.read(folder)
+        if (
+            target.has_digest
+            and changed != content
+            and not _equal(found, target.read(target.folder))
+        ):
+            return f"{name}: other data were accepted"
+    except UserError:
+        pass
+    except Exception:
+        return f"{name}: {traceback.format_exc(limit=-3)}"
+    finally:
+        outside = [p.name for p in (root / "case").iterdir() if p.name != "inner"]
+        shutil.rmtree(root / "case")
+    if outside:
+        return f"{name}: wrote {outside} outside its folder"
+    return f"{name}: slow" if time.monotonic() - start > LONGEST else None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def fuzz(cases: int, seed: int = 0, seconds: float = 1e9) -> tuple[Counter[str], list[str]]:
+    """Run cases of all targets in turn; return their numbers by target, and the failures."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    failures: list[str] = []
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        chosen = targets(root)
+        for number in range(cases):
+            target = chosen[number % len(chosen)]
+            if problem := run(target, root, seed + number):
+                failures.append(f"{target.name}, case {seed + number}: {problem}")
+            counts[target.name] += 1
+            if time.monotonic() > deadline:
+                break
+    return counts, failures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    numbers, wrong = fuzz(options.cases, options.seed, options.seconds)
+    print("\n".join(wrong))
+    print(f"{sum(numbers.values())} cases, {len(wrong)} failures: {dict(numbers)}")
+    sys.exit(1 if wrong else 0)
