@@ -91,7 +91,7 @@ def up(state: Path = STATE) -> Cluster:
         raise SystemExit(f"A cluster is up, or was not ended: run `make cluster-down` ({state}).")
     cluster = Cluster(tempfile.mkdtemp(prefix="ivegan-"))
     try:
-        _prepare(cluster)
+        prepare(cluster)
         cluster.save(state)
         for start in (start_postgres, start_s3, start_mlflow, start_head):
             start(cluster)
@@ -266,7 +266,7 @@ def ask_ray(cluster: Cluster, path: str) -> Any:
         return json.load(answer)
 
 
-def _prepare(cluster: Cluster) -> None:
+def prepare(cluster: Cluster) -> None:
     """Choose ports and secrets, and write the secrets' files."""
     folder = Path(cluster.folder)
     folder.chmod(0o711)  # PostgreSQL's user passes through to its own folder

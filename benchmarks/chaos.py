@@ -1,0 +1,265 @@
+"""Train while processes are killed at random, and compare with unbroken runs.
+
+    python benchmarks/chaos.py --minutes 30
+
+Each round trains one configuration twice, with two workers of Ray, checkpoints in S3 and metrics in
+MLflow, all real servers on loopback. The second time a rank, the raylet, the driver, the S3 server
+or the MLflow server is killed every few seconds; servers start again after a while, and a training
+that ended is started again with --resume. At the end weights and history must be equal, and MLflow
+must hold each point once.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "infra"))
+
+import local_cluster  # noqa: E402
+from local_cluster import Cluster, environment_of  # noqa: E402
+
+VICTIMS = ("rank", "raylet", "driver", "s3", "mlflow")
+BATCH = 64
+_PAUSE = 3.0, 15.0  # seconds between two faults
+_DOWN = 0.0, 20.0  # seconds that a server is away
+_HANGS = 600.0  # seconds without an end or a new checkpoint after which a training counts as hung
+
+
+@dataclass
+class Round:
+    """What happened in one round."""
+
+    seed: int
+    faults: Counter[str]
+    restarts: int = 0
+    problems: tuple[str, ...] = ()
+
+
+class Trial:
+    """A training in a process of its own, with its Ray."""
+
+    def __init__(self, cluster: Cluster, run_id: str, seed: int, images: int) -> None:
+        self.run_id = run_id
+        bucket = f"s3://{local_cluster.BUCKET}"
+        self._words = [sys.executable, str(ROOT / "pipelines/train.py"), "digits", "--resume"]
+        self._words += ["--run-id", run_id, "--seed", str(seed), "--total-images", str(images)]
+        self._words += ["--batch-size", str(BATCH), "--model.width", "0.25", "--keep", "0"]
+        self._words += [
+            "--workers",
+            "2",
+            "--data",
+            f"{bucket}/digits",
+            "--storage",
+            f"{bucket}/runs",
+        ]
+        self._folder = Path(cluster.folder)
+        self._environment = environment_of(cluster)
+        for name in [n for n in self._environment if n.startswith("RAY_")]:
+            del self._environment[name]  # a Ray of its own
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or continue it."""
+        with (self._folder / f"{self.run_id}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._words, cwd=self._folder, env=self._environment, stdout=log, stderr=log
+            )
+
+    def kill(self, victim: str, draws: random.Random) -> bool:
+        """Kill one of its processes; return whether there was one."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return False
+        if victim == "driver":
+            self.process.kill()
+            return True
+        names = {"rank": "RayTrainWorker", "raylet": "raylet/raylet"}
+        found = [p for p in family if names[victim] in _command(p)]
+        if found:
+            draws.choice(found).kill()
+        return bool(found)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def broken(trial: Trial, cluster: Cluster, draws: random.Random, deadline: float) -> Round:
+    """Kill processes until the training ends with 0, starting it again where it ended otherwise."""
+    outcome = Round(int(trial.run_id.rpartition("-")[2]), Counter())
+    away: dict[str, float] = {}  # server -> when it comes back
+    victims: list[str] = []
+    last_restart = time.monotonic()
+    while True:
+        wait = draws.uniform(*_PAUSE)
+        try:
+            status = trial.process.wait(timeout=wait)
+        except subprocess.TimeoutExpired:
+            status = None
+        for server in [s for s, when in away.items() if when < time.monotonic()]:
+            del away[server]
+            _start(cluster, server)
+        if status == 0:
+            break
+        if status is not None:
+            trial.start()
+            outcome.restarts += 1
+            last_restart = time.monotonic()
+            continue
+        if time.monotonic() - last_restart > _HANGS:
+            outcome.problems += ("a training hangs",)
+            trial.process.kill()
+            break
+        if time.monotonic() > deadline:
+            continue  # it ends in peace
+        if not victims:
+            victims = draws.sample(VICTIMS, len(VICTIMS))
+        victim = victims.pop()
+        if victim in away:
+            continue
+        if victim in ("s3", "mlflow"):
+            local_cluster.end(cluster, victim, kill=True)
+            away[victim] = time.monotonic() + draws.uniform(*_DOWN)
+            outcome.faults[victim] += 1
+        else:
+            outcome.faults[victim] += trial.kill(victim, draws)
+    for server in away:
+        _start(cluster, server)
+    return outcome
+
+
+def _start(cluster: Cluster, server: str) -> None:
+    start = {"s3": local_cluster.start_s3, "mlflow": local_cluster.start_mlflow}
+    start[server](cluster)
+
+
+def result(cluster: Cluster, run_id: str) -> tuple[bytes, dict[Any, Any], dict[Any, int]]:
+    """Return a run's last weights, its history, and how often MLflow has each point.
+
+    Rates and the load of the machine are left out: they differ from run to run.
+    """
+    code = (
+        "import sys, json, hashlib; from ivegan import checkpoint, storage; from pipelines import "
+        "record; uri = sys.argv[1]; last = checkpoint.find(uri); weights = storage.read_bytes("
+        "f'{last}/weights.safetensors'); print(json.dumps([hashlib.sha256(weights).hexdigest(), ["
+        "[p.images_seen, p.metrics] for p in record.read_metrics(uri)]]))"
+    )
+    found = json.loads(_ask(cluster, code, f"s3://{local_cluster.BUCKET}/runs/{run_id}"))
+    history = {
+        (images, name): value
+        for images, metrics in found[1]
+        for name, value in metrics.items()
+        if not name.startswith(("rate/", "system/"))
+    }
+    code = (
+        "import sys, json, mlflow; c = mlflow.MlflowClient(); (e,) = [e.experiment_id for e in "
+        "c.search_experiments() if e.name == 'ivegan-digits']; (r,) = [r for r in c.search_runs("
+        "[e]) if r.info.run_name == sys.argv[1]]; print(json.dumps([[m.step, n] for n in r.data."
+        "metrics for m in c.get_metric_history(r.info.run_id, n)]))"
+    )
+    points = Counter(tuple(point) for point in json.loads(_ask(cluster, code, run_id)))
+    return found[0], history, {k: n for k, n in points.items() if k in history}
+
+
+def _ask(cluster: Cluster, code: str, argument: str) -> str:
+    words = [sys.executable, "-c", code, argument]
+    environment = environment_of(cluster) | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        words, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()[-1]
+
+
+def compare(cluster: Cluster, reference: str, run_id: str) -> tuple[str, ...]:
+    """Return how a run differs from the unbroken one."""
+    words = [sys.executable, str(ROOT / "pipelines/registry.py"), "sync"]
+    words += ["--storage", f"s3://{local_cluster.BUCKET}/runs"]
+    subprocess.run(words, env=environment_of(cluster), check=True, stdout=subprocess.DEVNULL)
+    weights, history, _ = result(cluster, reference)
+    other_weights, other_history, points = result(cluster, run_id)
+    problems = []
+    if other_weights != weights:
+        problems.append("other weights")
+    if other_history != history:
+        differing = set(history.items()) ^ set(other_history.items())
+        problems.append(f"another history: {len(differing)} points, {sorted(differing)[:4]}")
+    if points != dict.fromkeys(history, 1):
+        wrong = {k: points.get(k, 0) for k in history if points.get(k, 0) != 1}
+        problems.append(f"MLflow has points not once: {dict(list(wrong.items())[:4])}")
+    return tuple(problems)
+
+
+@contextmanager
+def servers() -> Iterator[Cluster]:
+    """Run PostgreSQL, S3 and MLflow."""
+    with tempfile.TemporaryDirectory(prefix="ivegan-chaos-") as state:
+        cluster = Cluster(tempfile.mkdtemp(prefix="ivegan-"))
+        local_cluster.prepare(cluster)
+        path = Path(state) / "cluster.json"
+        try:
+            for start in (
+                local_cluster.start_postgres,
+                local_cluster.start_s3,
+                local_cluster.start_mlflow,
+            ):
+                start(cluster)
+            yield cluster
+        finally:
+            cluster.save(path)
+            local_cluster.down(path)
+
+
+def main() -> None:
+    """Run rounds until the time is over, and print what happened."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--images", type=int, default=40_000, help="length of each training")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    rounds: list[Round] = []
+    with servers() as cluster:
+        words = [sys.executable, str(ROOT / "data_prep/build.py"), "digits", "--workers", "0"]
+        words += ["--out", f"s3://{local_cluster.BUCKET}/digits"]
+        subprocess.run(words, env=environment_of(cluster), check=True, stdout=subprocess.DEVNULL)
+        seed = options.seed
+        while time.monotonic() < deadline:
+            reference = Trial(cluster, f"reference-{seed}", seed, options.images)
+            if reference.process.wait():
+                raise SystemExit(f"The unbroken run failed; see {cluster.folder}.")
+            trial = Trial(cluster, f"broken-{seed}", seed, options.images)
+            outcome = broken(trial, cluster, random.Random(seed), deadline)
+            outcome.problems += compare(cluster, reference.run_id, trial.run_id)
+            print(
+                f"round {seed}: {sum(outcome.faults.values())} faults {dict(outcome.faults)}, "
+                f"{outcome.restarts} restarts: {'; '.join(outcome.problems) or 'equal'}",
+                flush=True,
+            )
+            rounds.append(outcome)
+            seed += 1
+    total = sum((one.faults for one in rounds), Counter[str]())
+    failed = [one.seed for one in rounds if one.problems]
+    print(
+        f"{len(rounds)} rounds, {total.total()} faults {dict(total)}, rounds that differ: {failed}"
+    )
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
