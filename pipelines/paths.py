@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,8 +47,3 @@ def tracking_uri() -> str:
 def new_id(what: str) -> str:
     """Return a name that no other run or sweep has."""
     return f"{what}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
-
-
-def public(text: str) -> str:
-    """Return a URI, or a text with URIs, without the user and password that they may carry."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)

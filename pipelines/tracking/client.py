@@ -15,8 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from ivegan import storage
-from ivegan.errors import UserError
-from pipelines.paths import public
+from ivegan.errors import UserError, public
 
 # MLflow's own errors; where artifacts go to S3 directly, boto3's errors come through.
 _MLFLOW_TROUBLE = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)

@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from ivegan import storage
-from ivegan.errors import UserError
-from pipelines.paths import public, tracking_uri
+from ivegan.errors import UserError, public
+from pipelines.paths import tracking_uri
 from pipelines.tracking.client import KEY, client, experiment_of, find_run
 
 _NAME = re.compile(r"[^/]+\.jsonl|([^/]+/)?(evaluation-\d+/)?journal\.jsonl")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivegan.config import config_hash, flatten, from_dict, to_dict
-from ivegan.errors import UserError
+from ivegan.errors import UserError, public
 from pipelines import record as records
 from pipelines.claim import PATIENCE, Ownership, claimed
 from pipelines.cluster.session import (
@@ -21,7 +21,6 @@ from pipelines.cluster.session import (
     started,
     terminated_by_signal,
 )
-from pipelines.paths import public
 from pipelines.record import RunRecord
 from pipelines.training.follow import Follower, Measure, Show, following
 from pipelines.training.plan import Plan, check_data, check_same_data, git_commit

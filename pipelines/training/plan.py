@@ -14,10 +14,10 @@ from ivegan.config import Config, to_dict
 from ivegan.data.cache import CACHE_LIMIT
 from ivegan.data.manifest import Manifest, read_manifest
 from ivegan.data.stream import Stream
-from ivegan.errors import UserError
+from ivegan.errors import UserError, public
 from ivegan.networks import sample_shape
 from pipelines import options as cli
-from pipelines.paths import cache_dir, new_id, public, runs_dir, runs_uri, tracking_uri
+from pipelines.paths import cache_dir, new_id, runs_dir, runs_uri, tracking_uri
 
 
 @dataclass(frozen=True, kw_only=True)
