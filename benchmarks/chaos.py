@@ -227,7 +227,7 @@ def servers() -> Iterator[Cluster]:
 
 def main() -> None:
     """Run rounds until the time is over, and print what happened."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--images", type=int, default=40_000, help="length of each training")
     parser.add_argument("--seed", type=int, default=0)

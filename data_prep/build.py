@@ -14,7 +14,7 @@ from typing import Any, Literal
 from data_prep import mnist
 from data_prep.building import Choices, build, existing_manifest, make_plan
 from ivegan import storage
-from ivegan.errors import UserError
+from ivegan.errors import UserError, public
 from pipelines import options as cli
 
 
@@ -64,12 +64,12 @@ def main(options: Build) -> dict[str, Any]:
     if dataset == "mnist" and source is not None and mnist.is_remote(source):
         raw_uri = mnist.raw_uri(out)
         if not storage.exists(raw_uri):
-            print(f"{source} would first be downloaded to {raw_uri}")
-            return {"source": source, "out": storage.absolute(out)}
+            print(f"{public(source)} would first be downloaded to {raw_uri}")
+            return {"source": public(source), "out": storage.absolute(out)}
     plan = make_plan(dataset, raw_uri, out, **choices)
     summary = {
         "dataset": plan.raw.dataset,
-        "source": source,
+        "source": source and public(source),
         "out": plan.out,
         "workers": options.workers,
         "splits": plan.raw.splits,
