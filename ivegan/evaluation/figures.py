@@ -1,7 +1,7 @@
 """Grids of images and densities: arrays in, pillow images out; no checkpoint, no file.
 
 All is drawn with pillow alone, because training draws it too and runs without matplotlib; scatter
-plots are in ``plots``.
+plots are in ``plots``. Each picture has a title and a note above it, one line each.
 """
 
 import io
@@ -45,7 +45,6 @@ def sample_grid(
 
     Args:
         images: as many whole rows as there are; a rest is left out.
-        title, note: one line each, above the grid.
         columns: images in a row.
     """
     rows = max(1, len(images) // columns)
@@ -67,7 +66,6 @@ def reconstruction_rows(
         x: originals.
         transformed: T(x), one row per draw of T; may have no rows.
         x_hat: G(z', E(x)), one row per draw of z'.
-        title, note: one line each, above the rows.
     """
     labels = ["x", *["T(x)"] * len(transformed), *["G(z', E(x))"] * len(x_hat)]
     starts = {1, 1 + len(transformed)}
@@ -93,7 +91,6 @@ def image_rows(
 
     Args:
         images: one or three channels.
-        title, note: one line each, above the grid.
         row_labels: one per row, at its left; a label like the one above it is not repeated.
         breaks: rows that are set off by a wider gap above them.
         column_breaks: columns that are set off by a wider gap at their left.
@@ -101,27 +98,36 @@ def image_rows(
     num_rows, num_columns, channels, height, width = images.shape
     scale = max(1, round(64 / height))
     tile_h, tile_w, gap, wide = height * scale, width * scale, 6, 18
-    titles, text = _font(_TITLE), _font(_TEXT)
+    text = _font(_TEXT)
     label_w = max((_width(text, label) for label in row_labels), default=0)
-    left = _MARGIN + (label_w + 16 if label_w else 0)
-    top = _MARGIN + 36 + (28 if note else 4)
+    left = label_w + 16 if label_w else 0
     xs = [left + i * (tile_w + gap) + wide * sum(b <= i for b in column_breaks if b)
           for i in range(num_columns)]  # fmt: skip
-    ys = [top + i * (tile_h + gap) + wide * sum(b <= i for b in breaks if b)
+    ys = [i * (tile_h + gap) + wide * sum(b <= i for b in breaks if b)
           for i in range(num_rows)]  # fmt: skip
-    right = max(xs[-1] + tile_w, _MARGIN + _width(titles, title), _MARGIN + _width(text, note))
-    page = Image.new("RGB", (right + _MARGIN, ys[-1] + tile_h + _MARGIN), PAPER)
+    page, top = _page(xs[-1] + tile_w, ys[-1] + tile_h, title, note)
     draw = ImageDraw.Draw(page)
-    draw.text((_MARGIN, _MARGIN), title, INK, titles)
-    draw.text((_MARGIN, _MARGIN + 30), note, MUTED, text)
     for row, y in enumerate(ys):
         if label_w and (row == 0 or row_labels[row] != row_labels[row - 1]):
-            draw.text((_MARGIN, y + tile_h / 2), row_labels[row], INK, text, anchor="lm")
+            draw.text((_MARGIN, top + y + tile_h / 2), row_labels[row], INK, text, anchor="lm")
         for column, x in enumerate(xs):
             pixels = images[row, column].transpose(1, 2, 0)
             tile = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-            page.paste(tile.resize((tile_w, tile_h), Image.Resampling.NEAREST), (x, y))
+            tile = tile.resize((tile_w, tile_h), Image.Resampling.NEAREST)
+            page.paste(tile, (_MARGIN + x, top + y))
     return page
+
+
+def _page(width: int, height: int, title: str, note: str) -> tuple[Image.Image, int]:
+    """Return an empty page for a picture of this size under a title, and where it begins."""
+    titles, text = _font(_TITLE), _font(_TEXT)
+    width = max(width, _width(titles, title), _width(text, note))
+    top = _MARGIN + (64 if note else 40)
+    page = Image.new("RGB", (width + 2 * _MARGIN, top + height + _MARGIN), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((_MARGIN, _MARGIN), title, INK, titles)
+    draw.text((_MARGIN, _MARGIN + 30), note, MUTED, text)
+    return page, top
 
 
 # --- Points -------------------------------------------------------------------------------------
@@ -143,19 +149,13 @@ def density(
     Args:
         panels: (name, points), the true data first.
         dataset: ring or grid, which sets the scale: radius 1, or spacing 2.
-        title, note: one line each, above the panels.
         side: pixels of one panel.
     """
-    columns = min(4, len(panels))
+    columns, gap, name_h = min(4, len(panels)), 20, 28
     rows = -(-len(panels) // columns)
-    titles, text = _font(_TITLE), _font(_TEXT)
-    gap, top, name_h = 20, _MARGIN + 32 + (32 if note else 8), 28
-    width = columns * (side + gap) - gap + 2 * _MARGIN
-    width = max(width, 2 * _MARGIN + max(_width(titles, title), _width(text, note)))
-    page = Image.new("RGB", (width, top + rows * (side + name_h + gap) - gap + _MARGIN), PAPER)
-    draw = ImageDraw.Draw(page)
-    draw.text((_MARGIN, _MARGIN), title, INK, titles)
-    draw.text((_MARGIN, _MARGIN + 30), note, MUTED, text)
+    size = columns * (side + gap) - gap, rows * (side + name_h + gap) - gap
+    page, top = _page(*size, title, note)
+    draw, text = ImageDraw.Draw(page), _font(_TEXT)
     maps = [_smoothed(points, dataset, side) for _, points in panels]
     peak = maps[0].max()
     for i, ((name, _), values) in enumerate(zip(panels, maps, strict=True)):

@@ -3,7 +3,6 @@
 import errno
 import functools
 import os
-import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,15 +81,6 @@ def test_what_is_created_first_stands(place):
     assert storage.list_names(storage.join(place, "a")) == ["b"]
 
 
-def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
-    contents = [bytes([n]) * 100_000 for n in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        for uri in (tmp_path / str(number) for number in range(30)):
-            (content,) = set(pool.map(functools.partial(storage.create_bytes, uri), contents))
-            assert content == uri.read_bytes()
-    assert len(storage.list_names(tmp_path)) == 30  # no temporary names stay behind
-
-
 def test_without_hard_links_a_file_is_created_all_the_same(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -99,6 +89,15 @@ def test_without_hard_links_a_file_is_created_all_the_same(tmp_path, monkeypatch
     assert storage.create_bytes(tmp_path / "x", b"first") == b"first"
     assert storage.create_bytes(tmp_path / "x", b"second") == b"first"
     assert storage.list_names(tmp_path) == ["x"]
+
+
+def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
+    contents = [bytes([n]) * 100_000 for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for uri in (tmp_path / str(number) for number in range(30)):
+            (content,) = set(pool.map(functools.partial(storage.create_bytes, uri), contents))
+            assert content == uri.read_bytes()
+    assert len(storage.list_names(tmp_path)) == 30  # no temporary names stay behind
 
 
 def test_folders_travel_whole(place, tmp_path):
@@ -253,12 +252,6 @@ def test_errors_that_waiting_does_not_fix_are_raised_at_once(clock):
     with pytest.raises(UserError, match="no bucket"):
         storage.patiently(call)
     assert clock.pauses == []
-
-
-def test_unavailable_comes_back_from_another_process():
-    caught = pickle.loads(pickle.dumps(storage.Unavailable("Away.")))
-    assert isinstance(caught, storage.Unavailable)
-    assert str(caught) == "Away."
 
 
 @pytest.mark.parametrize(

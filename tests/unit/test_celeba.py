@@ -150,13 +150,6 @@ def test_a_folder_gives_the_samples_of_the_zip(faces, tmp_path, to):
     assert celeba.describe(str(folder), "celeba").sources[images] != about.sources[images]
 
 
-def test_of_zip_and_folder_the_zip_is_used(face_folder):
-    (face_folder / "img_align_celeba").mkdir()
-    (face_folder / "img_align_celeba" / "stray.jpg").write_bytes(b"no image")
-    assert celeba.ZIP in celeba.describe(str(face_folder), "celeba").sources
-    assert len(list(celeba.read(str(face_folder), "train", 0, 5))) == 5
-
-
 def test_line_ends_of_windows_are_accepted(face_folder):
     about, wanted = celeba.describe(str(face_folder), "celeba"), tar(face_folder)
     for name in (ATTRIBUTES, PARTITION, IDENTITY):
@@ -236,17 +229,6 @@ def test_a_wrong_image_is_reported_with_its_name(face_folder, kind, content, sen
     with pytest.raises(UserError, match=sentence) as error:
         tar(face_folder)
     assert "\n" not in str(error.value)
-
-
-def test_pixels_are_not_decoded_before_their_number_is_right(monkeypatch):
-    def load(self):
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", load)
-    with pytest.raises(ValueError, match="it has"):
-        celeba.cut(claiming(4000, 3000), "c128")
-    with pytest.raises(AssertionError, match="decoded"):
-        celeba.cut(jpeg(), "c128")
 
 
 @pytest.mark.parametrize(

@@ -27,16 +27,12 @@ def with_moments(
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 8), (5, 30)])
-def test_frechet_distance_of_a_set_to_itself_is_zero(
-    rng: np.random.Generator, n: int, d: int
-) -> None:
+def test_frechet_distance_of_a_set_to_itself_is_zero(rng, n, d):
     x = 100 * rng.standard_normal((n, d)) + 1000
     assert metrics.frechet_distance(x, x.copy()) == pytest.approx(0, abs=1e-6 * d)
 
 
-def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form(
-    rng: np.random.Generator,
-) -> None:
+def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form(rng):
     std_a, std_b, shift = np.array([1.0, 2, 3]), np.array([2.0, 2, 0.5]), np.array([1.0, 0, -2])
     a = with_moments(rng, 50, np.zeros(3), np.diag(std_a**2))
     b = with_moments(rng, 90, shift, np.diag(std_b**2))
@@ -44,7 +40,7 @@ def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form(
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_agrees_with_a_matrix_square_root(rng: np.random.Generator) -> None:
+def test_frechet_distance_agrees_with_a_matrix_square_root(rng):
     a = rng.standard_normal((300, 6)) @ rng.standard_normal((6, 6))
     b = rng.standard_normal((400, 6)) @ rng.standard_normal((6, 6)) + 1
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
@@ -54,7 +50,7 @@ def test_frechet_distance_agrees_with_a_matrix_square_root(rng: np.random.Genera
     assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
 
 
-def test_frechet_distance_refuses_what_has_no_distance() -> None:
+def test_frechet_distance_refuses_what_has_no_distance():
     with pytest.raises(UserError, match="at least 2 samples in each set, but one has 1"):
         metrics.frechet_distance(np.zeros((5, 3)), np.zeros((1, 3)))
     broken = np.array([[1.0, np.nan], [0.0, 1.0]])
@@ -65,33 +61,33 @@ def test_frechet_distance_refuses_what_has_no_distance() -> None:
 # --- Labels of generated images -----------------------------------------------------------------
 
 
-def test_label_agreement_counts_over_all_draws() -> None:
+def test_label_agreement_counts_over_all_draws():
     labels = np.array([0, 1, 2, 2])
     predicted = np.array([[0, 1, 2, 2], [0, 0, 0, 2]])
     assert metrics.label_agreement(labels, predicted)[0] == 6 / 8
 
 
-def test_chance_agreement_is_the_mean_over_every_shuffle() -> None:
+def test_chance_agreement_is_the_mean_over_every_shuffle():
     labels, predicted = np.array([0, 1, 1, 2, 3]), np.array([1, 1, 4, 2, 1])
     every = [np.mean(labels[list(p)] == predicted) for p in itertools.permutations(range(5))]
     assert metrics.label_agreement(labels, predicted[None])[1] == pytest.approx(np.mean(every))
 
 
-def test_attribute_agreement_gives_no_credit_for_always_saying_no() -> None:
+def test_attribute_agreement_gives_no_credit_for_always_saying_no():
     attributes = np.array([[1, 0], [0, 0], [0, 1], [0, 0], [0, 1]])
     never = np.zeros((3, 5, 2), dtype=np.int64)
     assert metrics.attribute_agreement(attributes, never) == (0.5, 0.5)
     assert metrics.attribute_agreement(attributes, attributes[None])[0] == 1.0
 
 
-def test_attribute_agreement_leaves_constant_attributes_out() -> None:
+def test_attribute_agreement_leaves_constant_attributes_out():
     attributes = np.array([[1, 1], [0, 1]])
     assert metrics.attribute_agreement(attributes, 1 - attributes[None])[0] == 0.0
     with pytest.raises(UserError, match="No attribute differs"):
         metrics.attribute_agreement(attributes[:, 1:], attributes[None, :, 1:])
 
 
-def test_variation_ratio_is_a_ratio_of_stds(rng: np.random.Generator) -> None:
+def test_variation_ratio_is_a_ratio_of_stds(rng):
     transformed = rng.standard_normal((4, 20, 3, 3))
     centre = 10 * rng.standard_normal((20, 3, 3))
     assert metrics.variation_ratio(0.5 * transformed + centre, transformed) == pytest.approx(0.5)
@@ -108,7 +104,7 @@ def blobs(rng: np.random.Generator, per_class: int) -> tuple[np.ndarray, np.ndar
     return 10 * np.eye(4)[labels] + 0.1 * rng.standard_normal((len(labels), 4)), labels
 
 
-def test_nearest_neighbour_accuracy_agrees_with_a_plain_search(rng: np.random.Generator) -> None:
+def test_nearest_neighbour_accuracy_agrees_with_a_plain_search(rng):
     train, test = rng.standard_normal((60, 3)), rng.standard_normal((40, 3))
     train_labels, labels = rng.integers(4, size=60), rng.integers(4, size=40)
     nearest = np.square(test[:, None] - train[None]).sum(axis=2).argmin(axis=1)
@@ -116,7 +112,7 @@ def test_nearest_neighbour_accuracy_agrees_with_a_plain_search(rng: np.random.Ge
     assert found == np.mean(train_labels[nearest] == labels)
 
 
-def test_linear_probe_separates_what_a_plane_separates(rng: np.random.Generator) -> None:
+def test_linear_probe_separates_what_a_plane_separates(rng):
     train, train_labels = blobs(rng, 20)
     test, labels = blobs(rng, 10)
     assert metrics.linear_probe_accuracy(train, train_labels, test, labels) == 1.0
@@ -126,7 +122,7 @@ def test_linear_probe_separates_what_a_plane_separates(rng: np.random.Generator)
         metrics.linear_probe_accuracy(train, np.zeros_like(train_labels), test, labels)
 
 
-def test_linear_probe_does_not_mind_the_scale_of_a_code(rng: np.random.Generator) -> None:
+def test_linear_probe_does_not_mind_the_scale_of_a_code(rng):
     labels = rng.integers(2, size=300)
     codes = rng.standard_normal((300, 2))
     codes[:, 0] += 3 * labels
@@ -138,7 +134,7 @@ def test_linear_probe_does_not_mind_the_scale_of_a_code(rng: np.random.Generator
     assert metrics.linear_probe_accuracy(*scaled) == expected
 
 
-def test_attribute_probes_find_what_is_linear_in_the_code(rng: np.random.Generator) -> None:
+def test_attribute_probes_find_what_is_linear_in_the_code(rng):
     train, test = rng.standard_normal((400, 5)), rng.standard_normal((200, 5))
     linear = (train[:, :2] > 1).astype(np.int64), (test[:, :2] > 1).astype(np.int64)
     scores = metrics.attribute_probes(train, linear[0], test, linear[1])
@@ -152,26 +148,22 @@ def test_attribute_probes_find_what_is_linear_in_the_code(rng: np.random.Generat
         assert scores[name] == pytest.approx(0.5, abs=0.1)
 
 
-def test_clusters_are_matched_to_classes_whatever_their_numbers(rng: np.random.Generator) -> None:
+def test_clusters_are_matched_to_classes_whatever_their_numbers(rng):
     codes, labels = blobs(rng, 25)
     renamed = np.array([7, 3, 5, 0])[labels]
     assert metrics.clustering(codes, renamed) == (pytest.approx(1.0), 1.0)
 
 
-def test_clusters_of_noise_share_no_information_with_the_classes(rng: np.random.Generator) -> None:
-    codes, labels = rng.standard_normal((400, 3)), rng.integers(4, size=400)
-    nmi, accuracy = metrics.clustering(codes, labels)
-    assert nmi < 0.05
-    assert accuracy < 0.4
-
-
-def test_half_wrong_clusters_have_half_the_accuracy(rng: np.random.Generator) -> None:
+def test_wrong_clusters_have_less_accuracy_and_information(rng):
+    noise = metrics.clustering(rng.standard_normal((400, 3)), rng.integers(4, size=400))
+    assert noise[0] < 0.05
+    assert noise[1] < 0.4
     codes, labels = blobs(rng, 20)
     mixed = np.where(np.arange(80) % 2 == 0, labels, (labels + 1) % 4)
     assert metrics.clustering(codes, mixed)[1] == 0.5
 
 
-def test_retrieval_fails_for_just_those_that_move_past_a_neighbour() -> None:
+def test_retrieval_fails_for_just_those_that_move_past_a_neighbour():
     codes = np.arange(10.0)[:, None]
     moved = codes.copy()
     moved[:3] += 0.6  # nearer to the next code than to their own
@@ -179,11 +171,11 @@ def test_retrieval_fails_for_just_those_that_move_past_a_neighbour() -> None:
     assert metrics.retrieval_accuracy(codes, moved) == 0.7
 
 
-def test_saturated_entries_are_those_at_the_ends_of_tanh() -> None:
+def test_saturated_entries_are_those_at_the_ends_of_tanh():
     assert metrics.saturation(np.array([[0.995, -0.995, 0.98, 0.0]])) == 0.5
 
 
-def test_few_labels_are_enough_for_blobs_and_not_for_noise(rng: np.random.Generator) -> None:
+def test_few_labels_are_enough_for_blobs_and_not_for_noise(rng):
     (train, train_labels), (test, labels) = blobs(rng, 40), blobs(rng, 20)
     assert metrics.few_label_accuracy(train, train_labels, test, labels) == 1.0
     noise = rng.standard_normal(train.shape), train_labels, rng.standard_normal(test.shape), labels
@@ -192,7 +184,7 @@ def test_few_labels_are_enough_for_blobs_and_not_for_noise(rng: np.random.Genera
     assert one > 0.9
 
 
-def test_neighbours_are_pure_where_an_attribute_lies_in_one_place(rng: np.random.Generator) -> None:
+def test_neighbours_are_pure_where_an_attribute_lies_in_one_place(rng):
     positions = rng.standard_normal((400, 2))
     attributes = np.stack((positions[:, 0] > 1, rng.integers(2, size=400)), axis=1).astype(int)
     purity, chance = metrics.neighbour_purity(positions, attributes[:, :1])
@@ -203,7 +195,7 @@ def test_neighbours_are_pure_where_an_attribute_lies_in_one_place(rng: np.random
         metrics.neighbour_purity(positions, np.zeros((400, 2), dtype=int))
 
 
-def test_precision_and_recall_tell_narrow_samples_from_wide_ones(rng: np.random.Generator) -> None:
+def test_precision_and_recall_tell_narrow_samples_from_wide_ones(rng):
     real = rng.standard_normal((400, 4))
     equal = metrics.coverage_of(real, rng.standard_normal((400, 4)))
     assert all(value == pytest.approx(0.95, abs=0.12) for value in equal.values())

@@ -19,7 +19,7 @@ def sample_mixture(rng: np.random.Generator, dataset: str, n: int, scale: float 
 
 
 @pytest.mark.parametrize(("dataset", "count"), [("ring", 8), ("grid", 25)])
-def test_modes_are_distinct(dataset: str, count: int) -> None:
+def test_modes_are_distinct(dataset, count):
     means, std = modes(dataset)
     gaps = np.linalg.norm(means[:, None] - means[None], axis=2) + 1e9 * np.eye(len(means))
     assert len(means) == count
@@ -29,14 +29,12 @@ def test_modes_are_distinct(dataset: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("dataset", "mean_kl", "high_kl"), [("ring", 0.0014, 0.0028), ("grid", 0.0048, 0.0075)]
 )
-def test_a_perfect_sampler_scores_at_the_floor(
-    rng: np.random.Generator, dataset: str, mean_kl: float, high_kl: float
-) -> None:
-    runs = [mixtures.mixture(sample_mixture(rng, dataset, 2500), dataset) for _ in range(200)]
+def test_a_perfect_sampler_scores_at_the_floor(rng, dataset, mean_kl, high_kl):
+    runs = [mixtures.mixture(sample_mixture(rng, dataset, 2500), dataset) for _ in range(100)]
     found = {name: np.array([run[name] for run in runs]) for name in runs[0]}
     assert set(found["modes"]) == {len(modes(dataset)[0])}
-    # Standard errors over 200 runs: .00015 for the share, 6 % of itself at most for the KL.
-    assert found["high_quality"].mean() == pytest.approx(1 - np.exp(-4.5), abs=0.0006)
+    # Standard errors over 100 runs: .0002 for the share, 8 % of itself at most for the KL.
+    assert found["high_quality"].mean() == pytest.approx(1 - np.exp(-4.5), abs=0.0008)
     assert found["high_quality"].std() == pytest.approx(0.0021, abs=0.0005)
     for name in ("reverse_kl", "reverse_kl_all"):
         assert found[name].mean() == pytest.approx(mean_kl, rel=0.2)
@@ -44,14 +42,14 @@ def test_a_perfect_sampler_scores_at_the_floor(
     assert found["std_ratio"].mean() == pytest.approx(1, abs=0.005)
 
 
-def test_reverse_kl_counts_the_modes_that_are_missed() -> None:
+def test_reverse_kl_counts_the_modes_that_are_missed():
     means, _ = modes("ring")
     assert mixtures.mixture(means[[0] * 5], "ring")["reverse_kl"] == pytest.approx(np.log(8))
     assert mixtures.mixture(means[[1, 6]], "ring")["reverse_kl"] == pytest.approx(np.log(4))
     assert mixtures.mixture(means, "ring")["reverse_kl"] == pytest.approx(0, abs=1e-12)
 
 
-def test_a_mode_counts_only_with_a_point_within_three_stds() -> None:
+def test_a_mode_counts_only_with_a_point_within_three_stds():
     means, std = modes("ring")
     near, far = means + np.array([2.99 * std, 0]), means + np.array([0, 3.01 * std])
     points = np.concatenate((near[:5], far[5:]))
@@ -62,33 +60,27 @@ def test_a_mode_counts_only_with_a_point_within_three_stds() -> None:
     assert found["reverse_kl_all"] == pytest.approx(0, abs=1e-12)
 
 
-def test_points_far_from_everything_score_the_worst_there_is() -> None:
+def test_points_far_from_everything_score_the_worst_there_is():
     found = mixtures.mixture(np.full((10, 2), 0.01), "ring")
     assert (found["modes"], found["high_quality"]) == (0, 0)
     assert found["reverse_kl"] == pytest.approx(np.log(8))
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 1.5**0.5])
-def test_std_ratio_is_the_spread_over_the_data_s(rng: np.random.Generator, scale: float) -> None:
+def test_std_ratio_is_the_spread_over_the_data_s(rng, scale):
     found = mixtures.mixture(sample_mixture(rng, "ring", 40_000, scale), "ring")
     assert found["std_ratio"] == pytest.approx(scale, rel=0.01)
     assert found["std_ratio_min"] < found["std_ratio"] < found["std_ratio_max"]
 
 
-def test_std_ratio_leaves_bridges_between_modes_out(rng: np.random.Generator) -> None:
+def test_std_ratio_leaves_bridges_between_modes_out(rng):
     angles = rng.uniform(0, 2 * np.pi, 1000)
     bridge = 0.5 * np.stack((np.cos(angles), np.sin(angles)), axis=1)
     points = np.concatenate((sample_mixture(rng, "ring", 4000), bridge))
     assert mixtures.mixture(points, "ring")["std_ratio"] == pytest.approx(1, abs=0.15)
 
 
-def test_std_ratio_is_large_where_nothing_is_near_a_mode(rng: np.random.Generator) -> None:
-    means, std = modes("ring")
-    points = 1.4 * means[rng.integers(8, size=500)] + 8 * std * rng.standard_normal((500, 2))
-    assert mixtures.mixture(points, "ring")["std_ratio"] > 5
-
-
-def test_the_optimum_of_the_pair_discriminator_scores_as_derived(rng: np.random.Generator) -> None:
+def test_the_optimum_of_the_pair_discriminator_scores_as_derived(rng):
     _, std = modes("ring")
     x = sample_mixture(rng, "ring", 20_000)
     x_hat = x + std / np.sqrt(2) * rng.standard_normal((4, *x.shape))
@@ -101,9 +93,7 @@ def test_the_optimum_of_the_pair_discriminator_scores_as_derived(rng: np.random.
     assert marginal["std_ratio"] == pytest.approx(1.5**0.5, rel=0.01)
 
 
-def test_variations_of_another_mode_or_another_spread_are_noticed(
-    rng: np.random.Generator,
-) -> None:
+def test_variations_of_another_mode_or_another_spread_are_noticed(rng):
     x = sample_mixture(rng, "ring", 2000)
     assert mixtures.reconstructed_points(x, -x[None], "ring")["right_mode"] == 0.0
     copies = mixtures.reconstructed_points(x, np.stack([x, x]), "ring")
@@ -113,16 +103,14 @@ def test_variations_of_another_mode_or_another_spread_are_noticed(
     assert shifted["residual_std_ratio"] == pytest.approx(2**0.5)
 
 
-def test_points_that_are_not_finite_are_reported_as_divergence() -> None:
+def test_points_that_are_not_finite_are_reported_as_divergence():
     with pytest.raises(UserError, match="diverged"):
         mixtures.mixture(np.array([[0.0, np.nan]]), "ring")
 
 
 @pytest.mark.parametrize("name", mixtures.PROTOCOLS)
 @pytest.mark.parametrize("dataset", ["ring", "grid"])
-def test_collapsed_and_over_spread_samples_score_under_the_floor(
-    rng: np.random.Generator, dataset: str, name: str
-) -> None:
+def test_collapsed_and_over_spread_samples_score_under_the_floor(rng, dataset, name):
     protocol = mixtures.PROTOCOLS[name]
     floor = points.perfect(dataset, 1000, 0, protocol)
     means, std = modes(dataset)
@@ -140,7 +128,7 @@ def test_collapsed_and_over_spread_samples_score_under_the_floor(
     assert wide["std_ratio"] > 1.8
 
 
-def test_the_protocols_differ_in_the_corner_of_the_box_and_in_what_the_kl_counts() -> None:
+def test_the_protocols_differ_in_the_corner_of_the_box_and_in_what_the_kl_counts():
     means, std = modes("ring")
     corner, far = means + 2.9 * std, means[[0] * 8] + 20 * std
     scores = {

@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from ivegan import order
-from ivegan.config import RING_RADIUS, RING_STD, override, preset
+from ivegan.config import override, preset
 
 
-@pytest.mark.parametrize("num_samples", [5, 64, 97, 128])
-@pytest.mark.parametrize("batch_size", [8, 32])
-@pytest.mark.parametrize("seed", [0, 7])
-def test_every_sample_comes_once_per_epoch(num_samples, batch_size, seed):
-    epochs = 3
+@pytest.mark.parametrize("num_samples", [5, 64, 97])
+def test_every_sample_comes_once_per_epoch(num_samples):
+    epochs, batch_size, seed = 3, 32, 7
     steps = -(-epochs * num_samples // batch_size)
     stream = np.concatenate(
         [order.batch_indices(seed, num_samples, batch_size, s) for s in range(steps)]
@@ -26,18 +24,13 @@ def test_every_sample_comes_once_per_epoch(num_samples, batch_size, seed):
         assert sorted(part) == list(range(num_samples))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("step", [0, 3, 11])
-def test_ranks_together_hold_the_same_global_batch(world_size, step):
-    whole = order.batch_indices(3, 50, 16, step)
-    parts = [order.batch_indices(3, 50, 16, step, r, world_size) for r in range(world_size)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-
-
-@pytest.mark.parametrize("name", ["ring", "digits", "celeba"])
+@pytest.mark.parametrize("name", ["ring", "digits"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_make_the_same_draws(name, world_size):
+def test_ranks_together_have_the_same_batch_and_draws(name, world_size):
     config = override(preset(name), {"batch_size": 16})
+    whole = order.batch_indices(3, 50, 16, 11)
+    parts = [order.batch_indices(3, 50, 16, 11, r, world_size) for r in range(world_size)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
     whole = order.draw(config, 5)
     parts = [order.draw(config, 5, r, world_size) for r in range(world_size)]
     for field in order.Draws._fields:
@@ -62,19 +55,6 @@ def test_draws_have_the_distributions_they_claim():
     assert abs(draws.transform.mean().item() - 0.5) < 0.01
 
 
-def test_the_ring_has_eight_distinct_means():
-    means, std = order.modes("ring")
-    assert len(np.unique(means.round(9), axis=0)) == 8
-    np.testing.assert_allclose(np.linalg.norm(means, axis=1), RING_RADIUS)
-    assert std == RING_STD
-
-
-def test_the_grid_has_25_means_inside_the_generators_range():
-    means, _ = order.modes("grid")
-    assert len(np.unique(means.round(9), axis=0)) == 25
-    assert np.abs(means).max() < 0.9
-
-
 def test_points_lie_around_their_means_and_split_over_ranks():
     config = override(preset("ring"), {"batch_size": 4096})
     x = order.points(config, 9)
@@ -87,7 +67,7 @@ def test_points_lie_around_their_means_and_split_over_ranks():
     assert torch.equal(parts, x)
 
 
-SHARD_SIZES = ([5], [4, 4, 4], [7, 7, 7, 2], [3] * 8, [10, 9, 8, 1, 5, 5, 5, 5, 5, 2, 1])
+SHARD_SIZES = ([5], [7, 7, 7, 2], [10, 9, 8, 1, 5, 5, 5, 5, 5, 2, 1])
 
 
 @pytest.mark.parametrize(
@@ -95,9 +75,8 @@ SHARD_SIZES = ([5], [4, 4, 4], [7, 7, 7, 2], [3] * 8, [10, 9, 8, 1, 5, 5, 5, 5, 
     [(sizes, lanes) for sizes in SHARD_SIZES for lanes in (1, 2, 4) if lanes <= len(sizes)],
     ids=str,
 )
-@pytest.mark.parametrize("seed", [0, 7])
-def test_lanes_together_read_every_sample_once_per_epoch(sizes, lanes, seed):
-    epochs = 4  # so many turns that the lanes come out even
+def test_lanes_together_read_every_sample_once_per_epoch(sizes, lanes):
+    seed, epochs = 7, 4  # so many turns that the lanes come out even
     turns = len(sizes) * epochs
     seen = Counter()
     order_of_shards = [0] * turns
@@ -120,7 +99,7 @@ def first_samples(pieces: Iterator[order.Piece], count: int) -> list[tuple[int, 
 
 @pytest.mark.parametrize("sizes", SHARD_SIZES, ids=str)
 @pytest.mark.parametrize("lane", [0, 1])
-def test_a_lane_goes_on_anywhere_as_if_it_had_read_what_came_before(sizes, lane):
+def test_a_lane_resumes_anywhere_as_if_it_had_read_what_came_before(sizes, lane):
     whole = first_samples(order.lane_pieces(3, sizes, lane, 2), 80)
     for skip in (0, 1, 4, 5, 23, 60):
         rest = first_samples(order.lane_pieces(3, sizes, lane, 2, skip), 80 - skip)
@@ -135,13 +114,12 @@ def test_lanes_differ_from_each_other_and_from_epoch_to_epoch():
     assert one[:50] != sorted(one[:50])
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 8, 9, 1000])
-@pytest.mark.parametrize("batch_size", [2, 6, 64, 100, 1024])
-def test_every_lane_has_a_shard_and_whole_pairs(num_shards, batch_size):
-    lanes = order.num_lanes(num_shards, batch_size)
-    assert 1 <= lanes <= num_shards
-    assert batch_size % (2 * lanes) == 0
-    assert lanes & (lanes - 1) == 0
+def test_every_lane_has_a_shard_and_whole_pairs():
+    for num_shards, batch_size in itertools.product((1, 2, 3, 9, 1000), (2, 6, 64, 100, 1024)):
+        lanes = order.num_lanes(num_shards, batch_size)
+        assert 1 <= lanes <= num_shards
+        assert batch_size % (2 * lanes) == 0
+        assert lanes & (lanes - 1) == 0
 
 
 def test_large_batches_have_more_lanes():

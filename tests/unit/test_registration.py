@@ -32,7 +32,7 @@ def moved(images: np.ndarray, draws: torch.Tensor, t: Transform) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("t", "side", "channels"), [(MNIST, 32, 1), (FACES, 128, 3)])
-def test_a_transformation_is_found_again(t: Transform, side: int, channels: int) -> None:
+def test_a_transformation_is_found_again(t, side, channels):
     x = strokes(16, side, channels)
     draws = torch.rand(16, 7, generator=torch.Generator().manual_seed(1))
     draws[:, 3] = 0.9  # not mirrored
@@ -47,14 +47,14 @@ def test_a_transformation_is_found_again(t: Transform, side: int, channels: int)
     assert other[1].mean() > 20 * errors.mean()
 
 
-def test_a_mirrored_image_is_recognised_only_where_t_mirrors() -> None:
+def test_a_mirrored_image_is_recognised_only_where_t_mirrors():
     x = strokes(8)
     mirrored = np.ascontiguousarray(x[..., ::-1])
     assert register(x, mirrored, replace(MNIST, flip=True))[1].max() == 0
     assert register(x, mirrored, MNIST)[1].mean() > 0.001
 
 
-def test_a_rotation_alone_is_found_without_a_shift() -> None:
+def test_a_rotation_alone_is_found_without_a_shift():
     x, t = strokes(8), Transform(shift=0.0, rotate=20.0)
     draws = torch.rand(8, 7, generator=torch.Generator().manual_seed(1))
     places, errors = register(x, moved(x, draws, t), t)
@@ -62,7 +62,7 @@ def test_a_rotation_alone_is_found_without_a_shift() -> None:
     assert errors.mean() < 1e-3
 
 
-def test_explained_variance_is_one_for_what_z_prime_sets_and_zero_for_the_rest() -> None:
+def test_explained_variance_is_one_for_what_z_prime_sets_and_zero_for_the_rest():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((300, 4))
     places = np.stack(

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def test_1_2_or_4_ranks_read_the_same_global_batches(tmp_path, sizes):
     assert read(source, 32, 12, seed=6) != alone
 
 
-@pytest.mark.parametrize(("sizes", "batch_size"), [([16] * 8, 16), ([10] * 4, 8), ([64], 32)])
+@pytest.mark.parametrize(("sizes", "batch_size"), [([16] * 8, 16), ([64], 32)])
 def test_an_epoch_is_every_sample_once(tmp_path, sizes, batch_size):
     source = stream(write(tmp_path / "set", sizes))
     steps = sum(sizes) // batch_size
@@ -77,15 +76,6 @@ def test_an_epoch_is_every_sample_once(tmp_path, sizes, batch_size):
         here = itertools.chain.from_iterable(seen[epoch * steps : (epoch + 1) * steps])
         assert sorted(here) == list(range(sum(sizes)))
     assert seen[:steps] != seen[steps : 2 * steps]
-
-
-def test_uneven_shards_are_all_read_and_equally_often_in_the_long_run(tmp_path):
-    sizes = [7, 7, 7, 7, 7, 2]
-    source = stream(write(tmp_path / "set", sizes))
-    counts = Counter(itertools.chain.from_iterable(read(source, 16, 200)))
-    assert set(counts) == set(range(sum(sizes)))
-    expected = 200 * 16 / sum(sizes)
-    assert max(abs(count - expected) for count in counts.values()) <= 3
 
 
 def test_a_stream_resumes_anywhere_as_if_it_had_never_stopped(tmp_path):
@@ -189,7 +179,7 @@ def test_a_cache_makes_room_by_deleting_what_was_not_used_for_longest(tmp_path):
     uris = [write(tmp_path / f"set{i}", [25 + i]) for i in range(3)]
     hashes = [read_manifest(uri).hash for uri in uris]
     size = [
-        sum(f.stat().st_size for f in (cache / hashes[i]).rglob("*.npy"))
+        sum(f.stat().st_size for f in (cache / hashes[i]).rglob("*.*"))
         for i in range(2)
         if load_split(uris[i], "train", cache)
     ]
@@ -203,18 +193,10 @@ def test_a_cache_makes_room_by_deleting_what_was_not_used_for_longest(tmp_path):
     assert numbers(torch.from_numpy(np.array(held.images))) == list(range(26))
 
 
-def test_data_larger_than_the_cache_may_be_are_reported(tmp_path, monkeypatch):
+def test_a_full_disk_or_cache_is_found_before_anything_is_decoded(tmp_path, monkeypatch):
     uri = write(tmp_path / "set", [25])
     with pytest.raises(UserError, match=r"may hold 9.9e-08 GB .*train with --stream, give --cac"):
         load_split(uri, "train", tmp_path / "cache", limit=99)
-    usage = type("usage", (), {"free": 99})
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"its disk has 9.9e-08 GB free"):
-        load_split(uri, "train", tmp_path / "cache")
-
-
-def test_a_full_disk_is_found_before_anything_is_decoded(tmp_path, monkeypatch):
-    uri = write(tmp_path / "set", [25])
 
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
