@@ -39,7 +39,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("IVEGAN_TEST_DATA", raising=False)  # digits are faster
         for name, value in cluster.environment.items():
-            environment.setenv(name, value)
+            if not name.startswith("RAY_"):  # this process may have a Ray of other tests
+                environment.setenv(name, value)
         objects.client.cache_clear()
         yield state
         objects.client.cache_clear()
