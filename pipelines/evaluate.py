@@ -20,6 +20,7 @@ from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import evaluate
 from ivegan.evaluation.report import rows
 from pipelines import options as cli
+from pipelines.paths import mlflow_place
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def main(options: Evaluate) -> dict[str, Any]:
     settings = options.device, options.seed, options.limit, options.protocol
     result = _evaluate(uri, plan["data"], plan["out"], *settings)
     _print(result["metrics"], result["report"])
+    print(f"Runs: {mlflow_place()}")
     figures = sorted(result["figures"].values())
     return plan | {"metrics": result["metrics"], "figures": figures, "report": result["report"]}
 

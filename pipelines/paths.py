@@ -7,7 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ivegan import storage
-from ivegan.errors import UserError
+from ivegan.errors import UserError, public
+
+# MLflow opens on its pages for language models by default.
+_UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 
 
 def runs_dir() -> Path:
@@ -42,6 +45,12 @@ def runs_uri(where: str | None) -> str:
 def tracking_uri() -> str:
     """Return the URI of the MLflow store: MLFLOW_TRACKING_URI, or one SQLite file in runs/."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir() / 'mlflow.db'}"
+
+
+def mlflow_place() -> str:
+    """Return where runs and models are shown: a server's address, or what starts one."""
+    uri = public(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return uri if uri.startswith("http") else f"make ui, then {_UI}"
 
 
 def new_id(what: str) -> str:

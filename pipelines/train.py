@@ -16,6 +16,7 @@ from ivegan.config import PRESETS, Config
 from pipelines import options as cli
 from pipelines.cluster.session import Terminated, stopped
 from pipelines.digits import prepare_digits
+from pipelines.paths import mlflow_place
 from pipelines.progress import Display
 from pipelines.training.fit import fit
 from pipelines.training.plan import Run, resolve
@@ -40,6 +41,7 @@ def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
         f"{result['images_seen']:,} images seen, {result['images_per_second']:,.0f} images/s by "
         f"{result['world_size']} worker(s); checkpoint {result['checkpoint']}"
     )
+    print(f"Runs: {mlflow_place()}")
     return result
 
 

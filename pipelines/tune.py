@@ -17,7 +17,7 @@ from typing import Any
 from ivegan.config import PRESETS, Config
 from pipelines import options as cli
 from pipelines.cluster.session import Terminated, stopped
-from pipelines.paths import new_id
+from pipelines.paths import mlflow_place, new_id
 from pipelines.sweeps.definition import Sweep, restored
 
 
@@ -43,6 +43,7 @@ def _search(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         return result
     print("\n" + "\n".join(report.table(result)))
     print(f"\nFigure: {result['figure']}")
+    print(f"Runs: {mlflow_place()}")
     print(f"Train the best at full length with\n  {result['command']}")
     if options.retrain:
         result = {**result, "retrained": driver.retrain(preset, config, options, result)}

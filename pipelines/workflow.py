@@ -24,11 +24,8 @@ from ivegan.errors import UserError
 from pipelines import options as cli
 from pipelines.flows import runner
 from pipelines.flows.steps import Workflow, parse_changes
-from pipelines.paths import new_id, runs_dir, runs_uri
+from pipelines.paths import mlflow_place, new_id, runs_dir, runs_uri
 from pipelines.training.plan import resolve, run_of
-
-UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
-"""MLflow opens on its pages for language models by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +125,7 @@ def _print(result: dict[str, Any]) -> None:
     for line in headline(result["evaluation"]):
         print(f"  {line}")
     print(f"Figures and numbers: {result['report']}")
-    print(f"Runs and models:     make ui, then {UI}")
+    print(f"Runs and models:     {mlflow_place()}")
     for name in result["registered"].get("names", []):
         print(f"Registered:          models:/{name}@{result['registered']['stage']}")
 

@@ -81,7 +81,7 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
             f"The sweep {plan.run_id}", plan, existing.dataset_hash, definition.dataset_hash
         )
     else:
-        tracking.check(plan.tracking_uri)
+        tracking.check(plan.tracking_uri, plan.experiment)
     patience = PATIENCE if options.resume else 0.0
     with claimed(plan.run_uri, patience, log.info) as ownership:
         record = _record(plan, definition, options)
@@ -111,7 +111,7 @@ def _record(plan: Plan, definition: Definition, options: Sweep) -> RunRecord:
         dataset_hash=definition.dataset_hash,
         config_hash=config_hash(plan.config),
         git_commit=git_commit(),
-        experiment=f"ivegan-{plan.config.dataset}",
+        experiment=plan.experiment,
         tags={"kind": "sweep"},
         params={
             **{f"space.{name}": text for name, text in definition.space.items()},

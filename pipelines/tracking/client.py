@@ -21,6 +21,7 @@ from ivegan.errors import UserError, public
 _MLFLOW_TROUBLE = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
 TROUBLE = (*_MLFLOW_TROUBLE, UserError)
 _BUSY = (408, 409, 425, 429)  # the statuses below 500 after which a request is repeated
+_KIND = ("mlflow.experimentKind", "custom_model_development")  # not a language model's
 KEY = "run_key"  # the tag by which a run is found again
 
 DESCRIPTIONS = {
@@ -62,15 +63,23 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def check(uri: str) -> None:
-    """Check that a tracking store answers.
+def check(uri: str, experiment: str) -> None:
+    """Check that a tracking store answers, and that this account may add runs to an experiment.
 
     Raises:
-        UserError: it does not; nothing should start before that is fixed.
+        UserError: it does not, or may not; nothing should start before that is fixed.
     """
     try:
-        client(uri).search_experiments(max_results=1)
+        tracked = client(uri)
+        # A tag that the experiment has: setting it needs the permission that a new run needs.
+        tracked.set_experiment_tag(experiment_of(tracked, experiment, uri), *_KIND)
     except _MLFLOW_TROUBLE as error:
+        if _status(error) == 403:
+            account = os.environ.get("MLFLOW_TRACKING_USERNAME", "this account")
+            raise UserError(
+                f"{account} may not add runs to the experiment {experiment} of {public(uri)}: get "
+                "EDIT on it, or choose another with --experiment."
+            ) from error
         raise refusal(uri, error) from error
 
 
@@ -85,7 +94,7 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
         try:
             tags = {
                 "mlflow.note.content": note,
-                "mlflow.experimentKind": "custom_model_development",  # not a language model's
+                _KIND[0]: _KIND[1],
             }
             return tracked.create_experiment(name, where, tags)
         except MlflowException:

@@ -261,6 +261,8 @@ class Mirror:
     def __init__(self, run_uri: str, uri: str) -> None:
         self._run_uri, self._uri = run_uri, uri
         self._copied: set[str] = set()
+        folder = run_uri.rpartition("/")[0]
+        self._remedy = f"`python pipelines/registry.py sync --storage {folder}` copies the rest."
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
@@ -278,7 +280,7 @@ class Mirror:
         self._done.set()
         self._thread.join(_LAST_CHANCE)
         if self._thread.is_alive():
-            log.warning("MLflow does not answer; %s", _REMEDY)
+            log.warning("MLflow did not take all in %g s; %s", _LAST_CHANCE, self._remedy)
 
     def _run(self) -> None:
         failures = 0
@@ -290,16 +292,16 @@ class Mirror:
             except Exception as error:  # of any kind: training is worth more
                 reason = tracking.first_line(error)
                 if done:
-                    log.warning("MLflow has not all of %s (%s); %s", self._run_uri, reason, _REMEDY)
+                    log.warning(
+                        "MLflow lacks a part of %s (%s); %s", self._run_uri, reason, self._remedy
+                    )
                 elif not failures:
-                    log.warning("MLflow does not answer (%s); training continues", reason)
+                    answer = "does not answer" if tracking.is_away(error) else "refuses the run"
+                    log.warning("MLflow %s (%s); training continues", answer, reason)
                 failures += 1
             if done:
                 return
             self._done.wait(min(_INTERVAL * 2.0 ** min(failures, 9), _LONGEST_PAUSE))
-
-
-_REMEDY = "`python pipelines/registry.py sync` copies the rest."
 
 
 def sync(where: str | Path) -> dict[str, int]:

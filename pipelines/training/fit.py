@@ -111,10 +111,10 @@ def _import_mlflow(plan: Plan) -> None:
 
 
 def _check_tracking(plan: Plan) -> None:
-    """Raise UserError if the tracking store does not answer."""
+    """Raise UserError if the tracking store does not answer, or does not take the run."""
     from pipelines.tracking import client  # here, since it takes seconds to import
 
-    client.check(plan.tracking_uri)
+    client.check(plan.tracking_uri, plan.experiment)
 
 
 def _record(plan: Plan, dataset_hash: str) -> RunRecord:
@@ -132,7 +132,7 @@ def _record(plan: Plan, dataset_hash: str) -> RunRecord:
         config_hash=config_hash(plan.config),
         git_commit=git_commit(),
         parent=run.parent_run,
-        experiment=f"ivegan-{plan.config.dataset}",
+        experiment=plan.experiment,
         tags=plan.tags,
         params={"workers": run.workers},
         key=records.new_key(plan.run_id),

@@ -49,6 +49,8 @@ class Execution(cli.Options):
     """What the networks compute in; bfloat16 is faster where the machine has units for it."""
     accumulate: int = 1
     """Parts that each worker's share of a batch is computed in, for the memory of one part."""
+    experiment: str = ""
+    """MLflow experiment of the run; ivegan-DATASET by default."""
     wait_for_nodes: float = dataclasses.field(
         default_factory=lambda: float(os.environ.get("IVEGAN_WAIT_FOR_NODES", 0))
     )
@@ -127,6 +129,11 @@ class Plan:
     tracking_uri: str = dataclasses.field(repr=False)  # it may hold a password
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of its MLflow run, beside those that every run has."""
+
+    @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment."""
+        return self.run.experiment or f"ivegan-{self.config.dataset}"
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``--dry-run``."""

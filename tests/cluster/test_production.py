@@ -19,8 +19,10 @@ from local_cluster import BUCKET, Cluster
 from mlflow import MlflowClient
 
 from ivegan import checkpoint, storage
+from ivegan.errors import UserError
 from ivegan.storage import objects
 from pipelines import record as records
+from pipelines.tracking import client as tracking
 from pipelines.tracking.mirror import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -107,6 +109,16 @@ def test_requests_without_token_account_or_key_are_refused(cluster):
     experiments = "/api/2.0/mlflow/experiments/search?max_results=1"
     assert status_of(cluster.url("mlflow") + experiments) == 401
     assert status_of(f"{cluster.url('s3')}/{BUCKET}?list-type=2") in (400, 403)
+
+
+def test_an_account_that_may_only_read_is_refused_before_it_trains(state, cluster, monkeypatch):
+    local_cluster.make_account(cluster, "reader", "of-one-test-only")
+    tracking.check(cluster.url("mlflow"), "ivegan-digits")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of-one-test-only")
+    with pytest.raises(UserError, match=r"reader may not add runs .* choose another with --exp"):
+        tracking.check(cluster.url("mlflow"), "ivegan-digits")
+    tracking.check(cluster.url("mlflow"), "of-the-reader")
 
 
 def test_no_secret_stands_in_logs_states_jobs_or_records(cluster):

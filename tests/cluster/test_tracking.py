@@ -24,7 +24,7 @@ def test_no_password_appears_when_no_server_answers(home, monkeypatch, capfd):
     uri = "http://user:sesame@127.0.0.1:9/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for call in (lambda: tracking.check(uri), overview):
+    for call in (lambda: tracking.check(uri, "ivegan-digits"), overview):
         with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x") as caught:
             call()
         assert "sesame" not in str(caught.value)
