@@ -2,10 +2,12 @@
 
 The zip is read in place; without one, the JPEGs are looked for in ``img_align_celeba``, then in the
 source itself. Beside them stand ``list_attr_celeba.txt`` and ``list_eval_partition.txt``, and
-optionally ``identity_CelebA.txt``; the official split is kept. The central 128 x 128 pixels are cut
-out (``c128``), as the paper says; ``c178r128`` cuts out 178 x 178 and resizes, as others do whose
-Frechet distances one may want to compare with. A subset with shorter lists is taken as it is, but
-lists and images must be of one release: the same names, in the lists in the same order.
+optionally ``identity_CelebA.txt``; the layouts of the official drive (``Anno/``, ``Eval/``,
+``Img/``), torchvision (``celeba/``) and Kaggle (CSV lists, a nested folder) are read too. The
+official split is kept. The central 128 x 128 pixels are cut out (``c128``), as the paper says;
+``c178r128`` cuts out 178 x 178 and resizes, as others do whose Frechet distances one may want to
+compare with. A subset with shorter lists is taken as it is, but lists and images must be of one
+release: the same names, in the lists in the same order.
 
 Lists and zip are read once per process, not per shard: both tell of 202,599 images.
 """
@@ -25,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.source import Source, file_sha256
+from data_prep.source import Source, file_sha256, is_litter, nearest
 from ivegan import storage
 from ivegan.data.manifest import SPLITS
 from ivegan.data.tars import Sample
@@ -39,6 +41,7 @@ ZIP = "img_align_celeba.zip"
 FOLDER = "img_align_celeba"
 ATTRIBUTES, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
 IDENTITY = "identity_CelebA.txt"
+_PLACES = ("", "Img", "Anno", "Eval", "celeba")  # of the official drive, and of torchvision
 NUM_ATTRIBUTES = 40
 CROPS = {"c128": 128, "c178r128": 178}
 _LARGEST = 4 << 20  # bytes of a JPEG; those of the release have less than 20,000
@@ -86,7 +89,12 @@ class _Zip:
         for member in self._archive.infolist():
             # The images' folder differs between releases, so the last part is what counts.
             name = PurePosixPath(member.filename).name
-            if _is_image(name) and self._members.setdefault(name, member) is not member:
+            litter = is_litter(member.filename)
+            if (
+                not litter
+                and _is_image(name)
+                and self._members.setdefault(name, member) is not member
+            ):
                 raise UserError(f"{uri} holds two images named {name!r}: remove the wrong one.")
         self.names = self._members.keys()
 
@@ -236,10 +244,16 @@ def cut(jpeg: bytes, crop: str) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def _images(source: str) -> _Zip | _Folder:
     """Return where the images are."""
-    uri, folder = storage.join(source, ZIP), storage.join(source, FOLDER)
-    if storage.exists(uri):
+    if uri := _find(source, ZIP):
         return _Zip(uri)
-    return _Folder(folder if storage.exists(folder) else source)
+    folder = _find(source, FOLDER) or source
+    return _Folder(_find(folder, FOLDER) or folder)  # Kaggle's is nested
+
+
+def _find(source: str, name: str) -> str | None:
+    """Return the URI of a file or folder in the source, or in a folder of the public copies."""
+    uris = [storage.join(source, *(part for part in (place, name) if part)) for place in _PLACES]
+    return next((uri for uri in uris if storage.exists(uri)), None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -252,15 +266,22 @@ def _lists(source: str) -> _Lists:
     sources: dict[str, str] = {}
 
     def rows(name: str) -> list[str]:
-        uri = storage.join(source, name)
-        if not storage.exists(uri):
-            raise UserError(f"There is no {name} in {source}: it belongs beside {ZIP}.")
+        uri = _find(source, name) or _find(source, name.replace(".txt", ".csv"))
+        if uri is None:
+            hint = nearest(name, storage.list_names(source))
+            raise UserError(f"There is no {name} in {source} ({hint}): it belongs beside {ZIP}.")
         raw = storage.read_bytes(uri)
-        sources[name] = sha256_hex(raw)
+        sources[uri.rpartition("/")[2]] = sha256_hex(raw)
         try:
-            return raw.decode("ascii").rstrip().splitlines()
+            lines = raw.removeprefix(b"\xef\xbb\xbf").decode("ascii").rstrip().splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"{uri} is no text file ({error}): download it again.") from error
+        if not uri.endswith(".csv"):
+            return lines
+        # Kaggle's lists: a row of names, then the official rows with commas, without their number.
+        head, *lines = [line.replace(",", " ") for line in lines] or [""]
+        names = head.partition(" ")[2]
+        return [str(len(lines)), names, *lines] if name == ATTRIBUTES else lines
 
     attribute_names, attributes = _attributes(storage.join(source, ATTRIBUTES), rows(ATTRIBUTES))
 
@@ -280,7 +301,7 @@ def _lists(source: str) -> _Lists:
     for name, part in zip(attributes, column(PARTITION, "[012]", "0, 1 or 2"), strict=True):
         splits[SPLITS[part]].append(name)
     identities = {}
-    if storage.exists(storage.join(source, IDENTITY)):
+    if _find(source, IDENTITY):
         identities = dict(zip(attributes, column(IDENTITY, "[0-9]{1,9}", "a number"), strict=True))
     return _Lists(splits, attributes, attribute_names, identities, sources)
 
@@ -317,7 +338,7 @@ def _attributes(uri: str, rows: list[str]) -> tuple[tuple[str, ...], dict[str, b
 
 def _is_image(name: str) -> bool:
     """Return whether a file directly in the folder looks like an image."""
-    return "/" not in name and name.lower().endswith((".jpg", ".jpeg"))
+    return "/" not in name and not is_litter(name) and name.lower().endswith((".jpg", ".jpeg"))
 
 
 def _missing(name: str, where: str) -> UserError:

@@ -15,6 +15,7 @@ import io
 import itertools
 import logging
 import math
+import re
 import struct
 import urllib.request
 import zlib
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.source import Source
+from data_prep.source import Source, is_litter, nearest
 from ivegan import storage
 from ivegan.data.tars import Sample
 from ivegan.digest import sha256_hex
@@ -38,6 +39,8 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+# Names of public copies: train-images.idx3-ubyte, emnist-letters-test-labels-idx1-ubyte.gz, …
+_COPY = re.compile(r"(?:.*[-_])?(train|t10k|test)-(images|labels)[-.]idx[13][-.]ubyte(?:\.gz)?")
 DOWNLOAD = "download"  # as --source
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -77,7 +80,7 @@ def describe(source: str | None, name: str) -> Source:
     if not len(train.images) or not len(test.images):
         raise UserError(f"{source} holds an IDX file without images: nothing to build.")
     valid = len(train.images) // VALID_SHARE
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    first, last = _classes(source)
     return Source(
         dataset=name,
         image_shape=(1, SIDE, SIDE),
@@ -91,7 +94,7 @@ def describe(source: str | None, name: str) -> Source:
             "image": f"zero padded to {SIDE}x{SIDE}",
             "split": f"valid is the last 1/{VALID_SHARE} of the training file",
         },
-        label_names=tuple(str(label) for label in range(classes)),
+        label_names=tuple(str(label) for label in range(first, last + 1)),
     )
 
 
@@ -99,12 +102,12 @@ def read(source: str, split: str, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of one split from start to stop."""
     half = _half(source, "test" if split == "test" else "train")
     first = len(half.images) - len(half.images) // VALID_SHARE if split == "valid" else 0
-    (file, _) = half.sources
+    (file, _), (lowest, _) = half.sources, _classes(source)
     for place in range(first + start, first + stop):
         image = half.images[place]
         spare = [SIDE - side for side in image.shape]
         padded = np.pad(image, [(room // 2, room - room // 2) for room in spare])
-        meta = {"label": int(half.labels[place]), "source": f"{file}#{place}"}
+        meta = {"label": int(half.labels[place]) - lowest, "source": f"{file}#{place}"}
         yield Sample(f"{split}-{place - first:06d}", padded[None], meta)
 
 
@@ -203,12 +206,50 @@ def _half(source: str, half: str) -> _Half:
 
 def _read_idx(source: str, name: str, num_axes: int) -> tuple[np.ndarray, dict[str, str]]:
     """Return an IDX file's array, and its file name with its sha256."""
+    file = _find(source, name)
+    uri = storage.join(source, file)
+    raw = storage.read_bytes(uri)
+    return _parse_idx(raw, uri, num_axes), {file.rpartition("/")[2]: sha256_hex(raw)}
+
+
+def _classes(source: str) -> tuple[int, int]:
+    """Return the lowest and the highest label; classes are counted from the lowest."""
+    labels = [_half(source, half).labels for half in FILES]
+    return int(min(map(np.min, labels))), int(max(map(np.max, labels)))
+
+
+def _find(source: str, name: str) -> str:
+    """Return the name of an IDX file in the source, or in a folder below it.
+
+    Raises:
+        UserError: there is none, or there are several of different data sets.
+    """
     for candidate in (f"{name}.gz", name):
         uri = storage.join(source, candidate)
-        if storage.exists(uri):
-            raw = storage.read_bytes(uri)
-            return _parse_idx(raw, uri, num_axes), {candidate: sha256_hex(raw)}
-    raise UserError(f"There is no {name}.gz or {name} in {source}: correct --source.")
+        if storage.exists(uri) and not storage.list_names(uri):  # a copy has folders of these names
+            names = [candidate]
+            break
+    else:
+        found = storage.list_files(source)
+        names = [n for n in found if not is_litter(n) and _part(n) == _part(name)]
+        if not names:
+            hint = nearest(name, found)
+            raise UserError(
+                f"There is no {name}.gz or {name} in {source} ({hint}): correct --source."
+            )
+    sets = {n.rpartition("/")[2].removesuffix(".gz").replace(".", "-") for n in names}
+    if len(sets) > 1:
+        raise UserError(
+            f"{source} holds several data sets, {' and '.join(sorted(names)[:2])} for instance: "
+            "give the folder of one."
+        )
+    return min(names, key=lambda n: (n.count("/"), n))
+
+
+def _part(name: str) -> tuple[str, str] | None:
+    """Return half and kind of an IDX file by its name, whatever its data set; None for others."""
+    found = _COPY.fullmatch(name.rpartition("/")[2].lower())
+    return found and (found[1].replace("t10k", "test"), found[2])
 
 
 def _parse_idx(raw: bytes, uri: str, num_axes: int) -> np.ndarray:

@@ -1,7 +1,10 @@
 """Description of a raw data set, and names and digests of raw files."""
 
+import difflib
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 _PIECE = 1 << 24  # an object store is asked for each
@@ -32,3 +35,17 @@ def file_sha256(file: IO[bytes]) -> str:
     while piece := file.read(_PIECE):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def is_litter(name: str) -> bool:
+    """Return whether a file is one that macOS and Windows leave in folders and zips."""
+    parts = PurePosixPath(name).parts
+    return "__MACOSX" in parts or any(part.startswith(".") for part in parts)
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """Return the end of a message about a missing file: the nearest name among those found."""
+    by_name = {PurePosixPath(name).name: name for name in names if not is_litter(name)}
+    if close := difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.75):
+        return f"the nearest file there is {by_name[close[0]]}"
+    return "nothing there has a similar name"

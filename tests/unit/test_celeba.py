@@ -165,7 +165,7 @@ def test_line_ends_of_windows_are_accepted(face_folder):
 
 SWAPPED = "000005.jpg 0\n000004.jpg 0\n"
 SPOILT: list[tuple[Callable[[Path], object], str]] = [
-    (lambda f: (f / ATTRIBUTES).unlink(), "There is no list_attr_celeba.txt in .*faces: it"),
+    (lambda f: (f / ATTRIBUTES).unlink(), "There is no list_attr_celeba.txt in .*faces .*: it"),
     (lambda f: (f / IDENTITY).write_bytes(b"\xc3\xa9"), f"{IDENTITY} is no text file"),
     (lambda f: (f / ATTRIBUTES).write_text(""), f"{ATTRIBUTES} must start with the number"),
     (lambda f: (f / ATTRIBUTES).write_text("0\na b\n"), f"{ATTRIBUTES} must start with the num"),
@@ -339,3 +339,56 @@ def test_zip_and_folder_in_a_bucket_give_the_same(s3, face_folder):
     storage.upload_folder(face_folder, f"{s3}/folder")
     assert celeba.describe(f"{s3}/folder", "celeba") == celeba.describe(str(face_folder), "celeba")
     assert tar(f"{s3}/folder") == wanted
+
+
+def kaggle(folder: Path) -> None:
+    """Change a release to Kaggle's layout: CSV lists, a nested folder, no identities."""
+    unzip(folder, "images").joinpath("images").rename(folder / "img_align_celeba")
+    (folder / "inner").mkdir()
+    (folder / "img_align_celeba").rename(folder / "inner" / "img_align_celeba")
+    (folder / "inner").rename(folder / "img_align_celeba")
+    for name, head in ((ATTRIBUTES, None), (PARTITION, "image_id,partition")):
+        rows = [",".join(row.split()) for row in (folder / name).read_text().splitlines()]
+        rows = [f"image_id,{rows[1]}", *rows[2:]] if head is None else [head, *rows]
+        (folder / name).with_suffix(".csv").write_text("\r\n".join(rows) + "\r\n")
+        (folder / name).unlink()
+
+
+def official_drive(folder: Path) -> None:
+    for name, to in ((ATTRIBUTES, "Anno"), (PARTITION, "Eval"), (celeba.ZIP, "Img")):
+        (folder / to).mkdir()
+        (folder / name).rename(folder / to / name)
+
+
+def torchvision(folder: Path) -> None:
+    (folder / "celeba").mkdir()
+    for name in (ATTRIBUTES, PARTITION, celeba.ZIP):
+        (folder / name).rename(folder / "celeba" / name)
+
+
+def left_by_systems(folder: Path) -> None:
+    rezip(
+        folder, {"__MACOSX/img_align_celeba/._000001.jpg": b"x", "img_align_celeba/Thumbs.db": b""}
+    )
+    (folder / ".DS_Store").write_bytes(b"")
+
+
+def byte_order_mark(folder: Path) -> None:
+    for name in (ATTRIBUTES, PARTITION):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes() + b"\n \n")
+
+
+@pytest.mark.parametrize(
+    "change", [kaggle, official_drive, torchvision, left_by_systems, byte_order_mark]
+)
+def test_public_copies_give_the_same_samples(change, face_folder):
+    (face_folder / IDENTITY).unlink(missing_ok=True)
+
+    def samples() -> list[tuple[str, bytes, object]]:
+        splits = celeba.describe(str(face_folder), "celeba").splits
+        found = [s for n, c in splits.items() for s in celeba.read(str(face_folder), n, 0, c)]
+        return [(s.key, s.image.tobytes(), s.meta) for s in found]
+
+    before = samples()
+    change(face_folder)
+    assert samples() == before

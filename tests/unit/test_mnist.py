@@ -299,3 +299,57 @@ def test_the_files_are_fetched_into_a_bucket(mirrors, s3):
     assert set(storage.list_names(to)) == set(mnist.MD5)
     mnist.fetched("download", f"{s3}/data/out/")
     assert len(mirrors[0].asked) == 4
+
+
+LAYOUTS = {
+    "a dot for a hyphen": "{half}-{kind}.idx{axes}-ubyte",
+    "a folder around each file": "{half}-{kind}-idx{axes}-ubyte/{half}-{kind}-idx{axes}-ubyte",
+    "torchvision": "MNIST/raw/{half}-{kind}-idx{axes}-ubyte",
+    "EMNIST": "gzip/emnist-letters-{other}-{kind}-idx{axes}-ubyte",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_public_copies_are_read_whatever_their_names(layout, idx_folder, tmp_path):
+    images = [s.image for s in mnist.read(str(idx_folder), "test", 0, 3)]
+    for path in list(idx_folder.iterdir()):
+        half, kind, axes, _ = path.name.replace(".gz", "").split("-")
+        other = half.replace("t10k", "test")
+        name = layout.format(half=half, kind=kind, axes=axes[-1], other=other)
+        target = tmp_path / "copy" / (name + path.suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        (target.parent / f"._{target.name}").write_bytes(b"macOS")
+    source = str(tmp_path / "copy")
+    assert mnist.describe(source, "mnist").splits == mnist.describe(str(idx_folder), "mnist").splits
+    found = [s.image for s in mnist.read(source, "test", 0, 3)]
+    np.testing.assert_array_equal(found, images)
+
+
+def test_several_data_sets_in_one_folder_are_refused(idx_folder):
+    for path in list(idx_folder.iterdir()):
+        for name in ("letters", "digits"):
+            path.with_name(f"emnist-{name}-{path.name}").write_bytes(path.read_bytes())
+        path.unlink()
+    with pytest.raises(UserError, match="holds several data sets"):
+        mnist.describe(str(idx_folder), "mnist")
+
+
+def test_the_nearest_file_is_named(idx_folder):
+    (path,) = idx_folder.glob("train-images*")
+    path.rename(path.with_name("train-imges-idx3-ubyte.gz"))
+    with pytest.raises(UserError, match=r"nearest file there is train-imges-idx3-ubyte\.gz"):
+        mnist.describe(str(idx_folder), "mnist")
+
+
+def test_labels_are_counted_from_the_lowest(idx_folder):
+    for path in idx_folder.glob("*labels*"):
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rb") as file:
+            raw = file.read()
+        with opened(path, "wb") as file:
+            file.write(raw[:8] + bytes(value + 5 for value in raw[8:]))
+    before = mnist.describe(str(idx_folder), "mnist").label_names
+    labels = [s.meta["label"] for s in mnist.read(str(idx_folder), "train", 0, 9)]
+    assert int(before[0]) >= 5
+    assert 0 <= min(labels) < max(labels) < len(before)
