@@ -354,16 +354,18 @@ def kaggle(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def moved(folder: Path, *places: str) -> None:
+    for name, place in zip((ATTRIBUTES, PARTITION, celeba.ZIP), places, strict=True):
+        (folder / place).mkdir(exist_ok=True)
+        (folder / name).rename(folder / place / name)
+
+
 def official_drive(folder: Path) -> None:
-    for name, to in ((ATTRIBUTES, "Anno"), (PARTITION, "Eval"), (celeba.ZIP, "Img")):
-        (folder / to).mkdir()
-        (folder / name).rename(folder / to / name)
+    moved(folder, "Anno", "Eval", "Img")
 
 
 def torchvision(folder: Path) -> None:
-    (folder / "celeba").mkdir()
-    for name in (ATTRIBUTES, PARTITION, celeba.ZIP):
-        (folder / name).rename(folder / "celeba" / name)
+    moved(folder, "celeba", "celeba", "celeba")
 
 
 def left_by_systems(folder: Path) -> None:

@@ -344,11 +344,10 @@ def test_the_nearest_file_is_named(idx_folder):
 
 def test_labels_are_counted_from_the_lowest(idx_folder):
     for path in idx_folder.glob("*labels*"):
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rb") as file:
-            raw = file.read()
-        with opened(path, "wb") as file:
-            file.write(raw[:8] + bytes(value + 5 for value in raw[8:]))
+        zipped = path.suffix == ".gz"
+        raw = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+        raw = raw[:8] + bytes(value + 5 for value in raw[8:])
+        path.write_bytes(gzip.compress(raw) if zipped else raw)
     before = mnist.describe(str(idx_folder), "mnist").label_names
     labels = [s.meta["label"] for s in mnist.read(str(idx_folder), "train", 0, 9)]
     assert int(before[0]) >= 5
