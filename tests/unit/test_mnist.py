@@ -1,19 +1,20 @@
 """IDX files are read or refused, and fetched from mirrors that may lie."""
 
-import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
+import shutil
 import struct
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
+from datasets import files_of
 
 from data_prep import mnist
 from data_prep.building import build
@@ -123,148 +124,81 @@ def test_real_mnist_is_read(test_data):
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """A server of files, which can answer in bad ways."""
+    """A server of the files in a folder."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
-        self.files: dict[str, bytes] = {}
-        self.bad: dict[str, Callable[[_Answers, bytes], None]] = {}
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), functools.partial(_Answers, directory=str(folder)))
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.server_port}"
         self.asked: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/mnist"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
 
-class _Answers(http.server.BaseHTTPRequestHandler):
+class _Answers(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
-        mirror, name = cast(Mirror, self.server), self.path.removeprefix("/mnist/")
-        mirror.asked.append(name)
-        content = mirror.files.get(name)
-        if content is None:
-            self.send_error(404)
-        elif name in mirror.bad:
-            mirror.bad[name](self, content)
-        else:
-            self.start(content)
-            self.wfile.write(content)
-
-    def start(self, content: bytes | None) -> None:
-        self.send_response(200)
-        if content is not None:
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        cast(Mirror, self.server).asked.append(self.path.removeprefix("/"))
+        super().do_GET()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @pytest.fixture
-def mirrors(idx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Mirror]]:
+def mirrors(idx_folder: Path, tmp_path: Path, monkeypatch) -> Iterator[list[Mirror]]:
     """Return two servers of the same four files, which count as the published ones."""
     for path in idx_folder.iterdir():
         if path.suffix != ".gz":
             path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
             path.unlink()
-    files = {path.name: path.read_bytes() for path in idx_folder.iterdir()}
-    monkeypatch.setattr(
-        mnist, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    )
+    other = Path(shutil.copytree(idx_folder, tmp_path / "other"))
+    sums = {name: hashlib.md5(data).hexdigest() for name, data in files_of(other).items()}
+    monkeypatch.setattr(mnist, "MD5", sums)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    servers = [Mirror(), Mirror()]
+    servers = [Mirror(idx_folder), Mirror(other)]
     monkeypatch.setattr(mnist, "MIRRORS", [server.url for server in servers])
-    for server in servers:
-        server.files = dict(files)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield servers
     for server in servers:
         server.shutdown()
         server.server_close()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
-
-
-def cut_off(answer: _Answers, content: bytes) -> None:
-    answer.start(content)
-    answer.wfile.write(content[:-5])
-
-
-def endless(answer: _Answers, content: bytes) -> None:
-    answer.start(None)
-    with contextlib.suppress(OSError):  # the client has had enough
-        while True:
-            answer.wfile.write(bytes(1 << 16))
-
-
-def silent(answer: _Answers, content: bytes) -> None:
-    answer.start(content)
-    answer.connection.settimeout(3)
-    with contextlib.suppress(OSError):
-        answer.connection.recv(1)
-
-
-def other(answer: _Answers, content: bytes) -> None:
-    """Answer with a good file, which is not the published one."""
-    wrong = gzip.compress(idx(np.zeros(24, np.uint8)))
-    answer.start(wrong)
-    answer.wfile.write(wrong)
-
-
-def no_http(answer: _Answers, content: bytes) -> None:
-    answer.wfile.write(b"no HTTP\r\n")
-
-
-BAD = [
-    (cut_off, "is damaged"),
-    (endless, "is damaged .Not a gzipped file"),
-    (silent, "timed out"),
-    (other, "another md5 than published"),
-    (no_http, "no HTTP"),
-    (None, "HTTP Error 404"),
-]
 LABELS_GZ = LABELS + ".gz"
+OTHER = zipped(idx(np.arange(24, dtype=np.uint8)))
 
 
 def test_the_files_are_fetched_once_beside_the_data_set(mirrors, tmp_path):
     assert mnist.fetched("folder", "x") == "folder"
     to = mnist.fetched("download", str(tmp_path / "out"))
     assert to == str(tmp_path / "out-raw")
-    assert contents(Path(to)) == mirrors[0].files
+    assert files_of(Path(to)) == files_of(mirrors[0].folder)
     assert mnist.describe(to, "mnist").splits == {"train": 22, "valid": 2, "test": 10}
     (Path(to) / LABELS_GZ).write_bytes(b"damaged since")
     mnist.fetched("download", f"{tmp_path}/out/")
-    assert contents(Path(to)) == mirrors[0].files
+    assert files_of(Path(to)) == files_of(mirrors[0].folder)
     assert sorted(mirrors[0].asked) == sorted([*mnist.MD5, LABELS_GZ])
     assert mirrors[1].asked == []
 
 
-@pytest.mark.parametrize(("bad", "sentence"), BAD)
-def test_what_one_mirror_does_not_give_comes_from_the_next(
-    mirrors, tmp_path, monkeypatch, bad, sentence
-):
-    monkeypatch.setattr(mnist, "_LARGEST", 1_000_000)
-    monkeypatch.setattr(mnist, "_TIMEOUT", 0.4)
-
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "HTTP Error 404"), (OTHER[:-1], "is damaged"), (OTHER, "another md5 than published")],
+)
+def test_what_one_mirror_does_not_give_comes_from_the_next(mirrors, tmp_path, content, sentence):
     def spoil(server: Mirror) -> None:
-        if bad is None:
-            del server.files[LABELS_GZ]
-        else:
-            server.bad[LABELS_GZ] = bad
+        (server.folder / LABELS_GZ).unlink()
+        if content is not None:
+            (server.folder / LABELS_GZ).write_bytes(content)
 
     spoil(mirrors[0])
-    urls = [server.url for server in mirrors]
-    mnist.download(str(tmp_path / "good"), urls)
-    assert contents(tmp_path / "good") == mirrors[1].files
+    mnist.download(str(tmp_path / "good"), mnist.MIRRORS)
+    assert files_of(tmp_path / "good") == files_of(mirrors[1].folder)
     assert mirrors[1].asked == [LABELS_GZ]
     spoil(mirrors[1])
     with pytest.raises(UserError, match=sentence) as error:
-        mnist.download(str(tmp_path / "bad"), urls)
-    assert str(error.value).startswith(f"{LABELS_GZ} cannot be downloaded ({urls[0]}/")
-    assert f"; {urls[1]}/" in str(error.value)
+        mnist.download(str(tmp_path / "bad"), mnist.MIRRORS)
+    assert str(error.value).startswith(f"{LABELS_GZ} cannot be downloaded ({mirrors[0].url}/")
+    assert f"; {mirrors[1].url}/" in str(error.value)
     assert "\n" not in str(error.value)
-    assert set(contents(tmp_path / "bad")) == {IMAGES}  # nothing of the file that was wrong
+    assert set(files_of(tmp_path / "bad")) == {IMAGES}  # nothing of the file that was wrong
 
 
 def test_a_mirror_that_does_not_answer_is_reported(tmp_path, monkeypatch):
@@ -277,28 +211,22 @@ def test_a_mirror_that_does_not_answer_is_reported(tmp_path, monkeypatch):
 def test_another_data_set_needs_no_published_check_sums_but_good_files(mirrors, tmp_path):
     server, out = mirrors[0], str(tmp_path / "out")
     mnist.fetched("download", out)
-    server.files[LABELS_GZ] = gzip.compress(idx(np.arange(24, dtype=np.uint8)))
-    to = mnist.fetched(f"{server.url}/", out)
-    assert contents(Path(to)) == server.files
-    server.files[LABELS_GZ] = gzip.compress(idx(np.arange(24, dtype=np.uint8)[::-1]))
-    mnist.fetched(server.url, out)  # what is there may be another data set's
-    assert contents(Path(to)) == server.files
-    for content, sentence in (
-        (server.files[LABELS_GZ][:-1], "is damaged"),
-        (server.files[IMAGES], "is no IDX file of 1 axes"),
-        (idx(np.zeros(24, np.uint8)), "is damaged"),
-    ):
-        server.files[LABELS_GZ] = content
+    (server.folder / LABELS_GZ).write_bytes(OTHER)
+    to = mnist.fetched(f"{server.url}/", out)  # existing files may be another data set's
+    assert files_of(Path(to)) == files_of(server.folder)
+    images = (server.folder / IMAGES).read_bytes()
+    for content, sentence in ((OTHER[:-1], "is damaged"), (images, "is no IDX file of 1 axes")):
+        (server.folder / LABELS_GZ).write_bytes(content)
         with pytest.raises(UserError, match=rf"{LABELS_GZ} cannot be downloaded \(.*{sentence}"):
             mnist.fetched(server.url, out)
 
 
 def test_the_files_are_fetched_into_a_bucket(mirrors, s3):
-    to = mnist.fetched("download", f"{s3}/data/out/")
-    assert to == f"{s3}/data/out-raw"
-    assert set(storage.list_names(to)) == set(mnist.MD5)
-    mnist.fetched("download", f"{s3}/data/out/")
-    assert len(mirrors[0].asked) == 4
+    for _ in range(2):
+        to = mnist.fetched("download", f"{s3}/data/out/")
+        assert to == f"{s3}/data/out-raw"
+        assert set(storage.list_names(to)) == set(mnist.MD5)
+        assert len(mirrors[0].asked) == 4
 
 
 LAYOUTS = {
