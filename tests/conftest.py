@@ -160,8 +160,10 @@ def s3(s3_variables: dict[str, str]) -> Iterator[str]:
         client.create_bucket(Bucket=bucket)
         yield f"s3://{bucket}"
         objects.client.cache_clear()
-        for name in storage.list_files(f"s3://{bucket}"):
-            client.delete_object(Bucket=bucket, Key=name)
+        keys = [{"Key": name} for name in storage.list_files(f"s3://{bucket}")]
+        for start in range(0, len(keys), 1000):
+            batch = {"Objects": keys[start : start + 1000], "Quiet": True}
+            client.delete_objects(Bucket=bucket, Delete=batch)
         client.delete_bucket(Bucket=bucket)
         objects.client.cache_clear()
 
