@@ -10,7 +10,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import local_cluster
 import local_demo
@@ -104,11 +103,18 @@ def test_the_whole_way(state, cluster):
         assert (Path(cluster.folder) / node / "cache").exists()
 
 
-def test_requests_without_token_account_or_key_are_refused(cluster):
+def test_requests_without_token_account_or_key_are_refused(cluster, tmp_path, monkeypatch):
     assert status_of(cluster.url("dashboard") + "/api/jobs/") in (401, 403)
     experiments = "/api/2.0/mlflow/experiments/search?max_results=1"
     assert status_of(cluster.url("mlflow") + experiments) == 401
-    assert status_of(f"{cluster.url('s3')}/{BUCKET}?list-type=2") in (400, 403)
+    storage.list_names(RUNS)
+    wrong = tmp_path / "credentials"
+    wrong.write_text("[default]\naws_access_key_id = ivegan:ivegan\naws_secret_access_key = no\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(wrong))
+    objects.client.cache_clear()
+    with pytest.raises(UserError, match="was denied"):
+        storage.list_names(RUNS)
+    objects.client.cache_clear()
 
 
 def test_an_account_that_may_only_read_is_refused_before_it_trains(state, cluster, monkeypatch):
@@ -123,7 +129,7 @@ def test_an_account_that_may_only_read_is_refused_before_it_trains(state, cluste
 
 def test_no_secret_stands_in_logs_states_jobs_or_records(cluster):
     texts = {str(p): p.read_text(errors="replace") for p in _logs(cluster)}
-    states: list[Any] = ["/api/jobs/", "/nodes?view=details"]
+    states = ["/api/jobs/"]
     kinds = ("actors", "tasks", "workers", "runtime_envs", "jobs", "nodes")
     states += [f"/api/v0/{kind}?detail=1&limit=1000" for kind in kinds]
     texts |= {s: json.dumps(local_cluster.ask_ray(cluster, s)) for s in states}
