@@ -53,21 +53,38 @@ def evaluate_checkpoint(
     device: str = "cpu",
     seed: int = 0,
     limit: int | None = None,
-) -> dict[str, float]:
-    """Return the numbers of a checkpoint, ``eval/same_class`` and so on, after writing all files.
+    protocol: str = "pacgan",
+) -> dict[str, Any]:
+    """Measure a checkpoint and return what ``ivegan.evaluation.evaluate.evaluate`` returns.
 
-    An evaluation without a limit is also copied to the run's folder and to MLflow.
+    The run's own numbers, of all held-out samples, are also copied to its folder and to MLflow.
 
     Args:
         uri: a checkpoint, a run's folder, or a registered model of either half.
         data: shards; those that the checkpoint was trained on by default.
         out: folder or s3:// URI for ``metrics.json``, the figures and ``report.html``.
-        device, seed, limit: as for ``ivegan.evaluation.evaluate.evaluate``.
+        device, seed, limit, protocol: as for ``evaluate``.
 
     Raises:
-        UserError: as for ``ivegan.evaluation.evaluate.evaluate``.
+        UserError: as for ``evaluate``.
     """
-    return _evaluate(_resolve(uri), data, str(out), device, seed, limit)["metrics"]
+    from pipelines.paths import cache_dir
+
+    uri = _resolve(uri)
+    checkpoint.keep(uri)
+    result = evaluate(
+        uri,
+        data,
+        str(out),
+        cache_dir=cache_dir(),
+        device=device,
+        seed=seed,
+        limit=limit,
+        protocol=protocol,
+    )
+    if limit is None and protocol == "pacgan":
+        _record(uri, result)
+    return result
 
 
 def main(options: Evaluate) -> dict[str, Any]:
@@ -89,12 +106,12 @@ def main(options: Evaluate) -> dict[str, Any]:
         "protocol": options.protocol,
     }
     if options.dry_run:
-        for name, value in plan.items():
-            print(f"{name:12} {value}")
+        print("\n".join(cli.aligned([(name, str(value)) for name, value in plan.items()])))
         return plan
-    settings = options.device, options.seed, options.limit, options.protocol
-    result = _evaluate(uri, plan["data"], plan["out"], *settings)
-    _print(result["metrics"], result["report"])
+    settings = {k: v for k, v in plan.items() if k not in ("checkpoint", "images_seen")}
+    result = evaluate_checkpoint(uri, **settings)
+    print("\n".join(cli.aligned([row[:3] for row in rows(result["metrics"])], right=(1,))))
+    print(f"\nWhat they mean, with pictures: {result['report']}")
     print(f"Runs: {mlflow_place()}")
     figures = sorted(result["figures"].values())
     return plan | {"metrics": result["metrics"], "figures": figures, "report": result["report"]}
@@ -105,34 +122,6 @@ def command() -> None:
     cli.run(main, Evaluate)
 
 
-def _evaluate(
-    uri: str,
-    data: str | None,
-    out: str,
-    device: str,
-    seed: int,
-    limit: int | None,
-    protocol: str = "pacgan",
-) -> dict[str, Any]:
-    """Evaluate a checkpoint, and copy a whole evaluation to the run's folder and to MLflow."""
-    from pipelines.paths import cache_dir
-
-    checkpoint.keep(uri)
-    result = evaluate(
-        uri,
-        data,
-        out,
-        cache_dir=cache_dir(),
-        device=device,
-        seed=seed,
-        limit=limit,
-        protocol=protocol,
-    )
-    if limit is None and protocol == "pacgan":  # others are not the run's own numbers
-        _record(uri, result)
-    return result
-
-
 def _record(uri: str, result: Mapping[str, Any]) -> None:
     """Copy an evaluation's files to the run's folder, and mirror the run."""
     from pipelines import record
@@ -141,8 +130,8 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
     from pipelines.tracking.mirror import mirror
 
     run_uri, _, name = uri.rpartition("/")
-    metadata, out = checkpoint.read_metadata(uri), result["report"].rpartition("/")[0]
     folder = storage.join(run_uri, name.replace("checkpoint", "evaluation"))
+    out = result["report"].rpartition("/")[0]
     try:
         for path in (*result["figures"].values(), result["report"], f"{out}/metrics.json"):
             data = storage.patiently(storage.read_bytes, path)
@@ -153,13 +142,10 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
     if not record.exists(run_uri):
         return
     try:
-        mirror(run_uri, store_of(metadata))
+        mirror(run_uri, store_of(uri, checkpoint.read_metadata(uri)))
     except TROUBLE as error:
-        log.warning(
-            "MLflow lacks the evaluation of %s (%s); `registry.py sync` copies it.",
-            run_uri,
-            first_line(error),
-        )
+        remedy = "`registry.py sync` copies it."
+        log.warning("MLflow lacks this evaluation (%s); %s", first_line(error), remedy)
 
 
 def _resolve(uri: str) -> str:
@@ -176,16 +162,6 @@ def _check_device(device: str) -> None:
         raise UserError(f"--device is {device}, but must be cpu or cuda.")
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device is {device}, but torch sees no CUDA device; leave it out.")
-
-
-def _print(metrics: Mapping[str, float], report: str) -> None:
-    """Print a table of the numbers, each with what to compare it with, and the page's place."""
-    table = rows(metrics)
-    title_width = max(len(title) for title, *_ in table)
-    value_width = max(len(value) for _, value, *_ in table)
-    for title, value, references, _ in table:
-        print(f"{title:{title_width}}  {value:>{value_width}}   {references}")
-    print(f"\nWhat they mean, with pictures: {report}")
 
 
 if __name__ == "__main__":

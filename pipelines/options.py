@@ -19,14 +19,16 @@ Fields without a default are positional arguments, in their order; all others ar
 with hyphens or underscores. Class and field docstrings are the text of ``--help``.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TextIO, TypeVar
 
 from ivegan.errors import UserError
 
@@ -97,22 +99,17 @@ def run_verb(
     *,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Run a command whose first argument selects one of several functions.
-
-    Args:
-        verbs: for each verb its function and the dataclass of its options.
-        argv: as for ``run``.
-    """
+    """Run a command whose first argument selects one of several functions."""
     arguments = sys.argv[1:] if argv is None else argv
     verb = arguments[0] if arguments else ""
-    if verb in ("-h", "--help"):
-        print(f"usage: {_script()} VERB [OPTIONS]\n")
-        for name, (_, kind) in verbs.items():
-            print(f"  {name:<10} {_first_line(kind)}")
-        print(f"\n{_script()} VERB --help lists the options of a verb.")
-        raise SystemExit(0)
 
     def call() -> tuple[Any, Result | None]:
+        if verb in ("-h", "--help"):
+            print(f"usage: {_script()} VERB [OPTIONS]\n")
+            for name, (_, kind) in verbs.items():
+                print(f"  {name:<10} {_first_line(kind)}")
+            print(f"\n{_script()} VERB --help lists the options of a verb.")
+            raise SystemExit(0)
         if verb not in verbs:
             problem = f"There is no verb {verb!r}" if verb else f"{_script()} needs a verb"
             raise UserError(f"{problem}: use {', '.join(verbs)}; see {_script()} --help.")
@@ -181,19 +178,69 @@ def _exit(
     call: Callable[[], tuple[Any, Result | None]], failed: Callable[[Result], bool] | None = None
 ) -> NoReturn:
     """Run, print the JSON line if asked for, turn a UserError into its message, and exit."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # logs where it finds credentials
+    with _unread_output_dropped():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("botocore").setLevel(logging.WARNING)  # logs where it finds credentials
+        try:
+            options, result = call()
+        except UserError as error:
+            sys.stdout.flush()
+            print(" ".join(str(error).split()), file=sys.stderr)
+            raise SystemExit(2) from None
+        result = result or {}
+        if options.json:
+            print(json.dumps(_plain(result), allow_nan=False, default=str))
+        raise SystemExit(1 if failed is not None and failed(result) else 0)
+
+
+class _Output:
+    """A standard stream that discards what is written after its reader has closed the pipe."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._discarding():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._discarding():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _discarding(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # what is buffered goes to the null device at the next flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _unread_output_dropped() -> Iterator[None]:
+    """Let ``command | head`` end as without ``head``: no error where a reader closes early."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Output(stream) for stream in streams)  # pyright: ignore
     try:
-        options, result = call()
-    except UserError as error:
-        sys.stdout.flush()
-        print(" ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    result = result or {}
-    if options.json:
-        print(json.dumps(_plain(result), allow_nan=False, default=str))
-    sys.stdout.flush()
-    raise SystemExit(1 if failed is not None and failed(result) else 0)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Return the lines of a table; the columns ``right`` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        columns = enumerate(zip(row, widths, strict=True))
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in columns)
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _plain(value: Any) -> Any:

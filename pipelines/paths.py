@@ -42,9 +42,16 @@ def runs_uri(where: str | None) -> str:
     return storage.absolute(where or runs_dir() / "checkpoints")
 
 
-def tracking_uri() -> str:
-    """Return the URI of the MLflow store: MLFLOW_TRACKING_URI, or one SQLite file in runs/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir() / 'mlflow.db'}"
+def tracking_uri(noted: str = "") -> str:
+    """Return the URI of the MLflow store: MLFLOW_TRACKING_URI, or one SQLite file in runs/.
+
+    Args:
+        noted: a store as files name it, to be returned with the password that they leave out.
+    """
+    own = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if noted and public(own) != noted:
+        return noted
+    return own or f"sqlite:///{runs_dir() / 'mlflow.db'}"
 
 
 def mlflow_place() -> str:

@@ -1,4 +1,4 @@
-"""A run's progress in a terminal."""
+"""A run's progress on stdout."""
 
 import sys
 import time
@@ -7,72 +7,50 @@ from typing import Any
 
 from pipelines.training.plan import Plan
 
-Event = dict[str, Any]
+LOSSES = {"D": "loss/D", "D'": "loss/D_prime", "GE": "loss/GE_pair", "G'": "loss/GE_prior"}
 
 
 class Display:
-    """Shows a run's events: a progress bar in a terminal, plain lines elsewhere.
+    """Prints a run's events: one line that is written over in a terminal, plain lines elsewhere.
 
-    A line stands for every checkpoint, and for every twentieth of the run or half minute between.
+    A line stays for every checkpoint; elsewhere also for every twentieth of the run or half minute.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.total = plan.config.total_steps * plan.config.batch_size
+        self.total = plan.images
         self.printed = (0, time.monotonic())  # images, seconds
-        self.bar: Any = None
-        if sys.stdout.isatty():
-            from tqdm import tqdm
+        self.terminal = sys.stdout.isatty()
+        self.end = "\n"
 
-            self.bar = tqdm(
-                total=self.total,
-                unit=" images",
-                unit_scale=True,
-                dynamic_ncols=True,
-                file=sys.stdout,
-            )
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Print one event."""
         if "line" in event:
-            self._write(event["line"])
+            self._print(event["line"])
         if "metrics" in event:
             saved = event["checkpoint"].rpartition("/")[2] if "checkpoint" in event else ""
             self._progress(event["images_seen"], event["metrics"], saved)
 
     def close(self) -> None:
         """Leave the terminal in order."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.end != "\n":
+            print()
 
     def _progress(self, seen: int, metrics: dict[str, float], saved: str) -> None:
-        rate = metrics["rate/images_per_second"]
-        losses = "  ".join(
-            f"{label} {metrics[name]:.3f}"
-            for label, name in (
-                ("D", "loss/D"),
-                ("D'", "loss/D_prime"),
-                ("GE", "loss/GE_pair"),
-                ("G'", "loss/GE_prior"),
-            )
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(losses, refresh=False)
-            self.bar.update(seen - self.bar.n)
-            return
         images, seconds = self.printed
-        if not saved and seen - images < self.total / 20 and time.monotonic() - seconds < 30:
+        due = seen - images >= self.total / 20 or time.monotonic() - seconds >= 30
+        if not (saved or due or self.terminal):
             return
         self.printed = (seen, time.monotonic())
+        rate = metrics["rate/images_per_second"]
         left = timedelta(seconds=round((self.total - seen) / rate))
-        print(
+        losses = "  ".join(f"{label} {metrics[name]:.3f}" for label, name in LOSSES.items())
+        line = (
             f"images {seen:>{len(f'{self.total:,}')},} of {self.total:,}  "
-            f"{rate:>7,.0f} images/s  {left} left  "
-            f"loss {losses}" + (f"  saved {saved}" if saved else ""),
-            flush=True,
+            f"{rate:>7,.0f} images/s  {left} left  loss {losses}"
         )
+        self._print(f"{line}  saved {saved}" if saved else line, stays=bool(saved))
 
-    def _write(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+    def _print(self, line: str, *, stays: bool = True) -> None:
+        erase = "\r\x1b[K" if self.terminal else ""
+        self.end = "" if self.terminal and not stays else "\n"
+        print(erase + line, end=self.end, flush=True)

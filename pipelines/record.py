@@ -8,17 +8,15 @@ MLflow is a mirror of these files (``pipelines.tracking.mirror``); nothing is re
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import math
 import os
-import queue
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,9 +157,8 @@ def end_if_dead(run_uri: str, record: RunRecord) -> RunRecord:
 
 def list_runs(storage_uri: str) -> list[str]:
     """Return the URIs of all runs directly below a folder, and of the folder if it is a run's."""
-    found = [storage_uri] if exists(storage_uri) else []
     below = (storage.join(storage_uri, name) for name in storage.list_names(storage_uri))
-    return found + [uri for uri in below if exists(uri)]
+    return [uri for uri in (storage_uri, *below) if exists(uri)]
 
 
 def write_points(
@@ -208,18 +205,17 @@ class MetricsWriter:
 
     def __init__(self, run_uri: str) -> None:
         self._run_uri = run_uri
-        self._queue: queue.SimpleQueue[functools.partial[None] | None] = queue.SimpleQueue()
-        self._failures: list[Exception] = []
-        self._thread = self._start()
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._writes: list[Future[None]] = []
 
     def add(self, images_seen: int, metrics: Mapping[str, float]) -> None:
         """Write points at a number of images seen."""
-        self._queue.put(functools.partial(write_points, self._run_uri, images_seen, dict(metrics)))
+        self._write(write_points, self._run_uri, images_seen, dict(metrics))
 
     def add_figure(self, name: str, images_seen: int, png: bytes) -> None:
         """Write a figure."""
         where = storage.join(self._run_uri, FIGURES, f"{name}-{images_seen:010d}.png")
-        self._queue.put(functools.partial(_write_new, where, png))
+        self._write(_write_new, where, png)
 
     def join(self) -> None:
         """Return when all is written; a checkpoint is saved after that.
@@ -227,28 +223,17 @@ class MetricsWriter:
         Raises:
             UserError: the storage does not take it.
         """
-        self.close()
-        self._thread = self._start()
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
 
     def close(self) -> None:
         """Return when all is written, and end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-        if self._failures:
-            raise self._failures.pop()
+        with self._thread:
+            self.join()
 
-    def _start(self) -> threading.Thread:
-        thread = threading.Thread(target=self._run, name="metrics", daemon=True)
-        thread.start()
-        return thread
-
-    def _run(self) -> None:
-        while (write := self._queue.get()) is not None:
-            try:
-                if not self._failures:
-                    storage.patiently(write)
-            except Exception as error:  # of any kind: raised where the checkpoint is saved
-                self._failures.append(error)
+    def _write(self, call: Callable[..., None], *given: Any) -> None:
+        self._writes.append(self._thread.submit(storage.patiently, call, *given))
 
 
 def _write_new(uri: str, content: bytes) -> None:

@@ -119,14 +119,11 @@ def main_list(options: List) -> dict[str, Any]:
 
     result = overview(options.preset)
     columns = ("name", "version", "stage", "run_id", "images_seen", "partner_version", "sha256")
-    table: list[list[str]] = [list(columns)]
+    table: list[tuple[str, ...]] = [columns]
     for row in result["versions"]:
-        cells = {c: "-" if row[c] is None else str(row[c]) for c in columns}
-        table.append([cells[c][: 12 if c == "sha256" else 40] for c in columns])
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for cells in table:
-        padded = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
-        print("  ".join(padded).rstrip())
+        texts = {c: "-" if row[c] is None else str(row[c]) for c in columns}
+        table.append(tuple(texts[c][: 12 if c == "sha256" else 40] for c in columns))
+    print("\n".join(cli.aligned(table)))
     for line in result["differences"]:
         print(f"differs: {line}")
     if result["differences"]:
@@ -161,8 +158,7 @@ def main_sync(options: Sync) -> dict[str, Any]:
 
 def _print(values: dict[str, Any]) -> dict[str, Any]:
     """Print values one a line, and return them."""
-    width = max(map(len, values))
-    print("\n".join(f"{name:{width}}  {value}" for name, value in values.items()))
+    print("\n".join(cli.aligned([(name, str(value)) for name, value in values.items()])))
     return values
 
 

@@ -120,29 +120,16 @@ def resume(options: Resume) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     """Print what was trained, its most important numbers and where to look."""
+    from ivegan.evaluation.report import headline
+
     how = "Reused" if result["reused"] else "Trained"
     print(f"\n{how} {result['run_id']}: {result['images_seen']:,} images")
-    for line in headline(result["evaluation"]):
+    for line in cli.aligned(headline(result["evaluation"]), right=(1,)):
         print(f"  {line}")
     print(f"Figures and numbers: {result['report']}")
     print(f"Runs and models:     {mlflow_place()}")
     for name in result["registered"].get("names", []):
         print(f"Registered:          models:/{name}@{result['registered']['stage']}")
-
-
-def headline(metrics: dict[str, float]) -> list[str]:
-    """Return the three most important numbers, each with its meaning."""
-    texts = {
-        "eval/same_class": "{:.1%} of held-out images keep their class through E and G "
-        "(chance {chance:.0%})",
-        "eval/one_nn": "{:.1%} of held-out codes have a nearest neighbour of their own class",
-        "eval/linear_probe": "{:.1%} of held-out codes are classified right by a linear probe",
-        "eval/modes": "{:.0f} modes of the mixture are reached",
-        "eval/high_quality": "{:.1%} of samples lie within 3 standard deviations of a mode",
-        "eval/reverse_kl": "{:.4f} nats between the modes' shares and equal shares",
-    }
-    chance = metrics.get("eval/same_class_shuffled", 0.1)
-    return [text.format(metrics[k], chance=chance) for k, text in texts.items() if k in metrics]
 
 
 def command() -> None:

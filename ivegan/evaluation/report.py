@@ -87,18 +87,22 @@ def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def headline(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return (title, value, first reference) of the most important numbers."""
+    short = _short_names(metrics)
+    return [
+        (meaning.title, shown(name, short[name]), references(name, short).partition("; ")[0])
+        for name, meaning in MEANINGS.items()
+        if name in short and meaning.headline
+    ]
+
+
 def render(
     metrics: Mapping[str, float], metadata: Mapping[str, Any], figures: Sequence[Figure]
 ) -> str:
     """Return the page: numbers, figures inside it, and the metadata of the run."""
     from jinja2 import Environment
 
-    short = _short_names(metrics)
-    cards = [
-        (meaning.title, shown(name, short[name]), references(name, short).partition("; ")[0])
-        for name, meaning in MEANINGS.items()
-        if name in short and meaning.headline
-    ]
     pages = [
         (page, base64.b64encode(png(page.image)).decode(), _shown_width(page)) for page in figures
     ]
@@ -107,7 +111,7 @@ def render(
         title=f"IVE-GAN on {metadata['dataset']}",
         metadata={k: v for k, v in metadata.items() if k != "config" and v is not None},
         settings=flatten(from_dict(metadata["config"])),
-        cards=cards,
+        cards=headline(metrics),
         rows=rows(metrics),
         pages=pages,
     )

@@ -227,12 +227,7 @@ def terminated_by_signal() -> Iterator[None]:
 
 
 def stopped(stop: BaseException, flags: str) -> NoReturn:
-    """End a command that a signal stopped, with a shell's status for it.
-
-    Args:
-        stop: KeyboardInterrupt or Terminated.
-        flags: that continue what was stopped.
-    """
+    """End a command that a signal stopped, with a shell's status for it."""
     print(f"stopped; continue with {flags}", file=sys.stderr)
     by = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
     raise SystemExit(128 + by) from None

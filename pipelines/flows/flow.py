@@ -102,18 +102,14 @@ class IveGanFlow(FlowSpec):
 
         checkpoint_uri, out = self.trained["checkpoint"], steps.report_uri(self)
         print(f"measuring {checkpoint_uri} on held-out samples")
-        with steps.local_folder(out) as folder:
-            self.metrics = evaluate.evaluate_checkpoint(
-                checkpoint_uri, data=self.data_uri, out=folder
-            )
-            figures = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-        self.report = f"{out}/report.html"
+        result = evaluate.evaluate_checkpoint(checkpoint_uri, data=self.data_uri, out=out)
+        self.metrics, self.report = result["metrics"], result["report"]
         current.card.append(Markdown(f"# {self.preset}: run {self.trained['run_id']}"))
         rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]
         current.card.append(Table(rows, headers=["metric", "value", "compare with"]))
-        for name, png in figures.items():
+        for name, uri in sorted(result["figures"].items()):
             current.card.append(Markdown(f"### {name.replace('_', ' ')}"))
-            current.card.append(Image(png))
+            current.card.append(Image(storage.read_bytes(uri)))
         self.next(self.register)
 
     @step

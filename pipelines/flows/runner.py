@@ -30,9 +30,6 @@ def add_decorator(specification: str) -> None:
 def prepare_environment(datastore: str | None) -> None:
     """Set the variables that Metaflow needs, where they are not set.
 
-    Args:
-        datastore: folder or s3:// URI of Metaflow's records; that of the environment by default.
-
     Raises:
         UserError: a datastore in S3 without a URI.
     """
@@ -96,12 +93,20 @@ def run(arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         mistake, run_id = Path(tmp) / "mistake", Path(tmp) / "run_id"
         sys.stdout.flush()
-        status = subprocess.run(
+        flow = subprocess.Popen(
             [sys.executable, str(_FLOW), "--quiet", *arguments, "--run-id-file", str(run_id)],
             env={**os.environ, MISTAKE: str(mistake)},
+            stdout=subprocess.PIPE,  # the reader of ours may close it, which would fail Metaflow
             stderr=subprocess.STDOUT,  # the error sentence alone is on ours
-            check=False,
-        ).returncode
+            text=True,
+        )
+        ended = False
+        while not ended:  # Ctrl-C reaches Metaflow too, which then ends its steps
+            with contextlib.suppress(KeyboardInterrupt):
+                for line in flow.stdout or ():
+                    print(line, end="", flush=True)
+                ended = True
+        status = flow.wait()
         if mistake.exists():
             raise UserError(mistake.read_text())
         if status:

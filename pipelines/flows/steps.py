@@ -2,17 +2,13 @@
 
 import contextlib
 import dataclasses
-import json
 import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_prep.building import build
 from ivegan import checkpoint, storage
-from ivegan.config import Config, config_hash, flatten, override, preset
+from ivegan.config import Config, config_hash, override, preset
 from ivegan.digest import digest
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
@@ -20,6 +16,7 @@ from pipelines import record as records
 from pipelines.paths import runs_dir
 from pipelines.progress import Display
 from pipelines.sweeps import definition, driver, space
+from pipelines.tracking.mirror import run_id_of
 from pipelines.training.fit import fit
 from pipelines.training.plan import Execution, Plan, beside, check_data, resolve, run_of, shared
 
@@ -54,12 +51,7 @@ class Workflow(Execution):
 
 
 def plan_of(flow: Any) -> Plan:
-    """Return the training plan of a running flow, with the results of its earlier steps.
-
-    Args:
-        flow: running flow with the parameters ``preset`` and ``options`` and the artifacts of its
-            earlier steps.
-    """
+    """Return the training plan of a running flow, with the results of its earlier steps."""
     options = options_of(flow.options)
     sweep_result = getattr(flow, "searched", None) or {}
     config = override(preset(flow.preset), changes_of(flow.options))
@@ -92,19 +84,14 @@ def parse_changes(text: str, config: Config) -> dict[str, Any]:
     """Return the settings that ``a.b=1,c=2`` changes, each of its setting's type.
 
     Raises:
-        UserError: an unknown setting, or a value that is not of its type.
+        UserError: an unknown setting, or a value that it cannot take.
     """
-    settings, changes = flatten(config), {}
+    changes = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"--set {part!r} needs a value: write {part}=VALUE.")
-        override(config, {name: settings.get(name)})  # raises for an unknown setting
-        kind = type(settings[name])
-        try:
-            changes[name] = value in ("True", "true", "1") if kind is bool else kind(value)
-        except ValueError as error:
-            raise UserError(f"--set {name} takes a {kind.__name__}, but got {value!r}.") from error
+        changes[name] = space.typed(config, name, value)
     return changes
 
 
@@ -227,15 +214,13 @@ def finished_result(plan: Plan) -> dict[str, Any] | None:
     if last is None or records.read_record(plan.run_uri).status != "FINISHED":
         return None
     metadata = checkpoint.read_metadata(last)
-    if metadata["images_seen"] != plan.config.total_steps * plan.config.batch_size:
+    if metadata["images_seen"] != plan.images:
         return None
     metrics = [p.metrics for p in records.read_metrics(plan.run_uri)]
     metrics = next((m for m in reversed(metrics) if "loss/D" in m), {})
-    mirrored = storage.join(plan.run_uri, "mlflow.json")
-    mlflow = json.loads(storage.read_bytes(mirrored)) if storage.exists(mirrored) else {}
     return {
         "run_id": plan.run_id,
-        "mlflow_run_id": mlflow.get("run_id") or metadata["mlflow_run_id"],
+        "mlflow_run_id": run_id_of(plan.run_uri),
         "checkpoint": last,
         "images_seen": metadata["images_seen"],
         "images_per_second": metrics.get("rate/images_per_second"),
@@ -248,14 +233,3 @@ def report_uri(flow: Any) -> str:
     """Return the folder of figures and report of a flow's training."""
     out = options_of(flow.options).out or str(runs_dir() / "reports")
     return storage.join(storage.absolute(out), flow.trained["run_id"])
-
-
-@contextlib.contextmanager
-def local_folder(uri: str) -> Iterator[Path]:
-    """Yield a local folder to write to; its files are uploaded where the URI is not local."""
-    if storage.is_local(uri):
-        yield Path(uri)
-        return
-    with tempfile.TemporaryDirectory() as tmp:
-        yield Path(tmp)
-        storage.upload_folder(tmp, uri)

@@ -71,10 +71,6 @@ def render(
 def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
     """Return the metrics of a checkpoint, then those of runs that differ in their seed only.
 
-    Args:
-        run_uri: folder of the checkpoint's run; the other runs are beside it.
-        images_seen: by the checkpoint.
-
     Returns:
         one evaluation for each seed; nothing where the checkpoint was not evaluated.
     """

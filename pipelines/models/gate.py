@@ -6,14 +6,12 @@ origin is recorded, it is good enough for its data set, and it is not worse than
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ivegan import checkpoint, storage
 from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import quality
-from pipelines.models.artifact import CONFIG
 from pipelines.models.package import Halves
 
 # Least quality and least of some of its parts, all in [0, 1]. Untrained pairs are below each: their
@@ -49,18 +47,10 @@ def examine(
     candidate: Halves,
     incumbent: Halves | None,
     *,
-    checkpoint_uri: str | None,
     data: str | None,
     cache_dir: Path,
 ) -> Verdict:
     """Measure a candidate and the incumbent, and return the verdict.
-
-    Args:
-        candidate: the pair to promote.
-        incumbent: the pair in production.
-        checkpoint_uri: that the candidate was registered from.
-        data: shards to measure both on; those that the candidate was trained on by default.
-        cache_dir: for decoded images and the classifier.
 
     Raises:
         UserError: there are no data to measure on.
@@ -69,9 +59,8 @@ def examine(
     shards_uri = None if config.is_points else data or metadata.get("data")
     if shards_uri is None and not config.is_points:
         raise UserError("The candidate does not record where its data are: give --data.")
-    faults = _unlike_checkpoint(candidate, checkpoint_uri)
     absent = (None, "", "unknown")
-    faults += [f"its {name} is not recorded" for name in _ORIGIN if metadata.get(name) in absent]
+    faults = [f"its {name} is not recorded" for name in _ORIGIN if metadata.get(name) in absent]
     trained_on = metadata.get("dataset_hash")
     if shards_uri and trained_on and read_manifest(shards_uri).hash != trained_on:
         faults.append(f"{shards_uri} is not the data set that it was trained on")
@@ -93,18 +82,3 @@ def examine(
             "replaces"
         )
     return Verdict(scores=scores, incumbent_scores=former, faults=tuple(faults))
-
-
-def _unlike_checkpoint(pair: Halves, uri: str | None) -> list[str]:
-    """Return, in words, what differs between a pair and the checkpoint it was registered from."""
-    try:
-        if uri is None or not storage.exists(storage.join(uri, CONFIG)):
-            return [f"its checkpoint {uri} is gone, so its origin cannot be checked"]
-        _, encoder, generator, _ = checkpoint.load_networks(uri)
-    except UserError as error:
-        return [f"its checkpoint cannot be read ({error})"]
-    return [
-        f"the {half.kind} is not that of its checkpoint {uri}"
-        for half, network in zip(pair, (encoder, generator), strict=True)
-        if half.weights_sha256 != replace(half, network=network).weights_sha256
-    ]

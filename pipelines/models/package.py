@@ -150,14 +150,7 @@ Halves = tuple[Half, Half]
 def log(
     client: MlflowClient, half: Half, run_id: str, evaluations: list[dict[str, float]]
 ) -> tuple[str, str]:
-    """Log a half as a model of an MLflow run; return its id and the checksum of its files.
-
-    Args:
-        client: of the store.
-        half: the model.
-        run_id: of the MLflow run.
-        evaluations: for the model card; its own first, then those of other seeds.
-    """
+    """Log a half as a model of an MLflow run; return its id and the checksum of its files."""
     logged = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
         name=half.kind,
@@ -210,7 +203,7 @@ def _write(
     empty_members(folder / GRAPH, "sample_inputs")
     (folder / WEIGHTS).write_bytes(half.weights)
     stored = {**half.metadata, "config": to_dict(half.config)}
-    stored |= {"half": half.kind, "usage": half.usage}
+    stored |= {"half": half.kind, "usage": half.usage, "mlflow_run_id": run_id}
     (folder / CONFIG).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     text = card.render(half.name, half.kind, half.usage, stored, evaluations)
     (folder / CARD).write_text(text)

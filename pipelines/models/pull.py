@@ -60,9 +60,6 @@ def pull(
 def checkpoint_of(model_uri: str) -> str:
     """Return the checkpoint that a registered model of either half was made from.
 
-    Args:
-        model_uri: ``models:/NAME@ALIAS``, ``models:/NAME/STAGE`` or ``models:/NAME/VERSION``.
-
     Raises:
         UserError: no such model.
     """

@@ -13,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from ivegan import checkpoint, storage
 from ivegan.config import config_hash, flatten
 from pipelines import paths
+from pipelines import record as records
 from pipelines.models import package
 from pipelines.models.card import evaluations_of
 from pipelines.models.package import Half
@@ -28,6 +29,7 @@ from pipelines.models.versions import (
     versions_of,
 )
 from pipelines.tracking import client as tracking
+from pipelines.tracking import mirror
 
 
 def register(
@@ -60,7 +62,7 @@ def register(
         Half(kind=kind, preset=preset, config=config, network=network, metadata=metadata)
         for kind, network in zip(KINDS, (encoder, generator), strict=True)
     ]
-    with registry_client(tracking_uri or store_of(metadata)) as client:
+    with registry_client(tracking_uri or store_of(uri, metadata)) as client:
         existing = [_version_of(client, half) for half in halves]
         missing = [h for h, version in zip(halves, existing, strict=True) if version is None]
         if missing:
@@ -88,12 +90,12 @@ def register(
     }
 
 
-def store_of(metadata: Mapping[str, Any]) -> str:
-    """Return the MLflow store that a checkpoint's run was tracked in, or the default one."""
-    uri = metadata.get("tracking_uri") or ""
+def store_of(checkpoint_uri: str, metadata: Mapping[str, Any]) -> str:
+    """Return the MLflow store that a checkpoint's run is mirrored to, or the default one."""
+    noted = metadata.get("tracking_uri", "")  # by version 0.1
+    uri = mirror.store_of(checkpoint_uri.rpartition("/")[0], noted)
     missing = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
-    default = not uri or missing or "MLFLOW_TRACKING_URI" in os.environ
-    return paths.tracking_uri() if default else uri
+    return paths.tracking_uri() if missing or "MLFLOW_TRACKING_URI" in os.environ else uri
 
 
 def _version_of(client: MlflowClient, half: Half) -> ModelVersion | None:
@@ -153,8 +155,10 @@ def _add(client: MlflowClient, halves: list[Half], run_id: str, checkpoint_uri: 
 def _mlflow_run(client: MlflowClient, checkpoint_uri: str, half: Half) -> str:
     """Return the MLflow run of a checkpoint, made where the store has none."""
     metadata, config = half.metadata, half.config
-    run, name = metadata.get("mlflow_run_id"), str(metadata.get("run_id"))  # an id, or a key
-    if run is not None and (existing := tracking.find_run(client, run)) is not None:
+    name, key = str(metadata.get("run_id")), metadata.get("mlflow_run_id")  # of version 0.1
+    if records.exists(run_uri := checkpoint_uri.rpartition("/")[0]):
+        key = mirror.run_id_of(run_uri)
+    if key is not None and (existing := tracking.find_run(client, key)) is not None:
         return existing
     tags = {
         "preset": str(metadata.get("preset")),

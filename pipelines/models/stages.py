@@ -177,7 +177,6 @@ def _measure(
     verdict = gate.examine(
         halves,
         former,
-        checkpoint_uri=pair.encoder.tags.get("checkpoint"),
         data=None if data is None else storage.absolute(data),
         cache_dir=cache_dir(),
     )

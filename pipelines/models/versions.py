@@ -35,11 +35,7 @@ def model_name(preset: str, kind: str) -> str:
 
 @contextlib.contextmanager
 def registry_client(uri: str | None = None) -> Iterator[MlflowClient]:
-    """Yield a client of an MLflow store; its errors are raised as UserError, without its warnings.
-
-    Args:
-        uri: of the store; the one of the environment by default.
-    """
+    """Yield a client of an MLflow store whose errors are raised as UserError, without warnings."""
     uri = uri or tracking_uri()
     logger = logging.getLogger("mlflow")
     level = logger.level

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ivegan import storage
-from ivegan.config import Config, config_hash, override, to_dict
+from ivegan.config import Config, override
 from ivegan.config import preset as preset_of
 from pipelines import record as records
 from pipelines.claim import PATIENCE, claimed
@@ -31,14 +31,13 @@ from pipelines.sweeps.definition import Definition, Sweep, define, plan_of, rest
 from pipelines.sweeps.report import ScorePrinter, command_of, picture, result_of
 from pipelines.sweeps.trial import index_name, trial, trial_name
 from pipelines.tracking import client as tracking
-from pipelines.tracking.mirror import mirror
-from pipelines.training.fit import fit, recorded
+from pipelines.tracking.mirror import mirror, run_id_of
+from pipelines.training.fit import fit, new_record, recorded
 from pipelines.training.plan import (
     Plan,
     beside,
     check_data,
     check_same_data,
-    git_commit,
     resolve,
     run_of,
 )
@@ -48,11 +47,6 @@ log = logging.getLogger(__name__)
 
 def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Run, resume or restore a sweep; return the JSON object of ``--json``.
-
-    Args:
-        preset: name of the preset.
-        config: configuration of each trial, except for its searched settings.
-        options: options of the sweep.
 
     Raises:
         UserError: impossible settings, a sweep that exists or does not, other data than those of
@@ -86,32 +80,23 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     with claimed(plan.run_uri, patience, log.info) as ownership:
         record = _record(plan, definition, options)
         definitions.write(plan.run_uri, definition)
-        with recorded(plan.run_uri, record, plan.tracking_uri, ownership) as mirrored:
+        with recorded(plan.run_uri, record, plan.tracking_uri, ownership):
             result = _searched(plan, definition, options)
             if options.confirm:
                 result = _confirmed(plan, definition, options, result)
             _publish(plan, result)
-    result["parent_run_id"] = mirrored.run_id or record.key
+    result["parent_run_id"] = run_id_of(plan.run_uri)
     definitions.write(plan.run_uri, dataclasses.replace(definition, result=result))
     return result
 
 
 def _record(plan: Plan, definition: Definition, options: Sweep) -> RunRecord:
     """Return the record of a sweep that starts now, for the first time or again."""
-    record = RunRecord(
-        run_id=plan.run_id,
+    return new_record(
+        plan,
+        definition.dataset_hash,
         kind="sweep",
-        preset=plan.preset,
-        config=to_dict(plan.config),
-        precision=plan.run.precision,
-        stream=plan.run.stream,
-        threads=plan.run.threads,
         world_size=options.workers,
-        data=plan.data_uri,
-        dataset_hash=definition.dataset_hash,
-        config_hash=config_hash(plan.config),
-        git_commit=git_commit(),
-        experiment=plan.experiment,
         tags={"kind": "sweep"},
         params={
             **{f"space.{name}": text for name, text in definition.space.items()},
@@ -119,12 +104,7 @@ def _record(plan: Plan, definition: Definition, options: Sweep) -> RunRecord:
             "samples": options.samples,
             "workers": options.workers,
         },
-        key=records.new_key(plan.run_id),
     )
-    if not records.exists(plan.run_uri):
-        return record
-    earlier = records.read_record(plan.run_uri)
-    return dataclasses.replace(record, key=earlier.key, started=earlier.started)
 
 
 def _searched(plan: Plan, definition: Definition, options: Sweep) -> dict[str, Any]:
@@ -149,7 +129,7 @@ def _confirmed(
     again = _searched(
         beside(plan, plan.config, f"{plan.run_id}-confirm", plan.run_id),
         dataclasses.replace(definition, trials=runs),
-        dataclasses.replace(options, grace=_length(plan), time_budget=0),
+        dataclasses.replace(options, grace=plan.images, time_budget=0),
     )
     scores = {t["trial"]: t[metric] for t in again["trials"]}
     for i, candidate in enumerate(best):
@@ -166,10 +146,6 @@ def _confirmed(
         "best_metric": best[0]["confirmed"],
         "command": command_of(plan, best[0]["config"]),
     }
-
-
-def _length(plan: Plan) -> int:
-    return plan.config.total_steps * plan.config.batch_size
 
 
 def _search(plan: Plan, definition: Definition, options: Sweep) -> Any:
@@ -212,12 +188,11 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     # Tune cannot read what a kill left of its first seconds; our checkpoints are elsewhere.
     storage.delete_folder(folder)
     count = options.samples if trials is None else len(trials)
-    length = _length(plan)
-    printer = ScorePrinter(count, length, objective, functools.partial(_end_stopped, plan))
+    printer = ScorePrinter(count, plan.images, objective, functools.partial(_end_stopped, plan))
     return tune.Tuner(
         trainable,
         param_space={} if trials is None else {"trial": tune.grid_search(list(range(count)))},
-        tune_config=_tune_config(plan, definition, options, length),
+        tune_config=_tune_config(plan, definition, options),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=path,
@@ -229,12 +204,12 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     )
 
 
-def _tune_config(plan: Plan, definition: Definition, options: Sweep, length: int) -> Any:
+def _tune_config(plan: Plan, definition: Definition, options: Sweep) -> Any:
     """Return Tune's configuration: ASHA, and Optuna's proposals where they are chosen."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    objective, algorithm = definition.objective, None
+    objective, algorithm, length = definition.objective, None, plan.images
     if definition.trials is None:
         from ray.tune.search.optuna import OptunaSearch
 
@@ -292,12 +267,7 @@ def _slots(options: Sweep) -> int | None:
 
 
 def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any]) -> dict[str, Any]:
-    """Train the best configuration of a sweep at full length, evaluate it and register it.
-
-    Args:
-        preset, config, options: of the sweep.
-        result: result of ``sweep``.
-    """
+    """Train the best configuration of a sweep at full length, evaluate it and register it."""
     from pipelines import evaluate
     from pipelines.models.register import register
     from pipelines.progress import Display
@@ -311,8 +281,8 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
         trained = fit(plan, show=display)
     out = runs_dir() / "reports" / plan.run_id
     evaluated = evaluate.evaluate_checkpoint(trained["checkpoint"], data=plan.data_uri, out=out)
-    registered = register(trained["checkpoint"])
-    return {**trained, "evaluation": evaluated, "report": str(out), "registered": registered}
+    trained |= {"evaluation": evaluated["metrics"], "report": str(out)}
+    return trained | {"registered": register(trained["checkpoint"])}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from ivegan.evaluation.figures import FAINT, INK, MUTED, PALETTE
+from ivegan.evaluation.figures import INK, MUTED, PALETTE
 from ivegan.evaluation.plots import finished, plain_axis
 
 
@@ -28,7 +28,6 @@ def search(
         score: what the scores are called.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     names = list(settings)
     columns = 2 + -(-len(names) // 2)
@@ -62,14 +61,6 @@ def search(
             values = [sizes.index(v) for v in values]
         elif min(values) > 0 and max(values) / min(values) > 5:
             axis.set_xscale("log")
-            # One power of ten or two are too few to read a value by; more labels would overlap.
-            few = max(values) / min(values) < 50
-            axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axis.xaxis.set_minor_formatter("{x:g}" if few else "")
-            if few:
-                axis.xaxis.set_major_formatter("{x:g}")
-            axis.tick_params(which="minor", labelsize=8, colors=MUTED, color=FAINT, length=3.5,
-                             pad=3.5)  # fmt: skip
         for kept, colour in ((False, "#b9c1cb"), (True, PALETTE[1])):
             own = [i for i in range(1, len(last)) if whole[i] is kept]
             axis.scatter([values[i] for i in own], [last[i] for i in own], s=26, color=colour,

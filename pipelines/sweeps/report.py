@@ -14,6 +14,7 @@ from ivegan.config import flatten
 from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
 from ivegan.evaluation import figures
+from pipelines import options as cli
 from pipelines import record as records
 from pipelines.sweeps.definition import Definition
 from pipelines.sweeps.figure import search
@@ -29,14 +30,7 @@ class Cut(BaseException):
 
 
 class ScorePrinter(Callback):
-    """Prints the scores of a sweep as they come.
-
-    Args:
-        total: number of trials.
-        length: images of a trial that is not stopped.
-        objective: score that trials are compared by.
-        stopped: called with the name of each trial that is stopped early.
-    """
+    """Prints the scores of a sweep as they come."""
 
     cut = threading.Event()
     """Ends the sweep. An attribute of the class, since a restored sweep unpickles its callbacks."""
@@ -46,8 +40,6 @@ class ScorePrinter(Callback):
     ) -> None:
         self.total, self.length, self.objective = total, length, objective
         self.stopped = stopped
-        self.done: set[str] = set()
-        self.best: tuple[str, float | None] = ("", None)
 
     def on_step_begin(self, iteration: int, trials: Any, **_: Any) -> None:
         """Leave Tune's loop if the sweep is interrupted."""
@@ -57,30 +49,29 @@ class ScorePrinter(Callback):
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any
     ) -> None:
-        """Print a score."""
-        metric = self.objective.metric
+        """Print a score, and the best of the last scores of all trials."""
+        metric, rank = self.objective.metric, self.objective.rank
         if metric not in result or result.get("diverged"):
             return
-        self._catch_up(trials)
-        self._compare(trial, result)
-        name, score = trial_name(trial.config, trial.trial_id), result[metric]
+        last = {_name(t): t.last_result.get(metric) for t in trials} | {
+            _name(trial): result[metric]
+        }
+        best = min(last, key=lambda name: rank(last[name]))
         print(
-            f"trial {name}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
-            f"{self.objective.name} {score:.3f}  (best {self.best[1]:.3f}, trial {self.best[0]})",
+            f"trial {_name(trial)}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
+            f"{self.objective.name} {result[metric]:.3f}  (best {last[best]:.3f}, trial {best})",
             flush=True,
         )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Print the end of a trial; record a trial that was stopped early."""
         last = trial.last_result
-        if last.get("diverged"):
-            self._ended(trials, trial, "diverged")
-        elif last.get("images_seen", 0) >= self.length:
-            self._ended(trials, trial, "is done")
-        else:
-            self._ended(trials, trial, "stops early")
+        early = not last.get("diverged") and last.get("images_seen", 0) < self.length
+        how = "diverged" if last.get("diverged") else "stops early" if early else "is done"
+        self._ended(trials, trial, how)
+        if early:
             try:
-                self.stopped(trial_name(trial.config, trial.trial_id))
+                self.stopped(_name(trial))
             except UserError as error:  # the end of the sweep does it again
                 log.warning("%s", error)
 
@@ -89,33 +80,17 @@ class ScorePrinter(Callback):
         error = str(trial.get_pickled_error() or "unknown error")
         self._ended(trials, trial, f"failed ({error.strip().splitlines()[-1][:200]})")
 
-    def _catch_up(self, trials: Any) -> None:
-        """Add trials that ended before a restore, of which Tune reports nothing again."""
-        for trial in trials:
-            if trial.is_finished() and trial.trial_id not in self.done:
-                self.done.add(trial.trial_id)
-                self._compare(trial, trial.last_result)
-
-    def _compare(self, trial: Any, result: Mapping[str, Any]) -> None:
-        """Update the best score."""
-        score = None if result.get("diverged") else result.get(self.objective.metric)
-        if self.objective.rank(score) < self.objective.rank(self.best[1]):
-            self.best = (trial_name(trial.config, trial.trial_id), score)
-
     def _ended(self, trials: Any, trial: Any, how: str) -> None:
-        self._catch_up(trials)
-        self.done.add(trial.trial_id)
-        name = trial_name(trial.config, trial.trial_id)
-        print(f"trial {name} {how}; {len(self.done)} of {self.total} have ended", flush=True)
+        count = len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id})
+        print(f"trial {_name(trial)} {how}; {count} of {self.total} have ended", flush=True)
+
+
+def _name(trial: Any) -> str:
+    return trial_name(trial.config, trial.trial_id)
 
 
 def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
     """Return the result of a search, its trials sorted by score.
-
-    Args:
-        plan: plan that all trials share.
-        definition: definition of the sweep.
-        ends: Tune's results.
 
     Raises:
         UserError: no trial has a score.
@@ -135,7 +110,7 @@ def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
     return {
         "sweep_id": plan.run_id,
         "preset": plan.preset,
-        "length": _length(plan),
+        "length": plan.images,
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "best_config": best["config"],
         "best_metric": best[objective.metric],
@@ -143,10 +118,6 @@ def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
         "figure": storage.join(plan.run_uri, "figures", "sweep.png"),
         "command": command_of(plan, best["config"]),
     }
-
-
-def _length(plan: Plan) -> int:
-    return plan.config.total_steps * plan.config.batch_size
 
 
 def _trial_result(
@@ -173,7 +144,7 @@ def _trial_result(
     elif not scores:
         state = "not scored"
     else:
-        state = "done" if seen >= _length(plan) else "stopped early"
+        state = "done" if seen >= plan.images else "stopped early"
     parts = {k: float(v) for k, v in last.items() if k.startswith("valid/") and not diverged}
     return {
         "trial": name,
@@ -206,35 +177,23 @@ def command_of(plan: Plan, best: dict[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a table of the trials, in their order.
-
-    Args:
-        result: result of a sweep.
-    """
+    """Return the lines of a table of the trials of a sweep's result, in their order."""
     trials, objective = result["trials"], SearchObjective(**result["objective"])
     names = list(trials[0]["config"])
-    confirmed = ["confirmed"] if "confirmed" in trials[0] else []
-    rows = [["trial", objective.name, *confirmed, "images", "", *names]]
+    scores = {objective.name: objective.metric}
+    scores |= {"confirmed": "confirmed"} if "confirmed" in trials[0] else {}
+    rows = [["trial", "", *scores, "images", *names]]
     for one in trials:
-        scores = [one[objective.metric], *(one.get(name) for name in confirmed)]
-        settings = [one["config"].get(name, "") for name in names]
+        values = (one["config"].get(name, "") for name in names)
         rows.append(
             [
-                one["trial"],
-                *("" if score is None else f"{score:.4f}" for score in scores),
+                *(one["trial"], one["state"]),
+                *("" if one.get(k) is None else f"{one[k]:.4f}" for k in scores.values()),
                 f"{one['images_seen']:,}",
-                one["state"],
-                *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in settings),
+                *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in (0, len(confirmed) + 3) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return cli.aligned(rows, right=range(2, len(rows[0])))
 
 
 def picture(result: Mapping[str, Any]) -> bytes:

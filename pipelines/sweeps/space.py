@@ -68,10 +68,6 @@ class SearchObjective:
 def objective_of(config: Config, score: str = "") -> SearchObjective:
     """Return the objective of a sweep.
 
-    Args:
-        config: configuration whose data set defines the scores.
-        score: name of a score, with or without ``valid/``; the data set's first by default.
-
     Raises:
         UserError: the data set has no such score.
     """
@@ -105,31 +101,37 @@ def space_of(config: Config, changes: str = "") -> dict[str, str]:
         space.pop(name, None)
         if values:
             ends = _values(config, name, values)
-            space[name] = (".." if ".." in values else ",").join(f"{end}" for end in ends)
+            space[name] = (".." if ".." in values else ",").join(map(str, ends))
     if not space:
         raise UserError("--space leaves nothing to search: name a setting with several values.")
     return space
 
 
+def typed(config: Config, name: str, text: str) -> Any:
+    """Return the value that a text gives to a setting.
+
+    Raises:
+        UserError: an unknown setting, or a value that it cannot take.
+    """
+    override(config, {name: flatten(config).get(name)})  # raises for an unknown setting
+    kind = type(flatten(config)[name])
+    try:
+        value = text in ("True", "true", "1") if kind is bool else kind(text)
+    except ValueError as error:
+        raise UserError(f"{name} takes values of type {kind.__name__}, not {text!r}.") from error
+    override(config, {name: value})
+    return value
+
+
 def _values(config: Config, name: str, text: str) -> list[Any]:
     """Return the values of a choice, or both ends of a range, checked against the configuration."""
-    kind = type(flatten(config)[name])
     is_range = ".." in text
-    try:
-        parts = text.split(".." if is_range else ",")
-        values = [p in ("True", "true", "1") if kind is bool else kind(p) for p in parts]
-    except ValueError as error:
-        raise UserError(f"--space {name} takes {kind.__name__} values, not {text!r}.") from error
-    if is_range and (
-        kind not in (int, float)
-        or len(values) != 2
-        or not values[0] < values[1]
-        or (kind is float and values[0] <= 0)
-    ):
-        positive = ", both greater than 0" if kind is float else ""
-        raise UserError(f"--space {name}={text} is no range: write LOW..HIGH{positive}.")
-    for value in values:
-        override(config, {name: value})
+    values = [typed(config, name, part) for part in text.split(".." if is_range else ",")]
+    if is_range:
+        numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        positive = ", both greater than 0" if isinstance(values[0], float) else ""
+        if len(numbers) != 2 or numbers != sorted(set(numbers)) or (positive and numbers[0] <= 0):
+            raise UserError(f"--space {name}={text} is no range: write LOW..HIGH{positive}.")
     return values
 
 

@@ -71,14 +71,7 @@ def trial(
 
 
 def score(plan: Plan, checkpoint_uri: str, device: torch.device, limit: int) -> dict[str, float]:
-    """Return the scores of a checkpoint on the validation split, ``valid/quality`` and its parts.
-
-    Args:
-        plan: plan of the trial.
-        checkpoint_uri: checkpoint to score.
-        device: device of the networks.
-        limit: validation images; 0 is all.
-    """
+    """Return ``valid/quality`` and its parts, of a checkpoint on the validation split."""
     from ivegan.evaluation.evaluate import quality
 
     config, encoder, generator, _ = checkpoint.load_networks(checkpoint_uri)

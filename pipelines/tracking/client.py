@@ -5,13 +5,13 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlflow
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from ivegan import storage
@@ -104,30 +104,25 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
     return experiment.experiment_id
 
 
-def find_run(tracked: MlflowClient, run_id: str) -> str | None:
-    """Return the MLflow id of a run that is given by its id or its key; None if there is none."""
-    if not is_id(run_id):
-        everywhere = [one.experiment_id for one in tracked.search_experiments()]
-        query = f"tags.{KEY} = '{run_id}'"
-        runs = tracked.search_runs(everywhere, query, max_results=1) if everywhere else []
-        return runs[0].info.run_id if runs else None
+def get_run(tracked: MlflowClient, run_id: str) -> Run | None:
+    """Return an MLflow run, deleted or not; None if there is none."""
     try:
-        alive = tracked.get_run(run_id).info.lifecycle_stage == "active"
+        return tracked.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    return run_id if alive else None
 
 
-@contextlib.contextmanager
-def absent_as_none() -> Iterator[None]:
-    """Leave the block where MLflow has no such run."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+def find_run(tracked: MlflowClient, run_id: str) -> str | None:
+    """Return the MLflow id of a run that is given by its id or its key; None if there is none."""
+    if is_id(run_id):
+        run = get_run(tracked, run_id)
+        return run_id if run is not None and run.info.lifecycle_stage == "active" else None
+    everywhere = [one.experiment_id for one in tracked.search_experiments()]
+    query = f"tags.{KEY} = '{run_id}'"
+    runs = tracked.search_runs(everywhere, query, max_results=1) if everywhere else []
+    return runs[0].info.run_id if runs else None
 
 
 def is_id(run_id: str) -> bool:
@@ -169,18 +164,6 @@ def _status(error: Exception) -> int:
         if answer is not None:
             return answer.status_code
     return 500
-
-
-def note_of(params: Mapping[str, object]) -> dict[str, str]:
-    """Return the run's description for people, from its settings."""
-    texts = {
-        "total_images": "{:,} images",
-        "batch_size": "batches of {}",
-        "workers": "{} worker(s)",
-        "seed": "seed {}",
-    }
-    parts = [text.format(params[name]) for name, text in texts.items() if name in params]
-    return {"mlflow.note.content": ", ".join(parts)} if parts else {}
 
 
 def _sqlite_path(uri: str) -> Path | None:

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from ivegan import storage
-from ivegan.errors import UserError, public
+from ivegan.errors import UserError
 from pipelines.paths import tracking_uri
 from pipelines.tracking.client import KEY, client, experiment_of, find_run
 
@@ -33,7 +33,7 @@ def deliver(where: str | Path) -> dict[str, int]:
         waiting = entries[_sent(stem) :]
         if not waiting:
             continue
-        uri = _with_credentials(header["uri"])
+        uri = tracking_uri(header["uri"])
         tracked = client(uri)
         run_id = _run_of(tracked, uri, header[KEY], entries)
         if run_id is None:
@@ -81,12 +81,6 @@ def _sent(stem: str) -> int:
         return int(json.loads(storage.read_bytes(f"{stem}.sent"))["entries"])
     except (ValueError, TypeError, KeyError, UserError):
         return 0  # entries sent twice are one entry in MLflow
-
-
-def _with_credentials(uri: str) -> str:
-    """Return the store with the credentials that no file holds."""
-    current = tracking_uri()
-    return current if public(current) == uri else uri
 
 
 def _run_of(tracked: MlflowClient, uri: str, key: str, entries: list[dict[str, Any]]) -> str | None:

@@ -2,17 +2,16 @@
 
 A run is found by its key, which is a tag. Points sent twice are one point, since MLflow drops equal
 ones, so a copy may be cut anywhere and made again. ``mlflow.json`` in the run's folder names the
-MLflow run, and once all was copied, of which state of the folder.
+MLflow run and what it has of the folder.
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import math
-import os
 import re
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,21 +36,24 @@ _INTERVAL, _LONGEST_PAUSE, _LAST_CHANCE = 3.0, 30.0, 20.0  # seconds
 _COPIED = re.compile(
     r"(metrics/\d[^/]*\.jsonl|figures/\w[^/]*\.png|evaluation-\d+/\w[^/]*|sweep\.(html|png))"
 )
+_REMEDY = "`python pipelines/registry.py sync` copies the rest."
+NOTE = "mlflow.json"
 _PARENT, _ENDED = "mlflow.parentRunId", "ended"
 
 
-@dataclasses.dataclass
+@dataclass(frozen=True)
 class _Note:
-    """What ``mlflow.json`` holds: where the run is, and once it ended, the state copied."""
+    """What ``mlflow.json`` holds: the MLflow run, and what it has of the folder."""
 
     tracking_uri: str = ""
     run_id: str = ""
-    files: int = 0
     record: str = ""
+    """Digest of the run's record."""
+    files: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, run_uri: str) -> "_Note":
-        where = storage.join(run_uri, "mlflow.json")
+        where = storage.join(run_uri, NOTE)
         try:
             return read(storage.read_bytes(where), cls, where) if storage.exists(where) else cls()
         except DamagedError:
@@ -59,10 +61,15 @@ class _Note:
 
     def write(self, run_uri: str) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=2)
-        storage.write_bytes(storage.join(run_uri, "mlflow.json"), text.encode())
+        storage.write_bytes(storage.join(run_uri, NOTE), text.encode())
+
+    def lacks(self, names: list[str], state: str) -> list[str] | None:
+        """Return the files that are not copied; None if the record is neither."""
+        new = [name for name in names if name not in self.files]
+        return new if new or state != self.record else None
 
 
-def mirror(run_uri: str, uri: str, copied: set[str] | None = None) -> int:
+def mirror(run_uri: str, uri: str) -> int:
     """Copy to MLflow what it lacks of a run, and return how many files that were.
 
     A run that was deleted in MLflow stays deleted.
@@ -70,39 +77,38 @@ def mirror(run_uri: str, uri: str, copied: set[str] | None = None) -> int:
     Args:
         run_uri: ``STORAGE/RUN_ID``.
         uri: of the tracking store.
-        copied: names that need no second look, updated; of a caller that comes again.
 
     Raises:
         MlflowException, OSError, UserError: a server does not answer; what is missing is copied by
             the next call.
     """
-    copied = set() if copied is None else copied
-    record, names = records.read_record(run_uri), _files(run_uri)
-    tracked, note = tracking.client(uri), _Note.read(run_uri)
-    run_id = _run_of(tracked, record, run_uri, uri, note)
-    if run_id is None or note == _complete_note(uri, run_id, names, record):
+    record, names, note = records.read_record(run_uri), _files(run_uri), _Note.read(run_uri)
+    state = digest(dataclasses.asdict(record))
+    if note.tracking_uri == public(uri) and note.lacks(names, state) is None:
         return 0
-    if run_id not in copied:
-        copied.clear()
+    tracked = tracking.client(uri)
+    run_id = _run_of(tracked, record, run_uri, uri)
+    if run_id is None:
+        return 0
+    existing = note.files if run_id == note.run_id else []
+    if not existing or state != note.record:
         _write_settings(tracked, run_id, record, run_uri)
-        copied.add(run_id)
-    new = [name for name in names if name not in copied]
-    points = [name for name in new if name.endswith(".jsonl")]
-    for start in range(0, len(points), 20):  # one request holds 1,000 points at most
-        _copy_points(tracked, run_id, run_uri, points[start : start + 20])
-        copied.update(points[start : start + 20])
-    _copy_artifacts(tracked, run_id, run_uri, [name for name in new if name not in points])
-    copied.update(new)
+    new = [name for name in names if name not in existing]
+    _copy_points(tracked, run_id, run_uri, [name for name in new if name.endswith(".jsonl")])
+    _copy_artifacts(tracked, run_id, run_uri, [n for n in new if not n.endswith(".jsonl")])
     _copy_status(tracked, run_id, record)
-    if record.status in records.ENDED:
-        _complete_note(uri, run_id, names, record).write(run_uri)
-    elif (note.run_id, note.tracking_uri) != (run_id, public(uri)):
-        _Note(public(uri), run_id).write(run_uri)
+    _Note(public(uri), run_id, state, names).write(run_uri)
     return len(new)
 
 
-def _complete_note(uri: str, run_id: str, names: list[str], record: RunRecord) -> _Note:
-    return _Note(public(uri), run_id, len(names), digest(dataclasses.asdict(record)))
+def store_of(run_uri: str, default: str = "") -> str:
+    """Return the store that a run is mirrored to, with the password that no file holds."""
+    return tracking_uri(_Note.read(run_uri).tracking_uri or default)
+
+
+def run_id_of(run_uri: str) -> str:
+    """Return the MLflow id of a run; its key as long as there is none."""
+    return _Note.read(run_uri).run_id or records.read_record(run_uri).key
 
 
 def _files(run_uri: str) -> list[str]:
@@ -113,14 +119,13 @@ def _files(run_uri: str) -> list[str]:
     return [n for n in names if not n.startswith("evaluation-") or n.startswith(f"{newest}/")]
 
 
-def _run_of(
-    tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str, note: _Note
-) -> str | None:
+def _run_of(tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str) -> str | None:
     """Return the id of the run's MLflow run, made if there is none; None if it was deleted."""
+    note = _Note.read(run_uri)
     if note.run_id and note.tracking_uri == public(uri):
-        with tracking.absent_as_none():
-            if tracked.get_run(note.run_id).info.lifecycle_stage == "active":
-                return note.run_id
+        run = tracking.get_run(tracked, note.run_id)
+        if run is not None and run.info.lifecycle_stage == "active":
+            return note.run_id
     found = _search(tracked, record.key)
     if not found:
         if record.schema == 0:  # its journal begins it
@@ -156,12 +161,10 @@ def _parent_tag(tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str
         return {_PARENT: parent}
     above = storage.join(run_uri.rpartition("/")[0], parent)
     if records.exists(above):
-        note = _Note.read(above)
-        run_id = _run_of(tracked, records.read_record(above), above, uri, note) or note.run_id
-    else:
-        run_id = tracking.find_run(tracked, parent)
-        if run_id is None:
-            raise UserError(f"the run {parent} has to come first")
+        run_id = _run_of(tracked, records.read_record(above), above, uri)
+        run_id = run_id or _Note.read(above).run_id
+    elif (run_id := tracking.find_run(tracked, parent)) is None:
+        raise UserError(f"the run {parent} has to come first")
     return {_PARENT: run_id} if run_id else {}
 
 
@@ -177,7 +180,6 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
     missing = [Param(k, str(v)) for k, v in params.items() if k not in existing]
     source = "tune.py" if record.kind == "sweep" or record.parent else "train.py"
     tags = {
-        **tracking.note_of(params),
         "preset": record.preset,
         "git_commit": record.git_commit,
         "config_hash": record.config_hash,
@@ -207,12 +209,7 @@ def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[s
 
 def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: list[str]) -> None:
     """Copy figures, and files of an evaluation with its numbers; leave out what is refused."""
-    if not names:
-        return
-    existing = {file.path for file in tracked.list_artifacts(run_id, "figures")}
     for name in names:
-        if name in existing:
-            continue
         content = storage.read_bytes(storage.join(run_uri, name))
         if name.endswith("/metrics.json"):
             _copy_evaluation(tracked, run_id, name, content)
@@ -260,20 +257,11 @@ class Mirror:
 
     def __init__(self, run_uri: str, uri: str) -> None:
         self._run_uri, self._uri = run_uri, uri
-        self._copied: set[str] = set()
         folder = run_uri.rpartition("/")[0]
         self._remedy = f"`python pipelines/registry.py sync --storage {folder}` copies the rest."
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """The id of the MLflow run, as long as there is one."""
-        try:
-            return _Note.read(self._run_uri).run_id or None
-        except UserError:
-            return None
 
     def close(self) -> None:
         """Copy the rest, in about twenty seconds; what MLflow does not take is left to ``sync``."""
@@ -287,7 +275,7 @@ class Mirror:
         while True:
             done = self._done.is_set()
             try:
-                mirror(self._run_uri, self._uri, self._copied)
+                mirror(self._run_uri, self._uri)
                 failures = 0
             except Exception as error:  # of any kind: training is worth more
                 reason = tracking.first_line(error)
@@ -310,51 +298,53 @@ def sync(where: str | Path) -> dict[str, int]:
     Runs whose driver died on this machine are recorded as KILLED. Journals of version 0.1, in the
     folders of its runs and in ``journal`` beside them, are delivered first.
 
-    Args:
-        where: a folder of runs, or a run's folder.
-
     Raises:
         UserError: a server does not take a run; all others are copied nevertheless.
     """
-    copied, failed = {}, None
+    copied: dict[str, int] = {}
     pending, damaged = _pending(where)
-    work = [(str(folder), functools.partial(journals.deliver, folder)) for folder in _old(where)]
-    for run_uri, record in pending:
-        work.append((record.run_id, functools.partial(_mirrored, run_uri, record.run_id)))
-    for name, copy in work:
+    failure: UserError | None = next(iter(damaged), None)
+    copies = [(folder, journals.deliver) for folder in _journal_folders(where)]
+    copies += [(run_uri, _mirrored) for run_uri, *_ in pending]
+    for place, copy in copies:
         try:
-            copied |= copy()
+            copied |= copy(place)
         except tracking.TROUBLE as error:
-            failed = failed or UserError(
-                f"MLflow does not take all of {name} ({tracking.first_line(error)}): try sync "
+            failure = failure or UserError(
+                f"MLflow does not take all of {place} ({tracking.first_line(error)}): try sync "
                 "again later."
             )
-    if failed is not None or damaged:
-        raise failed or damaged[0]
+    if failure is not None:
+        raise failure
     return copied
 
 
-def _mirrored(run_uri: str, run_id: str) -> dict[str, int]:
-    return {run_id: mirror(run_uri, _store_of(run_uri))}
+def _mirrored(run_uri: str) -> dict[str, int]:
+    return {records.read_record(run_uri).run_id: mirror(run_uri, store_of(run_uri))}
 
 
 def waiting(where: str | Path) -> dict[str, int]:
-    """Return by run id how many files ``sync`` would compare; nothing is copied."""
-    counts = {record.run_id: len(_files(run_uri)) for run_uri, record in _pending(where)[0]}
-    for folder in _old(where):
+    """Return by run id how many files ``sync`` would copy; nothing is copied."""
+    counts = {record.run_id: len(new) for _, record, new in _pending(where)[0]}
+    for folder in _journal_folders(where):
         counts |= journals.waiting(folder)
     return counts
 
 
-def _old(where: str | Path) -> list[str]:
+def _journal_folders(where: str | Path) -> list[str]:
     """Return the folders that may hold journals of version 0.1."""
     place = storage.absolute(where)
     beside = storage.join(place.rpartition("/")[0], "journal")
     return [folder for folder in (place, beside) if storage.exists(folder)]
 
 
-def _pending(where: str | Path) -> tuple[list[tuple[str, RunRecord]], list[DamagedError]]:
-    """Return the runs that are not completely copied, parents first, and errors of the others."""
+def _pending(
+    where: str | Path,
+) -> tuple[list[tuple[str, RunRecord, list[str]]], list[DamagedError]]:
+    """Return the runs of which MLflow lacks files, with these, and errors of damaged runs.
+
+    Runs that others are nested under come first.
+    """
     found, damaged = [], []
     for run_uri in records.list_runs(storage.absolute(where)):
         try:
@@ -363,18 +353,7 @@ def _pending(where: str | Path) -> tuple[list[tuple[str, RunRecord]], list[Damag
             log.warning("%s", error)
             damaged.append(error)
             continue
-        note = _Note.read(run_uri)
-        complete = _complete_note(note.tracking_uri, note.run_id, _files(run_uri), record)
-        # An older run's journal delivers it; one of a folder in use elsewhere is its driver's.
-        if record.schema and note != complete:
-            found.append((run_uri, record))
+        new = _Note.read(run_uri).lacks(_files(run_uri), digest(dataclasses.asdict(record)))
+        if record.schema and new is not None:  # an older run's journal delivers it
+            found.append((run_uri, record, new))
     return sorted(found, key=lambda one: one[1].parent is not None), damaged
-
-
-def _store_of(run_uri: str) -> str:
-    """Return the store that a run is mirrored to, with the password that no file holds."""
-    noted = _Note.read(run_uri).tracking_uri
-    if not noted:
-        return tracking_uri()
-    here = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return here if public(here) == noted else noted

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ivegan import checkpoint, storage
+from ivegan.checkpoint import PREFIX
 from ivegan.errors import UserError
 from pipelines.record import METRICS, read_points, write_points
 from pipelines.training.plan import Plan
@@ -25,10 +26,9 @@ class Follower:
 
     def __init__(self, plan: Plan, show: Show | None, measure: Measure | None) -> None:
         self._plan, self._show, self._measure = plan, show, measure
-        self._total = plan.config.total_steps * plan.config.batch_size
         self._folder = storage.join(plan.run_uri, METRICS)
         self._names = set(storage.list_names(self._folder))
-        self._saved = set(checkpoint.checkpoints(plan.run_uri))
+        self._saved = {uri.rpartition("/")[2] for uri in checkpoint.checkpoints(plan.run_uri)}
         self._warned = False
 
     def look(self) -> None:
@@ -36,13 +36,14 @@ class Follower:
         try:
             # Checkpoints first: the points of a checkpoint are written before it.
             names = storage.list_names(self._plan.run_uri)
-            saved = [storage.join(self._plan.run_uri, n) for n in names if n.startswith(PREFIX)]
-            saved = [uri for uri in saved if uri not in self._saved and _is_whole(uri)]
+            saved = [n for n in names if n.startswith(PREFIX) and n not in self._saved]
+            saved = [n for n in saved if self._has(n, "config.json")]
             new = [n for n in storage.list_names(self._folder) if n not in self._names]
-            flushes = sorted(n for n in new if re.fullmatch(r"\d+\.jsonl", n))
+            flushes = [n for n in new if re.fullmatch(r"\d+\.jsonl", n)]
             events = {name: self._event(name) for name in flushes}
-            for uri in saved:
-                name = f"{uri.rpartition('-')[2]}.jsonl"
+            for folder in saved:
+                name = f"{folder.removeprefix(PREFIX)}.jsonl"
+                uri = storage.join(self._plan.run_uri, folder)
                 events.setdefault(name, self._event(name))["checkpoint"] = uri
         except UserError as error:
             if not self._warned:
@@ -54,32 +55,20 @@ class Follower:
         for name in sorted(events):
             self._handle(events[name])
 
+    def _has(self, *parts: str) -> bool:
+        return storage.exists(storage.join(self._plan.run_uri, *parts))
+
     def _event(self, name: str) -> Event:
         (point,) = read_points(storage.join(self._folder, name))
-        return {
-            "images_seen": point.images_seen,
-            "total_images": self._total,
-            "metrics": dict(point.metrics),
-        }
+        return {"images_seen": point.images_seen, "metrics": dict(point.metrics)}
 
     def _handle(self, event: Event) -> None:
         if self._measure is not None and "checkpoint" in event:
             scores = self._measure(event["checkpoint"])
             write_points(self._plan.run_uri, event["images_seen"], scores, "score")
             event["metrics"] |= scores
-        try:
-            if self._show is not None:
-                self._show(event)
-        except OSError as error:  # a closed pipe, a full disk: no reason to stop training
-            self._show = None
-            log.warning("Progress is no longer shown (%s); training continues", error)
-
-
-PREFIX = checkpoint.PREFIX
-
-
-def _is_whole(checkpoint_uri: str) -> bool:
-    return storage.exists(storage.join(checkpoint_uri, "config.json"))
+        if self._show is not None:
+            self._show(event)
 
 
 @contextlib.contextmanager

@@ -99,12 +99,7 @@ class Run(Execution):
 
 
 def run_of(execution: Execution, **own: Any) -> Run:
-    """Return the options of a run that is computed as another command's options define.
-
-    Args:
-        execution: options of that command.
-        own: options of the run itself, such as ``run_id``.
-    """
+    """Return the options of a run that is computed as another command's options define."""
     return Run(**shared(execution) | own)
 
 
@@ -134,6 +129,11 @@ class Plan:
     def experiment(self) -> str:
         """Name of the MLflow experiment."""
         return self.run.experiment or f"ivegan-{self.config.dataset}"
+
+    @property
+    def images(self) -> int:
+        """Images that are seen when the run is finished: whole batches of them."""
+        return self.config.total_steps * self.config.batch_size
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``--dry-run``."""
@@ -166,6 +166,11 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
         raise UserError(
             f"A worker's {config.batch_size // share} samples of a batch cannot be cut into "
             f"{run.accumulate} equal, even parts; choose another --accumulate."
+        )
+    if run.compile and (config.objective.r1 or config.objective.r2):
+        raise UserError(
+            f"--compile cannot compute the gradient penalties of {preset}: leave it out, or set "
+            "--objective.r1 0 and --objective.r2 0."
         )
     run_id = run.run_id or new_id(preset)
     if not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
@@ -223,11 +228,6 @@ def check_data(plan: Plan) -> str:
 
 def check_same_data(what: str, plan: Plan, before: str, now: str) -> None:
     """Return if the data are those that a run or sweep was begun on.
-
-    Args:
-        what: it is, as the sentence begins.
-        plan: of it.
-        before, now: hashes of the data set.
 
     Raises:
         UserError: they are others.

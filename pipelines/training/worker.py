@@ -36,11 +36,6 @@ def work(
 
     Rank 0 writes points, figures and checkpoints into the run's folder.
 
-    Args:
-        plan: of the run.
-        metadata: of the run, for the checkpoints.
-        flushed: called on rank 0 after every flush and checkpoint.
-
     Returns:
         Checkpoint, images seen, steady rate, world size and the last metrics.
     """

@@ -143,7 +143,6 @@ def test_a_build_and_a_stream_wait_for_a_store_that_is_killed(killable, tmp_path
         logging.getLogger("ivegan.storage").removeHandler(waiting)
 
 
-@pytest.mark.slow
 def test_ray_tasks_wait_for_a_store_that_is_killed(killable, tmp_path):
     """The command, two workers; the store gets SIGKILL after the first shards."""
     command = [sys.executable, BUILD, "digits", "--out", "s3://bucket/set", "--workers", "2"]

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH = 64
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def server(
     request: pytest.FixtureRequest,
     home: Path,
@@ -118,6 +118,7 @@ def check_delivered(uri: str, run: Run, run_uri: str) -> None:
     assert {f.path for f in client.list_artifacts(run.info.run_id, "figures")} == figures
 
 
+@pytest.mark.parametrize("server", ["postgresql"], indirect=True)
 def test_training_continues_without_its_mlflow_server(server, command, home, s3, mlflow_runs):
     """Killed after the first checkpoint, back after three more."""
     total, every = BATCH * 3_000, BATCH * 3_000 // 100
@@ -150,6 +151,7 @@ def test_training_continues_without_its_mlflow_server(server, command, home, s3,
     check_delivered(server.uri, run, f"{s3}/runs/a")
 
 
+@pytest.mark.parametrize("server", ["sqlite"], indirect=True)
 def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
     server, command, home, s3, mlflow_runs
 ):
@@ -169,7 +171,7 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(
     check_delivered(server.uri, run, f"{s3}/runs/a")
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("server", ["sqlite"], indirect=True)
 def test_a_sweep_continues_without_its_mlflow_server(server, command, home, s3, mlflow_runs):
     """Trials begin and end while the server is away, and so does the sweep."""
     words = ["--samples", "4", "--max-concurrent", "1", "--batch-size", str(BATCH)]

@@ -6,12 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from processes import free_ports, kill, wait_for
 
 from ivegan import storage
 
@@ -34,7 +32,6 @@ def workflow(*words: str, cwd: Path, status: int = 0, **env: str) -> subprocess.
     return done
 
 
-@pytest.mark.slow
 def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
     home, store, s3, monkeypatch
 ):
@@ -123,66 +120,3 @@ def test_pod_without_places_outside_it_is_refused(home, preset, missing):
     assert f"lost when it ends: set {missing}" in output
     assert "Traceback" not in output
     assert not (home / "runs").exists()
-
-
-@pytest.fixture
-def head(tmp_path):
-    """A Ray head of its own; yields what `ray job submit` needs to reach it."""
-    port, dashboard, client, agent = free_ports(4)
-    ray = str(Path(sys.executable).with_name("ray"))
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets below it
-    words = [
-        *("--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"),
-        *(f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
-        *(f"--dashboard-agent-listen-port={agent}", "--dashboard-host=127.0.0.1"),
-    ]
-    submit = [ray, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}"]
-
-    def takes_jobs() -> bool:
-        words = [*submit, "--no-wait", "--", "true"]
-        return subprocess.run(words, env=env, capture_output=True, check=False).returncode == 0
-
-    log = tmp_path / "head.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [ray, "start", *words], env=env, stdout=out, stderr=out, cwd=tmp_path
-        )
-    try:
-        wait_for(takes_jobs, process, log)
-        yield submit, env
-    finally:
-        kill(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.slow
-def test_a_submitted_workflow_trains_on_the_jobs_cluster_and_leaves_all_outside_its_folder(
-    home, store, head
-):
-    submit, env = head
-    variables = {"MLFLOW_TRACKING_URI": store, "IVEGAN_GIT_COMMIT": "abc1234"}
-    runtime = {"env_vars": {**variables, "IVEGAN_CACHE": f"{home}/cache"}}
-    submit += ["--working-dir", str(ROOT), "--runtime-env-json", json.dumps(runtime), "--"]
-    script = [sys.executable, "pipelines/workflow.py", "run", *RING[:-1], "1", "--json"]
-    places = [f"--{name}={home}/{name}" for name in ("storage", "out", "datastore")]
-    done = subprocess.run(
-        [*submit, *script, "--run-id", "job", *places],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    metadata = json.loads((home / "storage/job/checkpoint-0000012800/config.json").read_text())
-    assert metadata["git_commit"] == "abc1234"
-    assert (home / "out/job/report.html").exists()
-    assert (home / "datastore/.metaflow/IveGanFlow/latest_run").exists()
-    assert MlflowClient(store).get_model_version_by_alias("ivegan-ring-encoder", "staging")
-
-    nowhere = subprocess.run(
-        [*submit, *script], capture_output=True, text=True, env=env, check=False
-    )
-    assert nowhere.returncode != 0
-    output = nowhere.stdout + nowhere.stderr
-    assert "set --storage, --out, --datastore and MLFLOW_TRACKING_URI to places outside" in output

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from ivegan.config import PRESETS
 from ivegan.errors import UserError
 from pipelines import options as cli
+from pipelines import record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +199,32 @@ def test_verbs_share_one_command(capsys):
         code, _, err = exit_of(capsys, cli.run_verb, verbs, argv=argv)
         assert code == 2
         assert message in err
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["registry.py", "--help"], 0),
+        (["train.py", "--help"], 0),
+        (["train.py", "rnig"], 2),
+        (["train.py", "ring", "--workers", "0", "--total-images", "640", "--json"], 0),
+    ],
+)
+def test_a_reader_that_closes_early_changes_no_exit_status(home, store, words, status, both):
+    """As with ``command | head``: all is written to a pipe that nobody reads."""
+    program = Path(__file__).resolve().parents[2] / "pipelines" / words[0]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, str(program), *words[1:]],
+        stdout=write,
+        stderr=write if both else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == status
+    assert "Error" not in (done.stderr or "")
+    for folder in (home / "runs" / "checkpoints").glob("*"):
+        assert record.read_record(str(folder)).status == "FINISHED"

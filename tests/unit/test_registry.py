@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -120,28 +121,21 @@ def test_pairs_move_and_come_back_together_with_the_same_files(registered):
     assert [row["stage"] for row in overview()["versions"]] == ["archived", "production"] * 2
     pull_version = [1]
     assert sums(home / "after") == before
-    assert len(before) == len(between) > 10
-    weights = f"{ENCODER}/weights.safetensors"
-    assert between[weights] != before[weights]
+    assert before.keys() == between.keys()
+    assert between[f"{ENCODER}/weights.safetensors"] != before[f"{ENCODER}/weights.safetensors"]
     # The same checkpoint again makes no second version.
     assert register(checkpoints[1])["new"] is False
     assert stages_in(store, ENCODER)["2"] == ("staging", "Staging")
     assert len(stages_in(store, ENCODER)) == 2
 
 
-@pytest.mark.parametrize("damage", ["change", "delete"])
-def test_a_damaged_pair_in_production_can_be_replaced(registered, damage):
+def test_a_damaged_pair_in_production_can_be_replaced(registered):
     store = registered.store
-    folder = files_of(store, GENERATOR, "1")
-    if damage == "delete":
-        shutil.rmtree(folder)
-    else:
-        (folder / "weights.safetensors").write_bytes(b"other")
+    (files_of(store, GENERATOR, "1") / "weights.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match=r"the pair in production cannot be measured \(.*--force"):
         promote("digits")
     result = promote("digits", force="its files are lost")
-    assert result["replaced"] == 1
-    assert len(result["overruled"]) == 1
+    assert (result["replaced"], len(result["overruled"])) == (1, 1)
     assert stages_in(store, GENERATOR)["2"] == ("production", "Production")
 
 
@@ -180,8 +174,8 @@ def test_pull_brings_weights_config_and_a_model_without_any_pickle(registered):
     home = registered.home
     result = pull(ENCODER, stage="staging", to=home / "got")
     assert (result["version"], result["partner_version"]) == (2, 2)
-    names = {"model", "weights.safetensors", "config.json", "model_card.md"}
-    assert {p.name for p in (home / "got").iterdir()} == names
+    names = ["config.json", "model", "model_card.md", "weights.safetensors"]
+    assert sorted(p.name for p in (home / "got").iterdir()) == names
     assert json.loads((home / "got" / "config.json").read_text())["run_id"] == "second"
     text = (home / "got" / "model_card.md").read_text()
     assert "uint8, 0 to 255, images (N, 1, 16, 16) -> float32 latents z (N, 16)" in text
@@ -210,10 +204,9 @@ def test_the_card_has_the_spread_over_seeds_of_the_same_settings(home):
     for seed, accuracy in enumerate((0.8, 0.9, 0.5, 0.4, None)):
         width, data = (0.5 if seed == 2 else 0.25), str(seed == 3)
         config = to_dict(override(preset("digits"), {"model.width": width, "seed": seed}))
-        evaluation: dict[str, Any] = {"metrics": {"eval/same_class": accuracy}}
-        # The second as version 0.1 wrote it.
-        key = "facts" if seed == 1 else "metadata"
-        evaluation[key] = {"config": config, "dataset_hash": data}
+        metadata = {"config": config, "dataset_hash": data}
+        key = "facts" if seed == 1 else "metadata"  # as version 0.1 wrote it
+        evaluation = {"metrics": {"eval/same_class": accuracy}, key: metadata}
         uri = home / "runs" / f"run{seed}" / "evaluation-0000000009" / "metrics.json"
         if accuracy is not None:
             storage.write_bytes(uri, json.dumps(evaluation).encode())
@@ -275,14 +268,11 @@ def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, s
     result = promote("ring", force=reason)
     assert len(result["overruled"]) == 1
     tags = MlflowClient(store).get_model_version("ivegan-ring-generator", "1").tags
-    numbers = json.loads(tags["gate"])
-    assert numbers["forced_because"] == reason
-    assert numbers["overruled"] == result["overruled"]
+    assert json.loads(tags["gate"])["overruled"] == result["overruled"]
     assert float(tags["quality"]) == pytest.approx(scores[worse])
     history = [json.loads(tags[name]) for name in sorted(tags) if name.startswith("changed.")]
-    moves = ["staging", "production", "archived", "staging", "production"]
-    assert [change["to"] for change in history] == moves
-    assert [change["from"] for change in history] == [None, *moves[:-1]]
+    moves = [None, "staging", "production", "archived", "staging", "production"]
+    assert [(c["from"], c["to"]) for c in history] == list(itertools.pairwise(moves))
     assert history[1]["gate"]["scores"]["quality"] == pytest.approx(scores[worse])
     assert history[1]["gate"]["forced_because"] is None
     assert history[-1]["gate"]["forced_because"] == reason
@@ -292,34 +282,13 @@ def test_a_poor_pair_of_unknown_origin_is_refused(home, store, digits_dataset, m
     scores = {"quality": 0.33, "same_class": 0.1, "one_nn": 0.9}
     monkeypatch.setattr(gate, "quality", lambda *_: scores)
     register(saved(home, "a", data=digits_dataset, git_commit=""))
-    with pytest.raises(UserError) as error:
-        promote("digits")
-    for part in (
-        "its quality 0.330 is under 0.4, the least for digits",
-        "its same_class 0.100 is under 0.3",
-        "its git_commit is not recorded",
-        "is not the data set that it was trained on",
+    with pytest.raises(
+        UserError,
+        match=r"git_commit is not recorded; .* is not the data set .*; "
+        r"its quality 0\.330 is under 0\.4, .*; its same_class 0\.100 is under 0\.3",
     ):
-        assert part in str(error.value)
+        promote("digits")
     assert stages_in(store, ENCODER)["1"] == ("staging", "Staging")
-
-
-def test_a_pair_that_is_not_of_its_checkpoint_is_refused(home):
-    config, encoder, generator, metadata = checkpoint.load_networks(uri := saved(home, "a"))
-    common = {"preset": "digits", "config": config, "metadata": metadata}
-    pair = (
-        package.Half(kind="encoder", network=encoder, **common),
-        package.Half(kind="generator", network=generator, **common),
-    )
-    assert gate._unlike_checkpoint(pair, uri) == []
-    other = Path(saved(home, "b", seed=1)) / "weights.safetensors"
-    shutil.copy(other, Path(uri) / "weights.safetensors")
-    assert [fault.partition(" is ")[0] for fault in gate._unlike_checkpoint(pair, uri)] == [
-        "the encoder",
-        "the generator",
-    ]
-    (gone,) = gate._unlike_checkpoint(pair, str(home / "nowhere"))
-    assert "nowhere is gone" in gone
 
 
 class CutError(Exception):
@@ -412,9 +381,7 @@ def test_a_missing_thing_is_named(home, store, call, sentence):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("MLmodel", b"other", "MLmodel was changed"),
         ("data/data.pkl", b"", r"data/data\.pkl is not expected"),
-        ("conda.yaml", None, "conda.yaml is missing"),
         ("SHA256SUMS", b"", "SHA256SUMS .* is not the one that was registered"),
         ("SHA256SUMS", None, "SHA256SUMS is missing"),
     ],

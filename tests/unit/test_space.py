@@ -46,7 +46,7 @@ def test_flag_adds_replaces_and_removes_settings():
         ("optim.lr_g=1e-3..1e-4", "is no range: write LOW..HIGH, both greater than 0"),
         ("objective.r1=0..1", "is no range"),
         ("transform.flip=True..False", "is no range"),
-        ("model.z_dim=2,many", "model.z_dim takes int values, not '2,many'"),
+        ("model.z_dim=2,many", "model.z_dim takes values of type int, not 'many'"),
         ("model.z_dim=0,2", r"model\.z_dim is 0, but must be at least 1"),
         ("optim.lr_g= optim.lr_d= model.z_dim= model.noise_dim=", "leaves nothing to search"),
     ],

@@ -1,0 +1,135 @@
+"""Training on Ray: two workers compute what one process does, and outlive a killed one."""
+
+import contextlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_prep.building import build
+from ivegan import checkpoint
+from ivegan.config import override, preset
+from ivegan.errors import UserError
+from pipelines.training.fit import fit
+from pipelines.training.plan import Run, resolve
+
+
+def weights_of(result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(result["checkpoint"]) / "weights.safetensors")
+
+
+def test_an_error_of_measuring_is_raised_when_the_workers_end(
+    home, store, ray_cluster, mlflow_runs
+):
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
+
+    def measure(checkpoint_uri):
+        raise RuntimeError(f"cannot score {checkpoint_uri}")
+
+    run = Run(workers=2, run_id="unscored")
+    with pytest.raises(RuntimeError, match="cannot score"):
+        fit(resolve("ring", config, run), measure=measure)
+    assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
+
+
+def test_a_ray_of_its_own_leaves_no_process_behind(home):
+    """Not even a worker that does not end when it should, as now and then one of Ray's."""
+    script = """
+        import atexit, os, threading
+        from pipelines.cluster.session import ray_session
+
+        class Stuck:
+            def begin(self):
+                atexit.register(threading.Event().wait)
+                return os.getpid()
+
+        with ray_session():
+            import ray
+
+            actor = ray.remote(Stuck).remote()
+            worker = ray.get(actor.begin.remote())
+            del actor
+        print(worker)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(words, cwd=home, capture_output=True, text=True, check=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(done.stdout)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
+    """Same data, same draws: over 100 steps only the order of additions differs."""
+    images = 64 * 100
+    _, plain = ring(images=images)("plain")
+    result, two = ring(workers=2, images=images)("two")
+    assert result["world_size"] == 2
+    assert len(two) == len(plain) == 100
+    for a, b in zip(plain, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    again, repeated = ring(workers=2, images=images)("again")
+    assert repeated == two  # bit for bit: same seed, world size and threads
+    torch.testing.assert_close(weights_of(result), weights_of(again), rtol=0, atol=0)
+
+
+def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
+    """Built to S3, trained from there by two Ray workers, resumed and read back from there."""
+    build("digits", source=None, out=f"{s3}/digits", workers=0)
+    sizes: dict[str, Any] = {"batch_size": 16, "model.width": 0.25}
+    places: dict[str, Any] = {"data": f"{s3}/digits", "storage": f"{s3}/runs", "run_id": "far"}
+    for workers, images in ((2, 16 * 8), (0, 16 * 12)):
+        config = override(preset("digits"), {**sizes, "total_images": images})
+        run = Run(workers=workers, resume=True, save_every=16 * 4, **places)
+        result = fit(resolve("digits", config, run))
+        assert result["images_seen"] == images
+    kept = [uri.rpartition("-")[2] for uri in checkpoint.checkpoints(f"{s3}/runs/far")]
+    assert [int(seen) for seen in kept] == [64, 128, 192]
+    assert result["checkpoint"] == checkpoint.find(f"{s3}/runs/far")
+    _, encoder, _, metadata = checkpoint.load_networks(result["checkpoint"])
+    assert metadata["data"] == f"{s3}/digits"
+    assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
+
+
+def test_two_ray_workers_stream_what_one_process_streams(small_digits, ray_cluster):
+    _, plain = small_digits("plain", workers=0, stream=True, loaders=0)
+    result, two = small_digits("two", workers=2, stream=True, loaders=1)
+    assert result["world_size"] == 2
+    assert two == pytest.approx(plain, rel=1e-3, abs=1e-3)
+    _, cached = small_digits("cached", workers=0)
+    assert cached != pytest.approx(plain, rel=1e-3, abs=1e-3)  # another order of the samples
+
+
+def test_asking_for_more_than_the_cluster_has_is_a_sentence(home, ray_cluster, ring):
+    with pytest.raises(UserError, match=r"64 workers of 1 CPU each.*room for 2"):
+        ring(workers=64, batch_size=128)("big")
+
+
+@pytest.mark.slow
+def test_a_killed_ray_worker_costs_nothing_but_time(home, ray_cluster, ring):
+    """One of two workers gets SIGKILL at the first checkpoint; the run ends as if it had not."""
+    cadence: dict[str, Any] = {"log_every": 64 * 500, "save_every": 64 * 500}
+    start = ring(workers=2, images=64 * 4000)
+    unbroken, _ = start("unbroken", **cadence)
+    killed: list[int] = []
+
+    def kill_once(event):
+        if event.get("checkpoint") and not killed:
+            worker = next(
+                p
+                for p in psutil.process_iter(["name", "cmdline"])
+                if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+            )
+            worker.kill()
+            killed.append(event["images_seen"])
+
+    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 4000})
+    run = Run(workers=2, run_id="killed", **cadence)
+    result = fit(resolve("ring", config, run), show=kill_once)
+    assert killed
+    assert killed[0] < result["images_seen"] == 64 * 4000
+    torch.testing.assert_close(weights_of(unbroken), weights_of(result), rtol=0, atol=0)
