@@ -366,8 +366,7 @@ def train(
     every = max(1, math.ceil(every_images / state.config.batch_size))
     state.generator_side.train()
     state.discriminator_side.train()
-    sums: dict[str, Tensor] = {}
-    count = 0
+    sums, count = dict[str, Tensor](), 0
     while state.step < state.config.total_steps:
         x, draws = next(batches)
         scalars = train_step(state, x, draws, compute)
