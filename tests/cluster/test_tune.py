@@ -100,11 +100,14 @@ def test_impossible_sweep_is_refused_before_anything_is_written(
     "options",
     [
         {},
-        {"workers": 2, "threads": 3, "storage": "a folder"},
-        {"precision": "bfloat16", "stream": True, "loaders": 2, "data": "its data"},
+        {
+            **{"workers": 2, "threads": 3, "precision": "bfloat16", "stream": True, "loaders": 2},
+            **{"storage": "a folder", "data": "its data"},
+        },
     ],
+    ids=["defaults", "options"],
 )
-def test_printed_command_trains_the_best_as_its_trial(home, digits_dataset, options, capsys):
+def test_printed_command_trains_the_best_as_its_trial(home, digits_dataset, options):
     if "data" in options:
         shutil.copytree(digits_dataset, home / options["data"])
     config = override(preset("digits"), {"total_images": 640, "model.width": 0.5})
@@ -226,6 +229,7 @@ def test_restored_sweep_counts_trials_that_ended_before(capsys, caplog):
     for current in (now, weak):
         progress.on_trial_result(0, [before, now, weak], current, current.last_result)
         progress.on_trial_complete(0, [before, now, weak], current)
+        current.is_finished = lambda: True
     out = capsys.readouterr().out
     assert "0.500  (best 0.750, trial 000)" in out
     assert "trial 001 is done; 2 of 3 have ended" in out
@@ -266,23 +270,6 @@ def test_sweep_without_a_score_raises_a_sentence(home, store, ray_cluster, mlflo
     runs = mlflow_runs(store)
     assert [r.info.status for r in runs if "mlflow.parentRunId" not in r.data.tags] == ["FAILED"]
     assert "RUNNING" not in {run.info.status for run in runs}
-
-
-@pytest.mark.slow
-# Tune leaves its own files of a trial open that the time budget ends.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_time_budget_ends_running_trials_and_lists_the_others(
-    home, store, ray_cluster, mlflow_runs
-):
-    """Three trials of minutes each, one after the other, of which the first is scored often."""
-    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 2 * 10**5})
-    options = Sweep(samples=3, scores=10_000, sweep_id="s", max_concurrent=1, time_budget=45)
-    result = sweep("ring", config, options)
-    states = [t["state"] for t in result["trials"]]
-    assert states == ["stopped early", "not scored", "not scored"]
-    statuses = {run.info.run_name: run.info.status for run in mlflow_runs(store)}
-    assert (statuses.pop("s"), statuses.pop("s-000")) == ("FINISHED", "KILLED")
-    assert set(statuses.values()) <= {"KILLED"}
 
 
 def test_best_trials_are_confirmed_on_fresh_seeds(home, store, monkeypatch, capsys):

@@ -107,13 +107,10 @@ def test_metaflow_decorators_apply_to_each_step(home, store):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run", "ring", "--sweep-samples", "-1"], "--sweep-samples is -1"),
         (["run", "ring", "--sweep-space", "seed=0,1"], "need --sweep-samples"),
         (["run", "ring", "--sweep-samples", "2", "--sweep-space", "sede=0,1"], "sede"),
         (["run", "ring", "--datastore", "gs://bucket"], "unknown scheme"),
         (["resume"], "There is no workflow to resume in"),
-        (["run", "rnig"], "There is no preset 'rnig'"),
-        (["run", "mnist"], "needs --data"),
         (["run", "ring", "--set", "optim.lr=1"], "optim.lr"),
     ],
 )
