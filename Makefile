@@ -16,7 +16,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
 lint: install
 	$(BIN)/ruff format --check .
