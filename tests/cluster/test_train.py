@@ -126,7 +126,7 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
         ("ring", {}, {"run_id": "a/b"}, "run-id"),
         ("mnist", {}, {"data": "nowhere"}, "nowhere"),
         ("mnist", {}, {"data": "digits"}, r"\(1, 16, 16\).*\(1, 32, 32\)"),
-        ("digits", {}, {"data": "digits", "workers": 16, "stream": True}, "by 1 to 8 workers"),
+        ("digits", {}, {"data": "digits", "workers": 16, "stream": True}, "streamed by 1 to"),
         ("ring-plus", {}, {"compile": True}, "--compile cannot compute the gradient penalties"),
     ],
 )
