@@ -28,6 +28,8 @@ from ivegan import storage
 from ivegan.storage import objects
 
 RNG = np.random.default_rng(0)
+# Ray's workers have the nice value 15: they would wait for all other tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
