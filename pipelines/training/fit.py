@@ -74,7 +74,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         metadata = _metadata(record)
         if plan.run.workers:
             with following(follower):
-                result = fit_ray(plan, metadata)
+                result = fit_ray(plan, metadata, record.key)
         else:
             result = work(plan, metadata, follower.look)
             follower.look()

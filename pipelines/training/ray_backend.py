@@ -14,8 +14,8 @@ from pipelines.training.plan import Plan
 from pipelines.training.worker import work
 
 
-def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Train with Ray's workers and return rank 0's outcome.
+def fit_ray(plan: Plan, metadata: dict[str, Any], key: str) -> dict[str, Any]:
+    """Train with Ray's workers and return rank 0's outcome; ``key`` is that of the run's record.
 
     Raises:
         UserError: a worker raised it, or the workers do not see the driver's storage.
@@ -29,7 +29,7 @@ def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"plan": plan, "metadata": metadata},
+        train_loop_config={"plan": plan, "metadata": metadata, "key": key},
         scaling_config=ScalingConfig(
             num_workers=plan.run.workers,
             use_gpu=plan.run.gpu,
@@ -58,7 +58,7 @@ def fit_ray(plan: Plan, metadata: dict[str, Any]) -> dict[str, Any]:
 def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train on one of Ray's ranks."""
     # Returned, not raised: each retry would end in the same way.
-    if refusal := unshared(payload["plan"].run_uri, payload["metadata"]["run_key"]):
+    if refusal := unshared(payload["plan"].run_uri, payload["key"]):
         return {"refused": refusal}
     try:
         return work(payload["plan"], payload["metadata"])

@@ -183,7 +183,7 @@ def test_trials_without_a_score_are_listed_last(home, store, mlflow_runs, monkey
     assert states == {"002": "stopped early", "000": "done", "001": "failed", "003": "not scored"}
     assert list(states)[:2] == ["002", "000"]
     assert result["best_metric"] == 0.5
-    assert re.search(r"^003 +0 +not scored", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^003 +not scored +0 ", capsys.readouterr().out, re.MULTILINE)
     assert [run.info.status for run in mlflow_runs(store)] == ["FINISHED"]
 
 
