@@ -36,7 +36,6 @@ _INTERVAL, _LONGEST_PAUSE, _LAST_CHANCE = 3.0, 30.0, 20.0  # seconds
 _COPIED = re.compile(
     r"(metrics/\d[^/]*\.jsonl|figures/\w[^/]*\.png|evaluation-\d+/\w[^/]*|sweep\.(html|png))"
 )
-_REMEDY = "`python pipelines/registry.py sync` copies the rest."
 NOTE = "mlflow.json"
 _PARENT, _ENDED = "mlflow.parentRunId", "ended"
 
