@@ -33,7 +33,7 @@ def render(task: Table, results: Mapping[str, Sequence[Result]]) -> str:
     floor = {name: known.get(_FLOORS.get(name, f"{name}_floor")) for name in task.metrics}
     floor |= {name: _IDEAL.get(name) for name in task.metrics if floor[name] is None}
     pixels = {name: known.get(f"{name}_pixels") for name in task.metrics}
-    for title, numbers in (("floor", floor), ("raw pixels", pixels)):
+    for title, numbers in (("floor, real data", floor), ("raw pixels", pixels)):
         texts = [
             "" if numbers[name] is None else _numbers(name, [numbers[name]])
             for name in task.metrics

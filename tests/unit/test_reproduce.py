@@ -160,7 +160,7 @@ def test_a_table_has_floor_mean_spread_and_published_numbers() -> None:
             for cell, v in zip(own, values, strict=True)
         ]
     lines = render(task, rows).splitlines()
-    assert lines[2] == "| floor |  |  | 98.9 % | 100.0 % |  |"
+    assert lines[2] == "| floor, real data |  |  | 98.9 % | 100.0 % |  |"
     assert lines[3] == "| IVE-GAN | 2 | 8.0 ± 0.0 | 92.0 ± 2.8 % |  | 10 |"
     assert lines[4] == "| GAN | 1 | 8.0 | 50.0 % |  | 10 |"
     assert (
