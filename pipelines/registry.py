@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ivegan import storage
 from ivegan.errors import UserError
 from pipelines import options as cli
+from pipelines.paths import mlflow_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def main_register(options: Register) -> dict[str, Any]:
     for kind in ("encoder", "generator"):
         half, verb = result[kind], "registered" if result["new"] else "already registered"
         print(f"{kind} {verb} as {half['name']} version {half['version']} ({half['stage']})")
+    print(f"Models: {mlflow_place()}")
     return result
 
 
@@ -174,6 +176,7 @@ def _print_move(result: dict[str, Any]) -> dict[str, Any]:
         print(f"overruled: {fault}")
     if result["replaced"] is not None:
         print(f"in place of version {result['replaced']} of the encoder and its partner")
+    print(f"Models: {mlflow_place()}")
     return result
 
 
