@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ivegan import order
-from ivegan.config import PRESETS, Config, override, preset
+from ivegan.config import PRESETS, PROTOCOLS, Config, override, preset
 from ivegan.networks import sample_shape
 
 
@@ -51,7 +51,7 @@ def random_samples(config: Config, count: int = 4096) -> np.ndarray:
     """Return random images, uint8, or points: the time does not depend on their content."""
     random = np.random.default_rng(0)
     if config.is_points:
-        means, std = order.modes(config.dataset)
+        means, std = order.modes(config.dataset, PROTOCOLS[config.protocol])
         chosen = means[random.integers(len(means), size=100_000)]
         return (chosen + std * random.standard_normal(chosen.shape)).astype(np.float32)
     return random.integers(0, 256, (count, *sample_shape(config.model)), dtype=np.uint8)

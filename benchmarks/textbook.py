@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from ivegan.config import Config, Transform
+from ivegan import order
+from ivegan.config import PROTOCOLS, Config, Transform
 from ivegan.layers.fast import plain
 from ivegan.networks import Discriminators, EncoderGenerator
 
@@ -65,9 +66,10 @@ def batches(config: Config, samples: np.ndarray, workers: int) -> Iterator[tuple
     """Yield x and T(x) indefinitely."""
     if config.is_points:
         points = torch.from_numpy(samples)
+        _, std = order.modes(config.dataset, PROTOCOLS[config.protocol])
         while True:
             x = points[torch.randint(len(points), (config.batch_size,))]
-            yield x, x + config.transform.noise_std * torch.randn_like(x)
+            yield x, x + config.transform.noise_std * std * torch.randn_like(x)
     data = Pairs(samples, config.transform)
     sampler = RandomSampler(data, num_samples=10**9)
     yield from DataLoader(data, config.batch_size, sampler=sampler, num_workers=workers)

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ivegan.digest import digest
 from ivegan.errors import UserError
@@ -44,12 +44,16 @@ class Model:
     fourier: int = 0
     """Points: octaves of sine and cosine of z that G sees beside z (Tancik et al. 2020), so that
     it can pass from mode to mode quickly."""
+    fourier_x: int = 0
+    """Points: the same of x, for E, D and D', so that they can tell apart what is near."""
 
     def __post_init__(self) -> None:
         _require(self.z_dim >= 1, "model.z_dim", self.z_dim, "at least 1")
         _require(self.noise_dim >= 1, "model.noise_dim", self.noise_dim, "at least 1")
         _require(self.width > 0, "model.width", self.width, "greater than 0")
-        _require(self.fourier >= 0, "model.fourier", self.fourier, "0 or more")
+        for name in ("fourier", "fourier_x"):
+            value = getattr(self, name)
+            _require(value >= 0, f"model.{name}", value, "0 or more")
 
     @property
     def trunk_norm(self) -> Norm:
@@ -101,12 +105,18 @@ class Objective:
     """Weight of the zero-centred gradient penalty on real inputs of D and D'."""
     r2: float = 0.0
     """The same penalty on generated inputs."""
+    anneal: float = 1.0
+    """Factor that r1, r2 and latent reach, geometrically, after 80 % of the run: D then resolves
+    what is finer."""
     invariance: float = 0.0
     """Weight of a contrastive term on codes: E(T(x)) and the code that G decodes are each other's
     nearest in the batch, so that z' and not z carries what T changes."""
+    latent: float = 0.0
+    """Weight of the mean squared error of E(G(z', z)) as an estimate of z, for E alone (VEEGAN,
+    Srivastava et al. 2017): E learns where G puts what before D can tell it."""
 
     def __post_init__(self) -> None:
-        for name in ("prior_weight", "mismatched", "r1", "r2", "invariance"):
+        for name in ("prior_weight", "mismatched", "r1", "r2", "anneal", "invariance", "latent"):
             value = getattr(self, name)
             _require(value >= 0, f"objective.{name}", value, "0 or more")
 
@@ -116,7 +126,7 @@ class Transform:
     """T, the transformations the encoding must not depend on. Zero switches a part off."""
 
     noise_std: float = 0.0
-    """Points: standard deviation of the Gaussian shift, in data units."""
+    """Points: standard deviation of the Gaussian shift over that of a mode; Eq. 4 has 1/sqrt 2."""
     shift: float = 0.0
     """Images: largest shift in pixels, each direction, uniform."""
     rotate: float = 0.0
@@ -149,6 +159,8 @@ class Config:
 
     dataset: Literal["ring", "grid", "digits", "mnist", "celeba"] = "mnist"
     """What is learned: ring and grid are drawn afresh, the others are built by data_prep."""
+    protocol: Literal["pacgan", "metz", "selfcond"] = "pacgan"
+    """Points: whose modes to learn, and whose way to score samples."""
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     objective: Objective = field(default_factory=Objective)
@@ -181,19 +193,37 @@ def _require(holds: bool, name: str, value: object, should: str) -> None:
         raise UserError(f"{name} is {value}, but must be {should}.")
 
 
-# Std of one Gaussian over the ring's radius is .01 (Metz et al. 2016; PacGAN 2018). The generator
-# ends in Tanh, so the ring is trained at radius 0.5 and reported at radius 1. T adds a shift of
-# covariance Sigma/2 (Eq. 4), a standard deviation of sigma / sqrt(2).
-RING_RADIUS, RING_STD = 0.5, 0.005
-# The 5 x 5 grid {-4, -2, 0, 2, 4} with std .05 (PacGAN 2018), divided by 5 for the same reason.
-GRID_SPACING, GRID_STD = 0.4, 0.01
+class Protocol(NamedTuple):
+    """How published work draws the points of ``ring`` and ``grid``, and scores samples of them."""
+
+    ring: float
+    """Standard deviation of a mode over the ring's radius."""
+    grid: float
+    """The same over the grid's spacing."""
+    samples: int = 2500
+    box: bool = False
+    """Whether a sample of high quality lies in a box of 3 stds, not in a disc."""
+    all_points: bool = False
+    """Whether the reverse KL counts all samples, not those of high quality."""
+
+
+PROTOCOLS = {
+    # The paper itself gives no Sigma.
+    "pacgan": Protocol(0.01, 0.025),  # VEEGAN (2017), PacGAN (2018)
+    # Unrolled GAN (2016) compares densities by eye: the same numbers, of as many points as drawn.
+    "metz": Protocol(0.01, 0.025, 10_000, all_points=True),
+    "selfcond": Protocol(0.005, 0.025, box=True, all_points=True),  # Self-conditioned GAN (2020)
+}
+# The generator ends in Tanh, so the ring of radius 1 is trained at 0.5 and the 5 x 5 grid
+# {-4, -2, 0, 2, 4} divided by 5.
+RING_RADIUS, GRID_SPACING = 0.5, 0.4
 
 _RING = Config(
     dataset="ring",
     # Table 1 prints an encoder layer of 2 units under "z-dimensions 3"; the layer row is followed.
     model=Model(architecture="points", z_dim=2, noise_dim=4, norm="none"),
     optim=Optim(lr_g=2e-4, lr_d=1e-4, beta1=0.7),
-    transform=Transform(noise_std=RING_STD / 2**0.5),
+    transform=Transform(noise_std=0.5**0.5),
     batch_size=1024,
     total_images=50_000 * 1024,  # "epochs 50000" of fresh samples, read as iterations
 )
@@ -246,14 +276,18 @@ def _points_plus(config: Config) -> Config:
     """Return the preset of points with deeper networks and the losses of ``_plus``."""
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, architecture="points-deep", fourier=2),
-        objective=Objective(loss="relativistic", mismatched=1.0, r1=0.00025, r2=0.00025),
-        optim=Optim(lr_g=1e-3, lr_d=1e-3, beta1=0.0, beta2=0.99, ema=0.997, schedule="cosine"),
-        total_images=20_000 * 1024,
+        model=dataclasses.replace(config.model, architecture="points-deep", fourier=4, fourier_x=6),
+        objective=Objective(
+            loss="relativistic", mismatched=1.0, r1=0.002, r2=0.002, latent=1.0, anneal=0.025
+        ),
+        # An average of 0.98 has a half-life of 34,000 points.
+        optim=Optim(lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.99, ema=0.98, schedule="cosine"),
+        batch_size=256,
+        total_images=20_000 * 256,
     )
 
 
-_GRID = dataclasses.replace(_RING, dataset="grid", transform=Transform(noise_std=GRID_STD / 2**0.5))
+_GRID = dataclasses.replace(_RING, dataset="grid")
 # Not in the paper: its objective on the smallest real images, and mismatched pairs.
 _DIGITS = Config(
     dataset="digits",
@@ -328,6 +362,11 @@ def from_dict(values: Any) -> Config:
     Raises:
         UserError: a field that this version does not know, or a value that is not of its type.
     """
+    if isinstance(values, dict) and "protocol" not in values:
+        # T's shift of points was given in data units once.
+        std = {"ring": 0.005, "grid": 0.01}.get(values.get("dataset", ""), 1.0)
+        t = values.get("transform", {})
+        values = values | {"transform": t | {"noise_std": t.get("noise_std", 0.0) / std}}
     return check(values, Config, "The stored configuration", "use the version that wrote it")
 
 

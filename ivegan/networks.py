@@ -38,6 +38,25 @@ def sample_shape(model: Model) -> tuple[int, ...]:
     return ARCHITECTURES[model.architecture].shape
 
 
+class Fourier(nn.Module):
+    """Coordinates, and octaves of their sine and cosine (Tancik et al. 2020).
+
+    An octave's amplitude is the inverse of its frequency, so that all of them have equal slopes.
+    """
+
+    def __init__(self, size: int, octaves: int) -> None:
+        super().__init__()
+        self.width = size * (1 + 2 * octaves)
+        self.register_buffer("octaves", 2.0 ** torch.arange(octaves), persistent=False)
+        self.octaves: Tensor
+
+    def forward(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+        octaves = self.octaves.to(x.dtype)
+        phases = math.pi * x[:, :, None] * octaves
+        waves = torch.stack((phases.sin(), phases.cos())) / octaves
+        return torch.cat((x, *waves.flatten(2)), dim=1)
+
+
 class Encoder(nn.Module):
     """E: samples -> latents in (-1, 1)."""
 
@@ -45,12 +64,15 @@ class Encoder(nn.Module):
         super().__init__()
         table = ARCHITECTURES[model.architecture]
         if table.convs:
+            self.features = nn.Identity()
             self.body = conv_body(model, table, model.z_dim, model.norm)
         else:
-            self.body = dense([2, *hidden_units(model, table), model.z_dim], table.activation)
+            self.features = Fourier(2, model.fourier_x)
+            sizes = [self.features.width, *hidden_units(model, table), model.z_dim]
+            self.body = dense(sizes, table.activation)
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n z"]:
-        return self.body(x).tanh()
+        return self.body(self.features(x)).tanh()
 
 
 class Generator(nn.Module):
@@ -59,10 +81,8 @@ class Generator(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         table = ARCHITECTURES[model.architecture]
-        inputs = model.noise_dim + model.z_dim * (1 + 2 * model.fourier)
-        frequencies = math.pi * 2.0 ** torch.arange(model.fourier)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.frequencies: Tensor
+        self.features = Fourier(model.z_dim, model.fourier)
+        inputs = model.noise_dim + self.features.width
         if not table.deconvs:
             body = dense([inputs, *hidden_units(model, table), 2], table.activation)
             self.body = nn.Sequential(body, nn.Tanh())
@@ -93,10 +113,7 @@ class Generator(nn.Module):
     def forward(
         self, noise: Float[Tensor, "n noise"], z: Float[Tensor, "n z"]
     ) -> Float[Tensor, "n ..."]:
-        if len(self.frequencies):
-            phases = (z[:, :, None] * self.frequencies.to(z.dtype)).flatten(1)
-            z = torch.cat((z, phases.sin(), phases.cos()), dim=1)
-        return self.body(torch.cat((noise, z), dim=1))
+        return self.body(torch.cat((noise, self.features(z)), dim=1))
 
 
 class Generated(NamedTuple):
@@ -110,6 +127,8 @@ class Generated(NamedTuple):
     """The codes that x_hat is decoded from, (n, z)."""
     z_second: Tensor | None
     """The codes of a second transformation of x, if one was given."""
+    z_again: Tensor | None
+    """E(G(z', z)), the codes of prior samples, if asked for; no gradient reaches G through it."""
 
 
 class EncoderGenerator(nn.Module):
@@ -127,6 +146,8 @@ class EncoderGenerator(nn.Module):
         z_prior: Float[Tensor, "n z"],
         noise_prior: Float[Tensor, "n noise"],
         second: Float[Tensor, "n ..."] | None = None,
+        *,
+        again: bool = False,
     ) -> Generated:
         """Return variations of x, samples from the prior, and the codes of x and of ``second``.
 
@@ -137,7 +158,8 @@ class EncoderGenerator(nn.Module):
         z, z_second = (codes, None) if second is None else codes.chunk(2)
         latents = torch.cat((z, z_prior))
         x_hat, x_prior = self.generator(torch.cat((noise, noise_prior)), latents).chunk(2)
-        return Generated(x_hat, x_prior, z, z_second)
+        z_again = self.encoder(x_prior.detach()) if again else None
+        return Generated(x_hat, x_prior, z, z_second, z_again)
 
 
 class Logits(NamedTuple):
@@ -170,7 +192,9 @@ class Discriminators(nn.Module):
                 nn.LeakyReLU(SLOPE, inplace=True),
             )
         else:
-            width, self.trunk = table.trunk_dim, nn.Identity()
+            self.trunk = Fourier(table.trunk_dim, model.fourier_x)
+            width = self.trunk.width
+        self.width = width
         features = (4 if self.difference else 2) * width
         pair = [features, *(wide(n, model) for n in table.pair_head), 1]
         sample = [width, *(wide(n, model) for n in table.sample_head), 1]

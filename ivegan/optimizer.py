@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from ivegan.config import Config
 
 _ATTRIBUTES = ("_highest", "_config", "_good_steps", "_start", "found_inf")
+ANNEALED = 0.8  # share of the run after which ``objective.anneal`` is reached
 WARM_UP, FLOOR = 0.02, 0.02  # of the cosine schedule: share of the run, share of the rate
 
 
@@ -96,3 +97,8 @@ def cosine(progress: float) -> float:
     """Return the factor on the learning rate at a share of the run, in [0, 1]."""
     falling = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
     return min(1.0, max(progress, 1e-3) / WARM_UP) * falling
+
+
+def annealing(config: Config, step: int) -> float:
+    """Return the factor on what ``objective.anneal`` names, 1 at the start of the run."""
+    return config.objective.anneal ** min(1.0, step / (ANNEALED * config.total_steps))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivegan.config import GRID_SPACING, GRID_STD, RING_RADIUS, RING_STD, Config
+from ivegan.config import GRID_SPACING, PROTOCOLS, RING_RADIUS, Config, Protocol
 from ivegan.shapes import Float
 
 # What a stream of random numbers is for: no two purposes ever share one.
@@ -37,7 +37,7 @@ class Draws(NamedTuple):
     noise_prior: Tensor
     """z' of the prior samples, standard normal, (n, noise_dim)."""
     transform: Tensor
-    """What T is made of: (n, 7) uniform on [0, 1) for images, (n, 2) standard normal for points."""
+    """What T is made of: (n, 7) uniform on [0, 1) of images, (n, 2) offsets in a mode of points."""
     condition: Tensor
     """The same for a second T, of x itself, where ``transform.condition`` asks for it."""
     encoder: Tensor
@@ -119,14 +119,16 @@ def draw(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Draws
     n, model = config.batch_size, config.model
     generator = torch.Generator().manual_seed(_entropy(config.seed, _DRAWS, step))
     random, size = (torch.randn, 2) if config.is_points else (torch.rand, NUM_TRANSFORM_DRAWS)
-    transform, condition = random(2, n, size, generator=generator)
+    # Offsets of points are as wide as those of the data from their modes.
+    scale = modes(config.dataset, PROTOCOLS[config.protocol])[1] if config.is_points else 1.0
+    transform, condition = scale * random(2, n, size, generator=generator)
     batch = Draws(
         noise=torch.randn(n, model.noise_dim, generator=generator),
         z_prior=prior(n, model.z_dim, generator),
         noise_prior=torch.randn(n, model.noise_dim, generator=generator),
         transform=transform,
         condition=condition,
-        encoder=random(n, size, generator=generator),
+        encoder=scale * random(n, size, generator=generator),
     )
     ours = _slice(n, rank, world_size)
     return Draws(*(draws[ours[0] : ours[-1] + 1] for draws in batch))
@@ -137,26 +139,35 @@ def prior(count: int, z_dim: int, generator: torch.Generator) -> Float[Tensor, "
     return 2 * torch.rand(count, z_dim, generator=generator) - 1
 
 
-def modes(dataset: str) -> tuple[Float[np.ndarray, "k 2"], float]:
+def modes(
+    dataset: str, protocol: Protocol = PROTOCOLS["pacgan"]
+) -> tuple[Float[np.ndarray, "k 2"], float]:
     """Return the means of the Gaussians of ``ring`` or ``grid``, and their standard deviation."""
     if dataset == "ring":
         angle = np.arange(8) * (2 * np.pi / 8)  # eight distinct means: the end point is the first
-        return RING_RADIUS * np.stack((np.cos(angle), np.sin(angle)), axis=1), RING_STD
+        return RING_RADIUS * np.stack(
+            (np.cos(angle), np.sin(angle)), axis=1
+        ), RING_RADIUS * protocol.ring
     side = GRID_SPACING * np.arange(-2, 3)
-    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2), GRID_STD
+    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2), GRID_SPACING * protocol.grid
 
 
 def points(config: Config, step: int, rank: int = 0, world_size: int = 1) -> Float[Tensor, "n 2"]:
     """Return a rank's slice of a fresh global batch of ``ring`` or ``grid`` points."""
     generator = torch.Generator().manual_seed(_entropy(config.seed, _POINTS, step))
-    batch = sample_points(config.dataset, config.batch_size, generator)
+    batch = sample_points(config.dataset, config.batch_size, generator, PROTOCOLS[config.protocol])
     ours = _slice(config.batch_size, rank, world_size)
     return batch[ours[0] : ours[-1] + 1]
 
 
-def sample_points(dataset: str, count: int, generator: torch.Generator) -> Float[Tensor, "n 2"]:
+def sample_points(
+    dataset: str,
+    count: int,
+    generator: torch.Generator,
+    protocol: Protocol = PROTOCOLS["pacgan"],
+) -> Float[Tensor, "n 2"]:
     """Return samples of the Gaussian mixture ``ring`` or ``grid``, in data units."""
-    means, std = modes(dataset)
+    means, std = modes(dataset, protocol)
     components = torch.randint(len(means), (count,), generator=generator)
     offsets = torch.randn(count, 2, generator=generator)
     return torch.from_numpy(means.astype(np.float32))[components] + std * offsets

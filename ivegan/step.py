@@ -32,7 +32,7 @@ from ivegan.config import Config
 from ivegan.layers.build import initialise
 from ivegan.losses import discriminator_loss, generator_loss, gradient_penalty, invariance_loss
 from ivegan.networks import Discriminators, EncoderGenerator, Generated, Logits
-from ivegan.optimizer import Optimizer
+from ivegan.optimizer import Optimizer, annealing
 from ivegan.transforms import transform
 
 _REMEDY = "lower the learning rates or change the seed"
@@ -55,6 +55,8 @@ class State:
     optimizer_d: Optimizer
     average: nn.Module | None
     """Exponential moving average of E and G, if ``optim.ema`` is not zero."""
+    annealing: Tensor
+    """This step's factor on what ``objective.anneal`` names; read on the device."""
     precision: torch.dtype = torch.float32
     """What the networks compute in; weights, losses and optimizers are float32 in any case."""
     micro_batches: int = 1
@@ -109,14 +111,14 @@ def create_state(
             # The fastest layout for convolutions on CPUs and GPUs; values do not change.
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         network.to(device)
-    ema = config.optim.ema
     return State(
         config=config,
         generator_side=generator_side,
         discriminator_side=discriminator_side,
         optimizer_g=Optimizer(generator_side, config.optim.lr_g, config),
         optimizer_d=Optimizer(discriminator_side, config.optim.lr_d, config),
-        average=deepcopy(generator_side).requires_grad_(False) if ema else None,
+        average=deepcopy(generator_side).requires_grad_(False) if config.optim.ema else None,
+        annealing=torch.ones((), device=device),
         precision=precision,
     )
 
@@ -169,6 +171,7 @@ def train_step(
     """
     for optimizer in (state.optimizer_g, state.optimizer_d):
         optimizer.schedule(state.step)
+    state.annealing.fill_(annealing(state.config, state.step))
     scalars = compute(state, x, draws)
     state.step += 1
     return scalars
@@ -199,13 +202,10 @@ def _update_discriminators(
     for i, batch in enumerate(batches):
         with torch.set_grad_enabled(whole):
             fake = _generate(state, batch)
-        if whole:
-            generated.append(fake)
+        generated += [fake] if whole else []
         with _synchronised(state.discriminator_side, i == len(batches) - 1):
-            losses, logits = _discriminator_losses(state, batch, fake)
-            loss_D, loss_D_prime, penalty = losses
-            loss = loss_D + weight * loss_D_prime + penalty
-            (loss / len(batches)).backward()
+            (loss_D, loss_D_prime, penalty), logits = _discriminator_losses(state, batch, fake)
+            ((loss_D + weight * loss_D_prime + penalty) / len(batches)).backward()
         scalars.append(
             {
                 "loss/D": loss_D,
@@ -229,22 +229,20 @@ def _discriminator_losses(
     if objective.r1 or objective.r2:
         images = tuple(image.detach().requires_grad_() for image in images)
     logits = _logits(state, images, mismatched=bool(objective.mismatched))
-    assert logits.pair_real is not None, "the discriminators' phase computes real logits"
-    assert logits.sample_real is not None, "the discriminators' phase computes real logits"
-    loss_D = discriminator_loss(logits.pair_real, logits.pair_fake, objective.loss)
+    real_pairs, real_samples = cast(Tensor, logits.pair_real), cast(Tensor, logits.sample_real)
+    loss_D = discriminator_loss(real_pairs, logits.pair_fake, objective.loss)
     if logits.pair_mismatched is not None:
         loss_D = loss_D + objective.mismatched * discriminator_loss(
-            logits.pair_real, logits.pair_mismatched, objective.loss
+            real_pairs, logits.pair_mismatched, objective.loss
         )
-    loss_D_prime = discriminator_loss(logits.sample_real, logits.sample_fake, objective.loss)
+    loss_D_prime = discriminator_loss(real_samples, logits.sample_fake, objective.loss)
     penalty = torch.zeros_like(loss_D)
     if objective.r1:
-        real = logits.pair_real + logits.sample_real
-        penalty = penalty + objective.r1 * gradient_penalty(real, images[:2])
+        penalty = penalty + objective.r1 * gradient_penalty(real_pairs + real_samples, images[:2])
     if objective.r2:
         generated = logits.pair_fake + logits.sample_fake
         penalty = penalty + objective.r2 * gradient_penalty(generated, images[2:])
-    return (loss_D, loss_D_prime, penalty), logits
+    return (loss_D, loss_D_prime, state.annealing * penalty), logits
 
 
 def _update_generators(
@@ -259,8 +257,7 @@ def _update_generators(
         with _synchronised(state.generator_side, i == len(batches) - 1):
             fake = generated[i] if generated else _generate(state, batch)
             images = (batch.x, batch.tx, fake.x_hat, fake.x_prior)
-            relativistic = objective.loss == "relativistic"  # the only loss that uses real logits
-            logits = _logits(state, images, frozen=True, real=relativistic)
+            logits = _logits(state, images, frozen=True, real=objective.loss == "relativistic")
             loss_pair = generator_loss(logits.pair_real, logits.pair_fake, objective.loss)
             loss_prior = generator_loss(logits.sample_real, logits.sample_fake, objective.loss)
             losses = {"loss/GE_pair": loss_pair, "loss/GE_prior": loss_prior}
@@ -268,6 +265,9 @@ def _update_generators(
             if fake.z_second is not None:
                 losses["loss/invariance"] = _invariance(fake.z.float(), fake.z_second.float())
                 loss = loss + objective.invariance * losses["loss/invariance"]
+            if fake.z_again is not None:
+                losses["loss/latent"] = (fake.z_again.float() - batch.z_prior).square().mean()
+                loss = loss + state.annealing * objective.latent * losses["loss/latent"]
             (loss / len(batches)).backward()
         scalars.append(losses)
     state.optimizer_g.step()
@@ -285,11 +285,10 @@ def _invariance(z: Tensor, z_second: Tensor) -> Tensor:
 
 def _generate(state: State, batch: MicroBatch) -> Generated:
     """Return x_hat, x_prior and the codes."""
-    second = batch.tx if state.config.objective.invariance else None
+    objective = state.config.objective
+    second = batch.tx if objective.invariance else None
     with _autocast(state):
-        return state.generator_side(
-            batch.x_encoder, batch.noise, batch.z_prior, batch.noise_prior, second
-        )
+        return state.generator_side(*batch[2:], second, again=bool(objective.latent))
 
 
 def _synchronised(network: nn.Module, last: bool) -> AbstractContextManager[None]:

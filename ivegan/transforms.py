@@ -33,7 +33,7 @@ def transform(x: Float[Tensor, "n ..."], draws: Float[Tensor, "n ..."], t: Trans
 
     Args:
         x: points, or images with values in [0, 1].
-        draws: standard normals (n, 2) for points, uniforms on [0, 1) of shape (n, 7) for images.
+        draws: offsets in a mode (n, 2) for points, uniforms on [0, 1) of shape (n, 7) for images.
         t: how far each part of T may go.
     """
     if x.ndim == 2:

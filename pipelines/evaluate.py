@@ -41,8 +41,9 @@ class Evaluate(cli.Options):
     """Seed of every draw of the evaluation."""
     limit: int | None = None
     """Held-out samples at most; all by default."""
-    protocol: Literal["pacgan", "metz", "selfcond"] = "pacgan"
-    """Scores of ring and grid as in PacGAN, Unrolled GAN (metz) or Self-conditioned GAN."""
+    protocol: Literal["pacgan", "metz", "selfcond"] | None = None
+    """Scores of ring and grid as in PacGAN, Unrolled GAN (metz) or Self-conditioned GAN; those of
+    the protocol that the run was trained for by default."""
 
 
 def evaluate_checkpoint(
@@ -53,7 +54,7 @@ def evaluate_checkpoint(
     device: str = "cpu",
     seed: int = 0,
     limit: int | None = None,
-    protocol: str = "pacgan",
+    protocol: str | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint and return what ``ivegan.evaluation.evaluate.evaluate`` returns.
 
@@ -82,7 +83,7 @@ def evaluate_checkpoint(
         limit=limit,
         protocol=protocol,
     )
-    if limit is None and protocol == "pacgan":
+    if limit is None and protocol is None:
         _record(uri, result)
     return result
 

@@ -28,10 +28,9 @@ class Critic(nn.Module):
         super().__init__()
         model = config.model
         table = ARCHITECTURES[model.architecture]
-        width = wide(table.trunk_dim, model) if table.convs else table.trunk_dim
-        self.packed = packed
-        self.trunk = Discriminators(model).trunk
-        inputs = packed * width + z_dim
+        discriminators = Discriminators(model)
+        self.packed, self.trunk = packed, discriminators.trunk
+        inputs = packed * discriminators.width + z_dim
         self.head = dense([inputs, *(wide(n, model) for n in hidden), 1], table.activation)
         initialise(self, order.weights_seed(config.seed, 2))
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ivegan import checkpoint, storage
-from ivegan.config import Config
+from ivegan.config import PROTOCOLS, Config
 from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
-from ivegan.evaluation import figures, images, mixtures, points
+from ivegan.evaluation import figures, images, points
 from ivegan.evaluation.report import PREFIX, Figure, render
 from ivegan.evaluation.sampling import Sampler
 
@@ -30,7 +30,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     seed: int = 0,
     limit: int | None = None,
-    protocol: str = "pacgan",
+    protocol: str | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint, write ``metrics.json``, PNGs and ``report.html``; return a summary.
 
@@ -42,7 +42,7 @@ def evaluate(
         device: where E and G run.
         seed: of every draw.
         limit: held-out samples at most, evenly spread over the split.
-        protocol: of points, one of ``mixtures.PROTOCOLS``.
+        protocol: how to score points, one of ``PROTOCOLS``; the run's own by default.
 
     Returns:
         ``metrics`` (floats under ``eval/same_class`` and the like, explained in ``report``),
@@ -67,7 +67,8 @@ def evaluate(
         "config": saved["config"],
     }
     if config.is_points:
-        rules = mixtures.PROTOCOLS[protocol]
+        own, protocol = PROTOCOLS[config.protocol], protocol or config.protocol
+        rules = PROTOCOLS[protocol]._replace(ring=own.ring, grid=own.grid)
         metadata |= {"protocol": protocol, "evaluated": limit or rules.samples}
         metrics, pages = points.evaluate(sampler, uri, seed, metadata["evaluated"], rules)
     else:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ivegan import order
-from ivegan.config import Config
+from ivegan.config import PROTOCOLS, Config
 from ivegan.shapes import Float, UInt8
 from ivegan.transforms import to_float, to_uint8
 
@@ -213,7 +213,9 @@ def progress_figures(
     try:
         samples = networks.generator(noise, z).cpu()
         if originals is None:
-            truth = order.sample_points(config.dataset, count, draws).numpy()
+            truth = order.sample_points(
+                config.dataset, count, draws, PROTOCOLS[config.protocol]
+            ).numpy()
             panels = [("true data", truth), ("G(z', z)", samples.numpy())]
             pages = {"samples": density(panels, config.dataset, "Samples from the prior", side=360)}
         else:

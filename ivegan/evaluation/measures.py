@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ivegan.config import Config
+from ivegan.config import PROTOCOLS, Config
 from ivegan.evaluation import images, metrics, mixtures, points
 from ivegan.evaluation.sampling import NUM_DRAWS, VARIATIONS, Sampler, stream
 
@@ -48,12 +48,12 @@ def of_points(
     config: Config,
     encoder: nn.Module | None,
     generator: nn.Module,
-    protocol: mixtures.Protocol,
     seed: int = 0,
 ) -> dict[str, float]:
     """Return the numbers of an evaluation of points; of samples alone where there is no encoder."""
     device = next(generator.parameters()).device
     sampler = Sampler(config, encoder or nn.Identity(), generator, device)
+    protocol = PROTOCOLS[config.protocol]
     count, dataset = protocol.samples, config.dataset
     result = {
         **mixtures.mixture(sampler.prior_samples(count, seed), dataset, protocol),
@@ -61,7 +61,7 @@ def of_points(
     }
     if encoder is None:
         return result
-    x = points.true_points(dataset, count, seed)
+    x = points.true_points(dataset, count, seed, protocol)
     z, draws = torch.from_numpy(sampler.encode(x)), stream(seed, VARIATIONS)
     x_hat = np.stack([sampler.generate(sampler.noise(count, draws), z) for _ in range(NUM_DRAWS)])
-    return result | mixtures.reconstructed_points(x, x_hat, dataset)
+    return result | mixtures.reconstructed_points(x, x_hat, dataset, protocol)

@@ -1,9 +1,8 @@
 """Measures of points against a mixture of Gaussians, ``ring`` or ``grid``, as pure functions."""
 
-from typing import NamedTuple
-
 import numpy as np
 
+from ivegan.config import PROTOCOLS, Protocol
 from ivegan.errors import UserError
 from ivegan.order import modes
 from ivegan.shapes import Float, Int
@@ -15,31 +14,13 @@ _SPREAD_STDS = 6.0
 
 
 def nearest_modes(
-    points: Float[np.ndarray, "n 2"], dataset: str
+    points: Float[np.ndarray, "n 2"], dataset: str, protocol: Protocol = PROTOCOLS["pacgan"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Return each point's nearest mode, and the distance to it in standard deviations."""
-    means, std = modes(dataset)
+    means, std = modes(dataset, protocol)
     distances = np.linalg.norm(points[:, None, :] - means[None], axis=2) / std
     nearest = distances.argmin(axis=1)
     return nearest, distances[np.arange(len(points)), nearest]
-
-
-class Protocol(NamedTuple):
-    """How published work scores samples of ``ring`` and ``grid``."""
-
-    samples: int
-    box: bool = False
-    """Whether a sample of high quality lies in a box of 3 stds, not in a disc."""
-    all_points: bool = False
-    """Whether the reverse KL counts all samples, not those of high quality."""
-
-
-PROTOCOLS = {
-    "pacgan": Protocol(2500),  # VEEGAN (2017), PacGAN (2018)
-    # Unrolled GAN (2016) compares densities by eye: the same numbers, of as many points as drawn.
-    "metz": Protocol(10_000, all_points=True),
-    "selfcond": Protocol(2500, box=True, all_points=True),  # Self-conditioned GAN (2020)
-}
 
 
 def mixture(
@@ -57,8 +38,8 @@ def mixture(
     """
     if not np.isfinite(points).all():
         raise UserError("Some points are not finite: the networks of this checkpoint diverged.")
-    means, std = modes(dataset)
-    nearest, distance = nearest_modes(points, dataset)
+    means, std = modes(dataset, protocol)
+    nearest, distance = nearest_modes(points, dataset, protocol)
     offsets = np.abs(points - means[nearest]) / std
     good = (offsets.max(axis=1) if protocol.box else distance) <= HIGH_QUALITY_STDS
     counts = np.bincount(nearest[good], minlength=len(means))
@@ -76,7 +57,10 @@ def mixture(
 
 
 def reconstructed_points(
-    x: Float[np.ndarray, "n 2"], x_hat: Float[np.ndarray, "k n 2"], dataset: str
+    x: Float[np.ndarray, "n 2"],
+    x_hat: Float[np.ndarray, "k n 2"],
+    dataset: str,
+    protocol: Protocol = PROTOCOLS["pacgan"],
 ) -> dict[str, float]:
     """Return how well G(z', E(x)) follows x: to its mode, and from there with T's spread.
 
@@ -87,7 +71,7 @@ def reconstructed_points(
     """
     from scipy.stats import kstest
 
-    _, std = modes(dataset)
+    _, std = modes(dataset, protocol)
     target = std / np.sqrt(2)
     wanted, _ = nearest_modes(x, dataset)
     found = np.stack([nearest_modes(points, dataset)[0] for points in x_hat])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ivegan import checkpoint, order
+from ivegan.config import PROTOCOLS, Protocol
 from ivegan.evaluation import figures, mixtures, plots
 from ivegan.evaluation.report import Figure
 from ivegan.evaluation.sampling import DATA, FLOOR, NUM_DRAWS, VARIATIONS, Sampler, stream
@@ -18,7 +19,7 @@ PERFECT_SHARE = 1 - float(np.exp(-(mixtures.HIGH_QUALITY_STDS**2) / 2))
 
 
 def evaluate(
-    sampler: Sampler, uri: str, seed: int, count: int, protocol: mixtures.Protocol
+    sampler: Sampler, uri: str, seed: int, count: int, protocol: Protocol
 ) -> tuple[dict[str, float], list[Figure]]:
     """Return metrics and figures of a checkpoint.
 
@@ -27,60 +28,62 @@ def evaluate(
         uri: the checkpoint, whose older siblings are drawn beside it.
         seed: of every draw.
         count: points.
-        protocol: what counts as a sample of high quality.
+        protocol: how wide the modes are, and what counts as a sample of high quality.
     """
     dataset = sampler.config.dataset
     num_modes = len(order.modes(dataset)[0])
     scores = functools.partial(mixtures.mixture, dataset=dataset, protocol=protocol)
-    x, z, prior, x_hat = _draw(sampler, count, seed)
+    x, z, prior, x_hat = _draw(sampler, count, seed, protocol)
     variations = scores(x_hat[0])
     names = ("modes", "high_quality", "std_ratio")
     result = {
         **scores(prior),
         **perfect(dataset, count, seed, protocol),
-        **mixtures.reconstructed_points(x, x_hat, dataset),
+        **mixtures.reconstructed_points(x, x_hat, dataset, protocol),
         **{f"recon_{name}": variations[name] for name in names},
         "modes_total": float(num_modes),
         "right_mode_chance": 1 / num_modes,
     }
     panels = [("true data", x), *_history(sampler, uri, count, seed)]
     panels += [(f"variations at {_short(checkpoint.read_metadata(uri)['images_seen'])}", x_hat[0])]
-    pages = [_density(panels, dataset), _closeup(x, prior, x_hat[0], dataset)]
+    pages = [_density(panels, dataset), _closeup(x, prior, x_hat[0], dataset, protocol)]
     if sampler.config.model.z_dim in (2, 3):
         pages.append(_latent(z.numpy(), x, dataset))
     return result, pages
 
 
-def perfect(dataset: str, count: int, seed: int, protocol: mixtures.Protocol) -> dict[str, float]:
+def perfect(dataset: str, count: int, seed: int, protocol: Protocol) -> dict[str, float]:
     """Return the mean scores of a perfect sampler, which no sampler beats in the long run."""
     draws = stream(seed, FLOOR)
-    samples = [order.sample_points(dataset, count, draws).numpy() for _ in range(_FLOOR_DRAWS)]
-    scores = [mixtures.mixture(points, dataset, protocol) for points in samples]
+    samples = [order.sample_points(dataset, count, draws, protocol) for _ in range(_FLOOR_DRAWS)]
+    scores = [mixtures.mixture(points.numpy(), dataset, protocol) for points in samples]
     return {f"{name}_floor": float(np.mean([s[name] for s in scores])) for name in _FLOORS}
 
 
 def quality(sampler: Sampler, seed: int) -> dict[str, float]:
     """Return the components of ``quality``, each in [0, 1]."""
-    dataset = sampler.config.dataset
-    x, _, prior, x_hat = _draw(sampler, mixtures.PROTOCOLS["pacgan"].samples, seed)
-    samples = mixtures.mixture(prior, dataset)
+    dataset, protocol = sampler.config.dataset, PROTOCOLS[sampler.config.protocol]
+    x, _, prior, x_hat = _draw(sampler, protocol.samples, seed, protocol)
+    samples = mixtures.mixture(prior, dataset, protocol)
     return {
-        "right_mode": mixtures.reconstructed_points(x, x_hat, dataset)["right_mode"],
+        "right_mode": mixtures.reconstructed_points(x, x_hat, dataset, protocol)["right_mode"],
         "coverage": float(np.exp(-samples["reverse_kl_all"])),
         "high_quality": min(samples["high_quality"] / PERFECT_SHARE, 1.0),
     }
 
 
-def true_points(dataset: str, count: int, seed: int) -> np.ndarray:
+def true_points(
+    dataset: str, count: int, seed: int, protocol: Protocol = PROTOCOLS["pacgan"]
+) -> np.ndarray:
     """Return true points, float32, none of which training has seen."""
-    return order.sample_points(dataset, count, stream(seed, DATA)).numpy()
+    return order.sample_points(dataset, count, stream(seed, DATA), protocol).numpy()
 
 
 def _draw(
-    sampler: Sampler, count: int, seed: int
+    sampler: Sampler, count: int, seed: int, protocol: Protocol
 ) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
     """Return x (n, 2), its codes (n, z_dim), prior samples (n, 2) and variations (k, n, 2)."""
-    x = true_points(sampler.config.dataset, count, seed)
+    x = true_points(sampler.config.dataset, count, seed, protocol)
     z = torch.from_numpy(sampler.encode(x))
     draws = stream(seed, VARIATIONS)
     x_hat = np.stack([sampler.generate(sampler.noise(count, draws), z) for _ in range(NUM_DRAWS)])
@@ -115,8 +118,10 @@ def _density(panels: list[tuple[str, np.ndarray]], dataset: str) -> Figure:
     )
 
 
-def _closeup(x: np.ndarray, prior: np.ndarray, x_hat: np.ndarray, dataset: str) -> Figure:
-    means, std = order.modes(dataset)
+def _closeup(
+    x: np.ndarray, prior: np.ndarray, x_hat: np.ndarray, dataset: str, protocol: Protocol
+) -> Figure:
+    means, std = order.modes(dataset, protocol)
 
     def offsets(points: np.ndarray) -> np.ndarray:
         nearest, _ = mixtures.nearest_modes(points, dataset)

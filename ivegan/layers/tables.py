@@ -58,9 +58,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         trunk_dim=2,
         base=(0, 0),
         deconvs=(),
-        pair_head=(256, 256, 256),
-        sample_head=(256, 256, 256),
-        hidden=(256, 256, 256),
+        pair_head=(128, 128),
+        sample_head=(128, 128),
+        hidden=(128, 128, 128),
     ),
     # Not in the paper: small enough to learn in minutes on two cores.
     "digits": Architecture(

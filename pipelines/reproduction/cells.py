@@ -22,7 +22,7 @@ from ivegan.config import Config
 from ivegan.data.batches import batches
 from ivegan.data.cache import Split, load_split
 from ivegan.errors import UserError
-from ivegan.evaluation import images, measures, mixtures
+from ivegan.evaluation import images, measures
 from ivegan.step import NonFiniteLossError
 from pipelines.digits import prepare_digits
 from pipelines.paths import cache_dir
@@ -150,8 +150,7 @@ def _measure(
     """Return the metrics of a cell; the draws are the same for all cells."""
     if cell.config.is_points:
         assert generator is not None, "every method for points has a generator"
-        rules = mixtures.PROTOCOLS[cell.protocol]
-        return measures.of_points(cell.config, encoder, generator, rules)
+        return measures.of_points(cell.config, encoder, generator)
     assert encoder is not None, "every method for images has an encoder"
     plan = resolve(cell.preset, cell.config, run)
     assert plan.data_uri is not None

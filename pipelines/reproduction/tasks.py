@@ -37,8 +37,6 @@ class Table:
     """Of all rows, the same budget and width."""
     quick: Mapping[str, Any] | None = None
     """Settings of the reduced table, of one seed; None where there is none."""
-    protocol: str = "pacgan"
-    """Of points."""
 
 
 class Cell(NamedTuple):
@@ -49,7 +47,6 @@ class Cell(NamedTuple):
     method: str
     preset: str
     config: Config
-    protocol: str
 
     @property
     def name(self) -> str:
@@ -70,7 +67,7 @@ class Cell(NamedTuple):
     @property
     def hash(self) -> str:
         """Return the hash of method and settings; a new setting that is off does not change it."""
-        return digest([self.method, self.protocol, self.settings])[:16]
+        return digest([self.method, self.config.protocol, self.settings])[:16]
 
 
 def cells(task: Table, seeds: tuple[int, ...] = (), rows: tuple[str, ...] = ()) -> list[Cell]:
@@ -79,7 +76,7 @@ def cells(task: Table, seeds: tuple[int, ...] = (), rows: tuple[str, ...] = ()) 
         if name not in task.rows:
             raise UserError(f"{task.name} has no row {name!r}; it has {', '.join(task.rows)}.")
     return [
-        Cell(task.name, name, row.method, row.preset, _config(task, row, seed), task.protocol)
+        Cell(task.name, name, row.method, row.preset, _config(task, row, seed))
         for name, row in task.rows.items()
         if not rows or name in rows
         for seed in seeds or task.seeds
@@ -203,6 +200,7 @@ TASKS = {
             rows=_points("ring"),
             metrics=_POINTS,
             seeds=tuple(range(10)),
+            settings={"protocol": "pacgan"},
             quick={"total_images": 2000 * 512, "batch_size": 512},
         ),
         Table(
@@ -211,6 +209,7 @@ TASKS = {
             rows=_points("grid"),
             metrics=_POINTS,
             seeds=tuple(range(10)),
+            settings={"protocol": "pacgan"},
         ),
         Table(
             name="ablations-ring",
@@ -218,6 +217,7 @@ TASKS = {
             rows=_readings(),
             metrics=_POINTS,
             seeds=tuple(range(5)),
+            settings={"protocol": "pacgan"},
         ),
         Table(
             name="digits",

@@ -14,6 +14,16 @@ def test_a_configuration_survives_json(name):
     assert c.from_dict(json.loads(json.dumps(c.to_dict(config)))) == config
 
 
+def test_a_configuration_without_a_protocol_gives_the_shift_of_points_in_data_units():
+    values = c.to_dict(c.preset("grid"))
+    del values["protocol"]
+    values["transform"]["noise_std"] = 0.01 / 2**0.5
+    read = c.from_dict(values)
+    assert read.protocol == "pacgan"
+    assert read.transform.noise_std == pytest.approx(2**-0.5)
+    assert values["transform"]["noise_std"] == 0.01 / 2**0.5
+
+
 def test_override_replaces_dotted_fields_and_nothing_else():
     base = c.preset("mnist")
     new = c.override(base, {"optim.lr_g": 1e-3, "model.z_dim": 3, "seed": 4})

@@ -7,7 +7,7 @@ from torch import nn
 from ivegan.config import Model, override, preset
 from ivegan.layers.build import initialise
 from ivegan.layers.tables import ARCHITECTURES
-from ivegan.networks import Discriminators, Encoder, EncoderGenerator, Generator
+from ivegan.networks import Discriminators, Encoder, EncoderGenerator, Fourier, Generator
 
 
 def small(name: str) -> Model:
@@ -28,7 +28,7 @@ def test_every_network_maps_its_shapes(name):
     low = -1 if name == "ring" else 0
     assert images.min() >= low
     assert images.max() <= 1
-    x_hat, x_prior, _, _ = EncoderGenerator(model)(x, noise, z, noise)
+    x_hat, x_prior, *_ = EncoderGenerator(model)(x, noise, z, noise)
     logits = Discriminators(model)(x, x, x_hat, x_prior, mismatched=True)
     assert all(logit.shape == (4,) for logit in logits)
 
@@ -139,10 +139,23 @@ def test_the_mismatched_pair_is_a_neighbours_and_independent_of_ranks():
 
 def test_the_difference_features_and_octaves_widen_the_first_layers():
     plain, rich = (
-        override(preset("ring"), {"model.pair_features": kind, "model.fourier": octaves}).model
+        override(
+            preset("ring"),
+            {"model.pair_features": kind, "model.fourier": octaves, "model.fourier_x": octaves},
+        ).model
         for kind, octaves in (("concat", 0), ("difference", 3))
     )
     first = [next(Discriminators(m).pair_head.parameters()).shape for m in (plain, rich)]
-    assert first == [(128, 4), (128, 8)]
+    assert first == [(128, 4), (128, 4 * 2 * 7)]
     inputs = [next(Generator(m).parameters()).shape[1] for m in (plain, rich)]
     assert inputs == [4 + 2, 4 + 2 * 7]
+    assert [next(Encoder(m).parameters()).shape[1] for m in (plain, rich)] == [2, 2 * 7]
+
+
+def test_octaves_are_sines_and_cosines_of_equal_slope():
+    x = torch.tensor([[0.25, -0.5]])
+    quarter = 2**-0.5  # sine and cosine of an eighth of a turn
+    sines, cosines = [quarter, 1 / 2, -1, 0], [quarter, 0, 0, -1 / 2]
+    expected = [0.25, -0.5, *sines, *cosines]
+    torch.testing.assert_close(Fourier(2, 2)(x), torch.tensor([expected]))
+    torch.testing.assert_close(Fourier(2, 0)(x), x)

@@ -55,16 +55,22 @@ def test_draws_have_the_distributions_they_claim():
     assert abs(draws.transform.mean().item() - 0.5) < 0.01
 
 
-def test_points_lie_around_their_means_and_split_over_ranks():
-    config = override(preset("ring"), {"batch_size": 4096})
+@pytest.mark.parametrize(
+    ("dataset", "protocol", "std"),
+    [("ring", "pacgan", 0.005), ("ring", "selfcond", 0.0025), ("grid", "metz", 0.01)],
+)
+def test_points_lie_around_their_means_and_split_over_ranks(dataset, protocol, std):
+    config = override(preset(dataset), {"batch_size": 4096, "protocol": protocol})
     x = order.points(config, 9)
-    means, std = order.modes("ring")
+    means, _ = order.modes(dataset)
     residual = np.linalg.norm(x.numpy()[:, None] - means[None], axis=-1).min(1)
     assert residual.max() < 6 * std
     # E|r|² = 2 std²; the standard error at n = 4096 is 1.6 %.
     assert abs((residual**2).mean() / (2 * std**2) - 1) < 0.08
     parts = torch.cat([order.points(config, 9, r, 2) for r in range(2)])
     assert torch.equal(parts, x)
+    # T's offsets are those of the data, and noise_std is 1/sqrt 2: Eq. 4.
+    assert float(order.draw(config, 9).transform.std()) == pytest.approx(std, rel=0.04)
 
 
 SHARD_SIZES = ([5], [7, 7, 7, 2], [10, 9, 8, 1, 5, 5, 5, 5, 5, 2, 1])

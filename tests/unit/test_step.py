@@ -13,6 +13,7 @@ from ivegan import order
 from ivegan.config import Config, override, preset
 from ivegan.layers import fast as layers
 from ivegan.networks import sample_shape
+from ivegan.optimizer import annealing
 from ivegan.step import NonFiniteLossError, State, create_state, distribute, train, train_step
 
 
@@ -136,6 +137,7 @@ def test_steps_are_equation_3_written_out_plainly(name):
         {"transform__condition": True},
         {"transform__encoder": True},
         {"objective__invariance": 0.1},
+        {"objective__latent": 0.1},
         {"model__norm_d": "group"},
         {"model__pair_features": "difference"},
         {"optim__schedule": "cosine"},
@@ -149,6 +151,31 @@ def test_every_switch_trains_and_matters(changes):
         assert progress.images_seen == 64
     assert weights(state).isfinite().all()
     assert not torch.equal(weights(state)[:100], weights(plain)[:100])
+
+
+def test_the_latent_term_teaches_the_encoder_alone():
+    anneal: dict = {"objective__anneal": 0.5}
+    plain, taught = (create_state(tiny("ring", objective__latent=w, **anneal)) for w in (0.0, 4.0))
+    plain.step = taught.step = plain.config.total_steps  # when half of the weight is left
+    x, draws = next(batches(plain.config))
+    before = copy.deepcopy(plain.encoder_generator)
+    x_prior = before.generator(draws.noise_prior, draws.z_prior).detach()
+    error = (before.encoder(x_prior) - draws.z_prior).square().mean()
+    error.backward()
+    train_step(plain, x, draws)
+    scalars = train_step(taught, x, draws)
+    torch.testing.assert_close(scalars["loss/latent"], error.detach())
+    sides = (before, plain.encoder_generator, taught.encoder_generator)
+    for of_error, without, with_term in zip(*(s.encoder.parameters() for s in sides), strict=True):
+        torch.testing.assert_close(with_term.grad, without.grad + 2 * of_error.grad)
+    for _, without, with_term in zip(*(s.generator.parameters() for s in sides), strict=True):
+        torch.testing.assert_close(with_term.grad, without.grad, rtol=0, atol=0)
+
+
+def test_what_is_annealed_falls_geometrically_for_four_fifths_of_the_run():
+    config = tiny("ring", objective__anneal=0.01, total_images=16 * 100)
+    factors = [annealing(config, step) for step in (0, 20, 40, 80, 100)]
+    assert factors == pytest.approx([1, 0.01**0.25, 0.1, 0.01, 0.01])
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "celeba"])

@@ -107,6 +107,6 @@ def test_values_stay_in_range():
 
 def test_points_move_by_the_stated_standard_deviation():
     t = preset("ring").transform
-    normal = torch.randn(20_000, 2)
+    normal = 0.005 * torch.randn(20_000, 2)
     moved = transform(torch.zeros(20_000, 2), normal, t)
     assert moved.std().item() == pytest.approx(0.005 / math.sqrt(2), rel=0.03)
