@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / "runs" / "cluster.json"
 HOST, BUCKET, ACCOUNT = "127.0.0.1", "ivegan", "trainer"
 NODES = ("node-1", "node-2")
+_children: list[subprocess.Popen] = []  # kept: Python warns of one that is forgotten
 _PATIENCE = 180  # seconds for one server to start; MLflow makes its tables in the first ten
 
 
@@ -235,9 +236,9 @@ def start_head(cluster: Cluster) -> None:
 
 def start_node(cluster: Cluster, name: str) -> None:
     """Start a node with one CPU; what it keeps is its own, as on another machine."""
-    before = _nodes(cluster)
+    since = time.time()  # a node that was killed counts as alive for some seconds
     _start_ray(cluster, name, ["--address", f"{HOST}:{cluster.ports['ray']}", "--num-cpus", "1"])
-    _wait(cluster, name, lambda: _nodes(cluster) == before + 1)
+    _wait(cluster, name, lambda: _nodes(cluster, since) == 1)
 
 
 def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
@@ -293,6 +294,7 @@ def _start(cluster: Cluster, name: str, words: list[Any], **how: Any) -> None:
             start_new_session=True,  # Ctrl-C ends the command that waits, not the server
             **how,
         )
+    _children.append(process)
     cluster.processes[name] = process.pid, psutil.Process(process.pid).create_time()
 
 
@@ -311,13 +313,15 @@ def _wait(cluster: Cluster, name: str, ready: Callable[[], bool]) -> None:
         time.sleep(0.2)  # between two looks
 
 
-def _nodes(cluster: Cluster) -> int:
-    """Return how many nodes of Ray are alive."""
+def _nodes(cluster: Cluster, since: float = 0.0) -> int:
+    """Return how many nodes of Ray are alive that started since then."""
     try:
         answer = ask_ray(cluster, "/nodes?view=summary")
     except OSError:
         return 0
-    return [n["raylet"].get("state") for n in answer["data"]["summary"]].count("ALIVE")
+    nodes = [node["raylet"] for node in answer["data"]["summary"]]
+    alive = [node for node in nodes if node.get("state") == "ALIVE"]
+    return len([node for node in alive if float(node["startTimeMs"]) >= 1000 * since])
 
 
 def environment_of(cluster: Cluster) -> dict[str, str]:
