@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 ui: install
 	@mkdir -p runs
 	@echo 'open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 
 cluster-up cluster-down: install
 	$(BIN)/python infra/local_cluster.py $(@:cluster-%=%)

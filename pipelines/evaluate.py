@@ -20,7 +20,7 @@ from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import evaluate
 from ivegan.evaluation.report import rows
 from pipelines import options as cli
-from pipelines.paths import mlflow_place
+from pipelines.paths import mlflow_place, present
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def main(options: Evaluate) -> dict[str, Any]:
     _check_device(options.device)
     uri = _resolve(options.checkpoint)
     metadata = checkpoint.read_metadata(uri)
-    data = options.data or metadata.get("data")
+    data = options.data or present(metadata.get("data") or "") or None
     plan = {
         "checkpoint": uri,
         "images_seen": metadata["images_seen"],

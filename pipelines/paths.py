@@ -5,6 +5,7 @@ import os
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote
 
 from ivegan import storage
 from ivegan.errors import UserError, public
@@ -46,12 +47,23 @@ def tracking_uri(noted: str = "") -> str:
     """Return the URI of the MLflow store: MLFLOW_TRACKING_URI, or one SQLite file in runs/.
 
     Args:
-        noted: a store as files name it, to be returned with the password that they leave out.
+        noted: a store as files name it, to be returned with the password that they leave out. A
+            SQLite file may have been moved or copied with the project, so it is not looked for.
     """
     own = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if noted and public(own) != noted:
+    if noted and public(own) != noted and sqlite_path(noted) is None:
         return noted
-    return own or f"sqlite:///{runs_dir() / 'mlflow.db'}"
+    if own:
+        return own
+    return "sqlite:///" + str(runs_dir() / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a SQLite store, whose address may have options; None for other stores."""
+    scheme, found, rest = uri.partition(":///")
+    if not found or scheme.partition("+")[0] != "sqlite":
+        return None
+    return Path(unquote(rest.partition("?")[0])).absolute()
 
 
 def mlflow_place() -> str:
@@ -63,3 +75,17 @@ def mlflow_place() -> str:
 def new_id(what: str) -> str:
     """Return a name that no other run or sweep has."""
     return f"{what}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+def present(uri: str) -> str:
+    """Return where a stored place is now: below the present runs folder if the project was moved.
+
+    A copy of a project uses its own files, not those of the original.
+    """
+    if uri and storage.is_local(uri):
+        with contextlib.suppress(UserError):
+            for number, part in enumerate(parts := Path(uri).parts):
+                here = runs_dir().joinpath(*parts[number + 1 :])
+                if part == "runs" and here.exists():
+                    return str(here)
+    return uri

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,9 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     else:
         for name, value in {**QUIET, **storage.environment()}.items():
             os.environ.setdefault(name, value)  # its processes inherit them
+        # The path of a socket has at most 107 bytes, of which Ray's own names take 64.
+        if len(tempfile.gettempdir().encode()) > 40 and "RAY_TMPDIR" not in os.environ:
+            quiet["_temp_dir"] = f"/tmp/ivegan-ray-{os.getuid()}"
         ray.init(address="local", include_dashboard=dashboard, **quiet)
     try:
         yield

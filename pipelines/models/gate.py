@@ -13,6 +13,7 @@ from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import quality
 from pipelines.models.package import Halves
+from pipelines.paths import present
 
 # Least quality and least of some of its parts, all in [0, 1]. Untrained pairs are below each: their
 # quality is 0.33 on digits, where even random codes have neighbours of their class, 0.37 on ring.
@@ -56,7 +57,7 @@ def examine(
         UserError: there are no data to measure on.
     """
     config, metadata = candidate[0].config, candidate[0].metadata
-    shards_uri = None if config.is_points else data or metadata.get("data")
+    shards_uri = None if config.is_points else data or present(metadata.get("data") or "") or None
     if shards_uri is None and not config.is_points:
         raise UserError("The candidate does not record where its data are: give --data.")
     absent = (None, "", "unknown")

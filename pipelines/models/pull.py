@@ -12,6 +12,7 @@ from ivegan.errors import UserError
 from pipelines.models import package
 from pipelines.models.artifact import CARD, CONFIG, WEIGHTS
 from pipelines.models.versions import aliases_of, describe, registry_client, resolve
+from pipelines.paths import present
 
 
 def pull(
@@ -72,4 +73,4 @@ def checkpoint_of(model_uri: str) -> str:
         checkpoint_uri = resolve(client, match[1], match[2]).tags.get("checkpoint")
     if checkpoint_uri is None:
         raise UserError(f"{model_uri} does not record its checkpoint: give the checkpoint instead.")
-    return checkpoint_uri
+    return present(checkpoint_uri)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -94,8 +93,7 @@ def store_of(checkpoint_uri: str, metadata: Mapping[str, Any]) -> str:
     """Return the MLflow store that a checkpoint's run is mirrored to, or the default one."""
     noted = metadata.get("tracking_uri", "")  # by version 0.1
     uri = mirror.store_of(checkpoint_uri.rpartition("/")[0], noted)
-    missing = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
-    return paths.tracking_uri() if missing or "MLFLOW_TRACKING_URI" in os.environ else uri
+    return paths.tracking_uri() if "MLFLOW_TRACKING_URI" in os.environ else uri
 
 
 def _version_of(client: MlflowClient, half: Half) -> ModelVersion | None:

@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 from pathlib import Path
+from urllib.parse import quote
 
 import mlflow
 from boto3.exceptions import Boto3Error
@@ -13,9 +14,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import NoSuchModuleError
 
 from ivegan import storage
+from ivegan.data.cache import lock
 from ivegan.errors import UserError, public
+from pipelines.paths import sqlite_path
 
 # MLflow's own errors; where artifacts go to S3 directly, boto3's errors come through.
 _MLFLOW_TROUBLE = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
@@ -23,6 +27,14 @@ TROUBLE = (*_MLFLOW_TROUBLE, UserError)
 _BUSY = (408, 409, 425, 429)  # the statuses below 500 after which a request is repeated
 _KIND = ("mlflow.experimentKind", "custom_model_development")  # not a language model's
 KEY = "run_key"  # the tag by which a run is found again
+
+_LOCATIONS = (  # columns of MLflow's tables that hold places of artifacts
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
+)
 
 DESCRIPTIONS = {
     "ring": "Eight Gaussians on a ring: does IVE-GAN find all of them, equally often? (Fig. 2)",
@@ -49,18 +61,51 @@ def client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(path)) as database:
-                database.execute("PRAGMA user_version")
+            # Of several first runs at once one makes the tables; MLflow's own attempts collide.
+            with lock(path.with_name(f"{path.name}.lock")):
+                with contextlib.closing(sqlite3.connect(path)) as database:
+                    tables = database.execute("SELECT name FROM sqlite_master").fetchall()
+                if ("experiments",) not in tables:
+                    MlflowClient(uri).search_experiments(max_results=1)
+                _move_artifacts(path)
         except (OSError, sqlite3.Error) as error:
             raise UserError(
                 f"The MLflow store {path} cannot be opened ({error}); set MLFLOW_TRACKING_URI."
             ) from error
     mlflow.set_tracking_uri(uri)
-    return MlflowClient(uri)
+    try:
+        return MlflowClient(uri)
+    except (ImportError, NoSuchModuleError) as error:
+        raise UserError(
+            f"The MLflow store {public(uri)} needs a driver that is not installed ({error}): "
+            "pip install 'ivegan[server]' has the one of PostgreSQL."
+        ) from error
+
+
+def _move_artifacts(path: Path) -> None:
+    """Let a store's artifacts be those beside it, where it was moved or copied with them."""
+    here = (path.parent / "artifacts").as_uri()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        rows = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
+        # MLflow's own experiment is beside the folder that its store was made in.
+        database.execute(
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (f"{here}/0",)
+        )
+        ends = [(where, f"/artifacts/{quote(name)}") for name, where in rows]
+        old = {where[: -len(end)] + "/artifacts" for where, end in ends if where.endswith(end)}
+        for root in {one for one in old if one.startswith("file:")} - {here}:
+            if not (path.parent / "artifacts").is_dir():
+                return  # the file alone was moved
+            for table, column in _LOCATIONS:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column}, 1, ?) = ?",
+                    (here, len(root) + 1, len(root) + 1, f"{root}/"),
+                )
 
 
 def check(uri: str, experiment: str) -> None:
@@ -87,7 +132,7 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
     """Return the id of an experiment, which is created if it does not exist."""
     experiment = tracked.get_experiment_by_name(name)
     if experiment is None:
-        path = _sqlite_path(uri)
+        path = sqlite_path(uri)
         # Without a server MLflow would put artifacts below whatever folder a process is in.
         where = None if path is None else (path.parent / "artifacts" / name).as_uri()
         note = DESCRIPTIONS.get(name.removeprefix("ivegan-"), "")
@@ -101,6 +146,12 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
             experiment = tracked.get_experiment_by_name(name)  # another process was faster
             if experiment is None:
                 raise
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"The experiment {name} was deleted in MLflow: `mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}` restores it, or choose another with "
+            "--experiment."
+        )
     return experiment.experiment_id
 
 
@@ -132,6 +183,8 @@ def is_id(run_id: str) -> bool:
 
 def refusal(uri: str, error: Exception) -> UserError:
     """Return the sentence for an error of MLflow: ``Unavailable`` if it may pass."""
+    if "database schema" in str(error):  # of another version of MLflow, whose remedy it names
+        return UserError(f"MLflow at {public(uri)} refuses: {' '.join(str(error).split())}")
     if is_away(error):
         return storage.Unavailable(
             f"No MLflow store answers at {public(uri)} ({first_line(error)}): start it, or set "
@@ -164,11 +217,6 @@ def _status(error: Exception) -> int:
         if answer is not None:
             return answer.status_code
     return 500
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite store, or None for any other store."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def user() -> str:
