@@ -89,9 +89,7 @@ def test_the_file_of_a_sqlite_address(uri: str, path: str | None) -> None:
 
 
 def test_several_first_runs_at_once_make_one_store(home: Path) -> None:
-    code = (
-        "from pipelines.tracking.client import check; check('sqlite:///runs/m.db', 'ivegan-x')"
-    )
+    code = "from pipelines.tracking.client import check; check('sqlite:///runs/m.db', 'ivegan-x')"
     with ThreadPoolExecutor(4) as pool:
         words = [sys.executable, "-c", code]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
