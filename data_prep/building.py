@@ -30,9 +30,9 @@ from ivegan.data.manifest import (
     write_manifest,
 )
 from ivegan.data.tars import write_tar
-from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
-from ivegan.schema import DamagedError, read
+from ivegan.storage.digest import digest, sha256_hex
+from ivegan.storage.schema import DamagedError, read
 
 log = logging.getLogger(__name__)
 

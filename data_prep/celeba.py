@@ -31,8 +31,8 @@ from data_prep.source import Source, file_sha256, is_litter, nearest
 from ivegan import storage
 from ivegan.data.manifest import SPLITS
 from ivegan.data.tars import Sample
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
+from ivegan.storage.digest import sha256_hex
 
 OPTIONS = frozenset({"crop", "limit"})
 SIDE = 128

@@ -27,8 +27,8 @@ import numpy as np
 from data_prep.source import Source, is_litter, nearest
 from ivegan import storage
 from ivegan.data.tars import Sample
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
+from ivegan.storage.digest import sha256_hex
 
 log = logging.getLogger(__name__)
 

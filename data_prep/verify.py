@@ -13,8 +13,8 @@ from typing import Any
 from ivegan import storage
 from ivegan.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from ivegan.data.tars import read_tar
-from ivegan.digest import digest, sha256_hex
 from ivegan.errors import UserError
+from ivegan.storage.digest import digest, sha256_hex
 from pipelines import options as cli
 
 

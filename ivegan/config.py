@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from ivegan.digest import digest
 from ivegan.errors import UserError
-from ivegan.schema import check
+from ivegan.storage.digest import digest
+from ivegan.storage.schema import check
 
 Norm = Literal["batch", "sync", "group", "none"]
 

@@ -23,7 +23,7 @@ import psutil
 
 from ivegan import storage
 from ivegan.errors import UserError
-from ivegan.schema import DamagedError, read
+from ivegan.storage.schema import DamagedError, read
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ import psutil
 
 from ivegan import storage
 from ivegan.config import Config
-from ivegan.schema import DamagedError, check, parse_json, read
+from ivegan.storage.schema import DamagedError, check, parse_json, read
 
 log = logging.getLogger(__name__)
 

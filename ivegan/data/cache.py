@@ -23,9 +23,9 @@ from ivegan import order
 from ivegan.config import Config
 from ivegan.data.manifest import Manifest, read_split_manifest
 from ivegan.data.tars import Sample, read_shard
-from ivegan.digest import is_sound, write_sums
 from ivegan.errors import UserError
 from ivegan.shapes import Int, UInt8
+from ivegan.storage.digest import is_sound, write_sums
 
 log = logging.getLogger(__name__)
 

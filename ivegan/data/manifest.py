@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivegan import storage
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
-from ivegan.schema import check, inside, parse_json
+from ivegan.storage.digest import sha256_hex
+from ivegan.storage.schema import check, inside, parse_json
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -52,7 +52,7 @@ class Manifest:
     settings: dict[str, Any]
     """All settings of the preparation."""
     settings_hash: str
-    """``ivegan.digest.digest`` of the settings."""
+    """``ivegan.storage.digest.digest`` of the settings."""
     label_names: tuple[str, ...] = ()
     """Classes by label, or attributes by column."""
     extras: dict[str, str] = field(default_factory=dict)

@@ -16,10 +16,10 @@ import numpy as np
 
 from ivegan import storage
 from ivegan.data.manifest import Shard
-from ivegan.digest import canonical_json, sha256_hex
 from ivegan.errors import UserError
-from ivegan.schema import parse_json
 from ivegan.shapes import UInt8
+from ivegan.storage.digest import canonical_json, sha256_hex
+from ivegan.storage.schema import parse_json
 
 log = logging.getLogger(__name__)
 

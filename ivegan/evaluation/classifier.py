@@ -21,10 +21,10 @@ from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_l
 
 from ivegan.config import Transform
 from ivegan.data.cache import lock
-from ivegan.digest import digest, is_sound, write_sums
 from ivegan.errors import UserError
 from ivegan.shapes import Float, UInt8
 from ivegan.storage import local
+from ivegan.storage.digest import digest, is_sound, write_sums
 from ivegan.transforms import to_float, transform
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ivegan import digest, storage
+from ivegan import storage
 from ivegan.config import Config
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
@@ -34,7 +34,8 @@ from ivegan.evaluation.sampling import (
 )
 from ivegan.layers.build import initialise
 from ivegan.networks import Encoder, sample_shape
-from ivegan.schema import DamagedError, read
+from ivegan.storage import digest
+from ivegan.storage.schema import DamagedError, read
 from ivegan.transforms import to_float
 
 log = logging.getLogger(__name__)

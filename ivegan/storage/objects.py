@@ -13,8 +13,8 @@ import os
 from collections.abc import Mapping
 from typing import IO, Any
 
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
+from ivegan.storage.digest import sha256_hex
 from ivegan.storage.errors import MISSING, Unavailable, sentences
 from ivegan.storage.places import Object, s3_settings
 

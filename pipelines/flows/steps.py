@@ -9,9 +9,9 @@ from typing import Any
 from data_prep.building import build
 from ivegan import checkpoint, storage
 from ivegan.config import Config, config_hash, override, preset
-from ivegan.digest import digest
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
+from ivegan.storage.digest import digest
 from pipelines import record as records
 from pipelines.paths import runs_dir
 from pipelines.progress import Display

@@ -7,8 +7,8 @@ have the checksum that was registered.
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
+from ivegan.storage.digest import sha256_hex
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 CARD, GRAPH = "model_card.md", "data/model.pt2"

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ivegan.config import Config, flatten, from_dict, to_dict
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
 from ivegan.networks import Encoder, Generator, sample_shape
+from ivegan.storage.digest import sha256_hex
 from pipelines.models import card
 from pipelines.models.artifact import (
     CARD,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ivegan.config import Config, flatten, override, preset
-from ivegan.digest import digest
 from ivegan.errors import UserError
+from ivegan.storage.digest import digest
 
 IVE_GAN = "ive-gan"
 # Methods without discriminators take Adam's usual settings instead of the preset's.

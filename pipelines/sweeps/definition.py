@@ -10,9 +10,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ivegan import schema, storage
+from ivegan import storage
 from ivegan.config import Config, from_dict, to_dict
 from ivegan.errors import UserError
+from ivegan.storage import schema
 from pipelines.paths import new_id, runs_uri
 from pipelines.sweeps import space
 from pipelines.sweeps.space import SearchObjective

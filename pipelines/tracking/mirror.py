@@ -21,9 +21,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 
 from ivegan import storage
 from ivegan.config import flatten, from_dict
-from ivegan.digest import digest
 from ivegan.errors import UserError, public
-from ivegan.schema import DamagedError, read
+from ivegan.storage.digest import digest
+from ivegan.storage.schema import DamagedError, read
 from pipelines import record as records
 from pipelines.paths import tracking_uri
 from pipelines.record import RunRecord

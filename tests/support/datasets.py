@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ivegan.data.manifest import Manifest, Shard, shard_key, write_manifest
 from ivegan.data.tars import Sample, write_tar
-from ivegan.digest import digest, sha256_hex
+from ivegan.storage.digest import digest, sha256_hex
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 import mutate  # pyright: ignore[reportMissingImports]
 
-from ivegan import checkpoint
+from ivegan.checkpoint import content
 
 
 def test_damage_is_refused_or_harmless() -> None:
@@ -21,6 +21,6 @@ def test_the_mutations_find_a_digest_that_is_not_compared(monkeypatch: pytest.Mo
     def unchecked(uri: str, name: str, _: object) -> bytes:
         return Path(uri, name).read_bytes()
 
-    monkeypatch.setattr(checkpoint, "_read_checked", unchecked)
+    monkeypatch.setattr(content, "read_checked", unchecked)
     _, failures = mutate.fuzz(cases=400)
     assert any("other data were accepted" in failure for failure in failures)

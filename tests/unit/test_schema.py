@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
-from ivegan import schema
 from ivegan.config import PRESETS, Config, to_dict
 from ivegan.errors import UserError
+from ivegan.storage import schema
 
 
 @dataclass(frozen=True)

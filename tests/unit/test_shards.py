@@ -13,8 +13,8 @@ from webdataset.compat import WebDataset
 
 from ivegan.data.manifest import Manifest, Shard, read_manifest, to_json, write_manifest
 from ivegan.data.tars import Sample, decode, encode, read_tar, salvage_tar, write_tar
-from ivegan.digest import digest
 from ivegan.errors import UserError
+from ivegan.storage.digest import digest
 
 
 def samples(count: int = 5, shape: tuple[int, int, int] = (3, 6, 4)) -> list[Sample]:

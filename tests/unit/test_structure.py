@@ -89,7 +89,6 @@ def test_class_names_are_unique() -> None:
                 classes[node.name] = name_of(path)
 
 
-@pytest.mark.xfail(reason="not yet in every room")
 def test_files_are_small() -> None:
     python = [
         p for f in (*PACKAGES, "benchmarks", "infra", "tests") for p in (ROOT / f).rglob("*.py")

@@ -1,20 +1,9 @@
-"""Checkpoints: folders that hold all an exact continuation needs, whole or not there.
-
-    weights.safetensors   E, G, D, D', the trunk, and the averages of E and G where there are any
-    training.safetensors  the moments and steps of both optimizers
-    config.json           the configuration, each file's sha256, and where the weights came from;
-                          written last
-
-They lie beside each other as ``STORAGE/RUN_ID/checkpoint-0000012800``, numbered by images seen. A
-folder without ``config.json`` is an unfinished upload and counts as absent.
-"""
+"""What a checkpoint holds: written, and loaded after its digests are compared."""
 
 import io
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -27,31 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ivegan import storage
+from ivegan.checkpoint.folder import CONFIG, PREFIX, REMEDY, read_checked, read_metadata
 from ivegan.config import Config, from_dict, to_dict
-from ivegan.digest import sha256_hex
 from ivegan.errors import UserError
 from ivegan.networks import Encoder, Generator
 from ivegan.optimizer import Optimizer
-from ivegan.schema import DamagedError, check, parse_json
 from ivegan.step import State
+from ivegan.storage.digest import sha256_hex
+from ivegan.storage.schema import DamagedError
 
-PREFIX = "checkpoint-"
-_WEIGHTS, _TRAINING, _CONFIG = "weights.safetensors", "training.safetensors", "config.json"
-_KEEP = "keep"
-_REMEDY = "restore or delete that checkpoint"
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Header:
-    """The entries of ``config.json`` that loading needs."""
-
-    config: Config
-    step: int
-    images_seen: int
-    files: dict[str, str] = field(default_factory=dict)
-    """Name -> sha256."""
+_WEIGHTS, _TRAINING = "weights.safetensors", "training.safetensors"
 
 
 def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
@@ -75,8 +49,8 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
             "files": {n: sha256_hex((folder / n).read_bytes()) for n in (_WEIGHTS, _TRAINING)},
             **metadata,
         }
-        (folder / _CONFIG).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
-        storage.patiently(storage.upload_folder, folder, uri, last=_CONFIG)
+        (folder / CONFIG).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
+        storage.patiently(storage.upload_folder, folder, uri, last=CONFIG)
     return uri
 
 
@@ -122,90 +96,6 @@ def load_networks(uri: str) -> tuple[Config, Encoder, Generator, dict[str, Any]]
         encoder.load_state_dict(_below(weights, f"{prefix}encoder"))
         generator.load_state_dict(_below(weights, f"{prefix}generator"))
     return config, encoder.eval(), generator.eval(), metadata
-
-
-def read_metadata(uri: str) -> dict[str, Any]:
-    """Return a checkpoint's ``config.json``.
-
-    Raises:
-        UserError: there is no finished checkpoint at the URI.
-    """
-    where = storage.join(uri, _CONFIG)
-    if not storage.exists(where):
-        raise UserError(f"There is no checkpoint at {uri}: give a folder with a {_CONFIG} in it.")
-    metadata = parse_json(storage.read_bytes(where), where, _REMEDY)
-    names = {"config", "step", "images_seen", "files"}
-    header = metadata
-    if isinstance(metadata, dict):  # the other entries differ from version to version
-        header = {k: v for k, v in metadata.items() if k in names}
-    check(header, _Header, where, _REMEDY)
-    return metadata
-
-
-def latest(run_uri: str) -> str | None:
-    """Return the URI of a run's newest checkpoint that is whole, or None if there is none at all.
-
-    Raises:
-        UserError: all checkpoints are damaged.
-    """
-    damage: UserError | None = None
-    for uri in reversed(checkpoints(run_uri)):
-        try:
-            metadata = read_metadata(uri)
-            for name in metadata.get("files", {}):
-                _read_checked(uri, name, metadata)
-            return uri
-        except DamagedError as error:
-            log.warning("%s; using the checkpoint before it", str(error).rstrip("."))
-            damage = error
-    if damage is not None:
-        raise damage
-    return None
-
-
-def checkpoints(run_uri: str) -> list[str]:
-    """Return the URIs of a run's finished checkpoints, oldest first."""
-    names = sorted(n for n in storage.list_names(run_uri) if n.startswith(PREFIX))
-    uris = [storage.join(run_uri, name) for name in names]
-    return [uri for uri in uris if storage.exists(storage.join(uri, _CONFIG))]
-
-
-def keep(uri: str) -> None:
-    """Mark a checkpoint as one that ``prune`` leaves, because it was evaluated or registered."""
-    try:
-        if not storage.exists(storage.join(uri, _KEEP)):
-            storage.write_bytes(storage.join(uri, _KEEP), b"")
-    except UserError as error:  # a run of another owner
-        log.warning("%s cannot be marked as one to keep: %s", uri, error)
-
-
-def prune(run_uri: str, count: int) -> None:
-    """Delete a run's checkpoints, except for the last ``count`` and those that are marked."""
-    for uri in checkpoints(run_uri)[:-count]:
-        if not storage.exists(storage.join(uri, _KEEP)):
-            storage.delete_folder(uri, first=_CONFIG)
-
-
-def clear_unfinished(run_uri: str) -> None:
-    """Delete what a killed process left of the checkpoint that it was writing."""
-    names = [n for n in storage.list_names(run_uri) if n.lstrip(".").startswith(PREFIX)]
-    for uri in {storage.join(run_uri, name) for name in names} - set(checkpoints(run_uri)):
-        log.info("deleting the unfinished checkpoint %s", uri)
-        storage.delete_folder(uri)
-
-
-def find(uri: str) -> str:
-    """Return the checkpoint that a URI names: itself, or the newest one of a run's folder.
-
-    Raises:
-        UserError: neither is there.
-    """
-    if storage.exists(storage.join(uri, _CONFIG)):
-        return uri
-    newest = latest(uri)
-    if newest is None:
-        raise UserError(f"There is no checkpoint at {uri}, nor in a folder below it.")
-    return newest
 
 
 def _parts(state: State) -> dict[str, torch.nn.Module]:
@@ -266,18 +156,10 @@ def _load_moments(optimizer: Optimizer, moments: dict[str, Tensor]) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _read_checked(uri: str, name: str, metadata: dict[str, Any]) -> bytes:
-    """Return a file of a checkpoint after comparing its digest, if one was stored."""
-    content = storage.patiently(storage.read_bytes, storage.join(uri, name))
-    if metadata.get("files", {}).get(name, sha256_hex(content)) != sha256_hex(content):
-        raise DamagedError(f"{storage.join(uri, name)} is not what was saved: {_REMEDY}.")
-    return content
-
-
 def _read_tensors(uri: str, name: str, metadata: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a file."""
     with _named_damage(uri):
-        return load_safetensors(_read_checked(uri, name, metadata))
+        return load_safetensors(read_checked(uri, name, metadata))
 
 
 @contextmanager
@@ -287,7 +169,7 @@ def _named_damage(uri: str) -> Iterator[None]:
         yield
     except (SafetensorError, UnpicklingError, RuntimeError, LookupError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DamagedError(f"{uri} cannot be loaded ({reason}): {_REMEDY}.") from error
+        raise DamagedError(f"{uri} cannot be loaded ({reason}): {REMEDY}.") from error
 
 
 def _below(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
