@@ -2,8 +2,8 @@
 
 import re
 
-# A user and password may hold any character but blanks; the last @ ends them.
-_USER = re.compile(r"(?<=://)[^/\s:@]*(?::\S*)?@")
+# The last @ before a slash ends a user and password; without one, a password may hold slashes.
+_USER = re.compile(r"(?<=://)[^/\s:@]*(?::(?:[^/\s]*|\S*))?@")
 _QUERY = re.compile(
     r"([?&;][^=&\s]*(?:pass|pwd|user|token|secret|key|sig|cred)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
 )
