@@ -39,8 +39,16 @@ def create(path: Path, data: bytes) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """Return all files below a folder, sorted; other processes may delete some meanwhile."""
+
+    def check(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found = (
+        Path(root, name) for root, _, names in os.walk(folder, onerror=check) for name in names
+    )
+    return sorted(path for path in found if path.is_file())
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ivegan import checkpoint, order
 from ivegan.config import override, preset
 from ivegan.errors import UserError
-from ivegan.evaluation import evaluate, images, measures, mixtures, pictures, points, report
+from ivegan.evaluation import evaluate, images, measures, pictures, points, report
 from ivegan.evaluation.classifier import Settings, classifier_of
 from ivegan.evaluation.sampling import Sampler
 from ivegan.step import create_state
@@ -132,7 +132,7 @@ def test_numbers_without_figures_are_those_of_the_evaluation(
     assert "frechet" not in codes
     uri = saved(tmp_path, "ring")
     config, encoder, generator, _ = checkpoint.load_networks(uri)
-    numbers = measures.of_points(config, encoder, generator, mixtures.PROTOCOLS["pacgan"])
+    numbers = measures.of_points(config, encoder, generator)
     whole = evaluate.evaluate(uri, None, tmp_path / "ring", cache_dir=cache)["metrics"]
     assert {f"eval/{name}": value for name, value in numbers.items()}.items() <= whole.items()
 
