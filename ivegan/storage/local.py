@@ -45,9 +45,8 @@ def files(folder: Path) -> list[Path]:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    found = (
-        Path(root, name) for root, _, names in os.walk(folder, onerror=check) for name in names
-    )
+    walked = os.walk(folder, onerror=check)
+    found = (Path(root, name) for root, _, names in walked for name in names)
     return sorted(path for path in found if path.is_file())
 
 
