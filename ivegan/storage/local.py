@@ -1,6 +1,7 @@
 """Files and folders of this machine, which appear whole or not at all."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
