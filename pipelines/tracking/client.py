@@ -61,6 +61,8 @@ def client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if "%" in mlflow.__file__:
+        _escape_percent()
     path = sqlite_path(uri)
     if path is not None:
         try:
@@ -84,6 +86,14 @@ def client(uri: str) -> MlflowClient:
             f"The MLflow store {public(uri)} needs a driver that is not installed ({error}): "
             "pip install 'ivegan[server]' has the one of PostgreSQL."
         ) from error
+
+
+def _escape_percent() -> None:
+    """Let alembic read MLflow's own folder as it is, which takes a % for an interpolation."""
+    from mlflow.store.db import utils
+
+    folder = str(Path(mlflow.__file__).parent).replace("%", "%%")
+    utils._get_package_dir = lambda: folder
 
 
 def _move_artifacts(path: Path) -> None:
