@@ -19,6 +19,8 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         temporary = Path(file.name)
         try:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the content
             file.close()
             temporary.chmod(0o644)
             temporary.replace(path)
@@ -70,6 +72,8 @@ def replace_folder(source: Path, target: Path) -> None:
             copy = fresh / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
         if target.exists():
             target.rename(Path(beside) / "old")
         fresh.rename(target)
