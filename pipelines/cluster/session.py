@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -51,6 +52,8 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         # The path of a socket has at most 107 bytes, of which Ray's own names take 64.
         if len(tempfile.gettempdir().encode()) > 40 and "RAY_TMPDIR" not in os.environ:
             quiet["_temp_dir"] = f"/tmp/ivegan-ray-{os.getuid()}"
+        if " " in sys.executable:  # Ray 2.60 puts it into a shell's command as it is
+            quiet["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
         ray.init(address="local", include_dashboard=dashboard, **quiet)
     try:
         yield
