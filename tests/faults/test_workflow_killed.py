@@ -27,7 +27,7 @@ RUN += ["--sweep-samples", "2", "--sweep-images", "1280", "--run-id", "one", "--
 RUN += ["--sweep-space", "optim.lr_g=1e-3 optim.lr_d= model.z_dim= model.noise_dim="]
 PLACES = {
     "sweep": "sweeps/report.py on_trial_result 5",
-    "train": "ivegan/checkpoint.py save 4",
+    "train": "ivegan/checkpoint/content.py save 4",
     "register": "mlflow/tracking/client.py create_model_version 2",  # one half is, the other not
 }
 
