@@ -8,6 +8,6 @@ transformation T(x) or the generator's variation G(z', E(x)). To fool it, the en
 what T leaves alone, and z' must supply what T changes. D' keeps samples from the prior real.
 
 Reading order: step.py, losses.py, networks.py with layers/tables.py, config.py, order.py,
-transforms.py, optimizer.py, checkpoint.py. data/ reads shards, storage/ knows folders and S3,
+transforms.py, optimizer.py, checkpoint/. data/ reads shards, storage/ knows folders and S3,
 evaluation/ measures the result, speed/ captures a step as a CUDA graph.
 """

@@ -41,7 +41,7 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
         *("run", *RING, *places, "--run-id", "far"),
         cwd=home,
         status=-signal.SIGKILL,
-        KILL_AT="train ivegan/checkpoint.py save 4",
+        KILL_AT="train ivegan/checkpoint/content.py save 4",
         PYTHONPATH=f"{ROOT}/tests/support/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     shutil.rmtree(home / "runs" / ".metaflow")
