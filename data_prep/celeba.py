@@ -27,12 +27,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.source import Source, file_sha256, is_litter, nearest
+from data_prep.source import Source, is_litter, nearest
 from ivegan import storage
 from ivegan.data.manifest import SPLITS
 from ivegan.data.tars import Sample
 from ivegan.errors import UserError
-from ivegan.storage.digest import sha256_hex
+from ivegan.storage.digest import file_sha256, sha256_hex
 
 OPTIONS = frozenset({"crop", "limit"})
 SIDE = 128

@@ -1,13 +1,10 @@
 """Description of a raw data set, and names and digests of raw files."""
 
 import difflib
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any
-
-_PIECE = 1 << 24  # an object store is asked for each
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +23,6 @@ class Source:
     """What was chosen in the preparation, for the manifest."""
     label_names: tuple[str, ...]
     """Classes by label, or attributes by column."""
-
-
-def file_sha256(file: IO[bytes]) -> str:
-    """Return the sha256 of an open file from its start, read in pieces."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while piece := file.read(_PIECE):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def is_litter(name: str) -> bool:

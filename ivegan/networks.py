@@ -12,6 +12,8 @@ SAME but for the 2x2 convolution, which is VALID; Table 1's D' sees the point it
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -249,3 +251,15 @@ class Discriminators(nn.Module):
     def sample(self, candidate: Float[Tensor, "n f"]) -> Float[Tensor, " n"]:
         """Return the logits of D' that each candidate is real."""
         return self.sample_head(candidate).squeeze(1)
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Neither use nor learn the statistics of batches in the block; modes come back after it."""
+    modes_before = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes_before:
+            module.training = was_training

@@ -8,6 +8,7 @@ number is free. An owner that finds a higher number than its own has lost the fo
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ import psutil
 from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.storage.schema import DamagedError, read
+from pipelines.background import repeated
 
 log = logging.getLogger(__name__)
 
@@ -78,30 +80,26 @@ def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> I
         UserError: another process owns the folder.
     """
     number, mine = _take(run_uri, patience, log_line)
-    ownership, done = Ownership(), threading.Event()
-    where = _where(run_uri, number)
+    ownership, where, renewals = Ownership(), _where(run_uri, number), itertools.count(1)
 
     def renew() -> None:
-        renewals = 0
-        while not done.wait(_RENEWAL):
-            renewals += 1
-            try:
-                if max(_numbers(run_uri), default=number) > number:
-                    ownership.lost = True
-                    log.error("another process has taken %s over: stopping", run_uri)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-                storage.write_bytes(where, dataclasses.replace(mine, renewals=renewals).encode())
-            except UserError as error:  # an outage: tried again
-                log.warning("the claim on %s cannot be renewed (%s)", run_uri, error)
+        if ownership.lost:
+            return
+        try:
+            if max(_numbers(run_uri), default=number) > number:
+                ownership.lost = True
+                log.error("another process has taken %s over: stopping", run_uri)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            renewed = dataclasses.replace(mine, renewals=next(renewals))
+            storage.write_bytes(where, renewed.encode())
+        except UserError as error:  # an outage: tried again
+            log.warning("the claim on %s cannot be renewed (%s)", run_uri, error)
 
-    thread = threading.Thread(target=renew, name="claim", daemon=True)
-    thread.start()
     try:
-        yield ownership
+        with repeated(renew, _RENEWAL, "claim"):
+            yield ownership
     finally:
-        done.set()
-        thread.join()
         if not ownership.lost:
             with contextlib.suppress(UserError):  # then it ends by itself
                 storage.write_bytes(where, dataclasses.replace(mine, released=True).encode())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ivegan.config import Config
-from ivegan.networks import EncoderGenerator
+from ivegan.networks import EncoderGenerator, in_eval_mode
 from ivegan.transforms import to_float
 
 SENTENCES = {
@@ -69,15 +69,10 @@ class Alarms:
         """
         device = next(networks.parameters()).device
         draws = torch.Generator().manual_seed(0)
-        modes_before = [(module, module.training) for module in networks.modules()]
-        networks.eval()
-        try:
+        with in_eval_mode(networks):
             codes = networks.encoder(to_float(torch.from_numpy(np.array(images))).to(device))
             noise = torch.randn(4, len(codes), self._config.model.noise_dim, generator=draws)
             x_hat = torch.stack([networks.generator(one.to(device), codes) for one in noise])
-        finally:
-            for module, was_training in modes_before:
-                module.training = was_training
         by_noise = x_hat.std(0).mean()
         by_image = x_hat.std(1).mean()
         return self._new(

@@ -6,7 +6,7 @@ plots are in ``plots``. Each picture has a title and a note above it, one line e
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ivegan import order
 from ivegan.config import PROTOCOLS, Config
+from ivegan.networks import EncoderGenerator, in_eval_mode
 from ivegan.shapes import Float, UInt8
 from ivegan.transforms import to_float, to_uint8
-
-if TYPE_CHECKING:
-    from ivegan.networks import EncoderGenerator
 
 INK, MUTED, FAINT, PAPER = "#1d2530", "#667080", "#e3e7ec", "#ffffff"
 # Paul Tol's "muted" palette, which stays apart under colour blindness, and a dark grey.
@@ -194,7 +192,7 @@ def _coloured(values: np.ndarray) -> Image.Image:
 
 @torch.no_grad()
 def progress_figures(
-    networks: "EncoderGenerator", config: Config, originals: np.ndarray | None
+    networks: EncoderGenerator, config: Config, originals: np.ndarray | None
 ) -> dict[str, bytes]:
     """Return PNGs of the progress of training, at the same z, z' and originals all through a run.
 
@@ -208,9 +206,7 @@ def progress_figures(
     count = 10_000 if config.is_points else 60
     z = order.prior(count, config.model.z_dim, draws).to(device)
     noise = torch.randn(count, config.model.noise_dim, generator=draws).to(device)
-    modes_before = [(module, module.training) for module in networks.modules()]
-    networks.eval()  # batch norm neither uses nor learns the statistics of these images
-    try:
+    with in_eval_mode(networks):
         samples = networks.generator(noise, z).cpu()
         if originals is None:
             truth = order.sample_points(
@@ -228,9 +224,6 @@ def progress_figures(
                 "samples": sample_grid(to_uint8(samples).numpy(), "Samples from the prior"),
                 "reconstructions": reconstruction_rows(x, x_hat[:0], x_hat, title),
             }
-    finally:
-        for module, was_training in modes_before:
-            module.training = was_training
     return {name: png(page) for name, page in pages.items()}
 
 

@@ -107,15 +107,29 @@ def evaluate(
     fitted = fitted_prior(train_codes, len(codes), seed)
     result = {
         **generation(sampler, split, codes, cache_dir, seed, fitted=fitted),
-        **probes(train_codes, split.train_labels, codes, split.labels, seed),
-        **pixel_probes(split, cache_dir, seed),
-        **invariance(sampler, split.x, codes, seed),
+        **of_codes(sampler, split, codes, train_codes, cache_dir, seed),
         **transformation(sampler, split.x, codes, seed),
-        "saturation": metrics.saturation(codes),
     }
     log.info("drawing figures")
     figures, maps = pictures.draw(sampler, split, codes, fitted, pixels, seed)
     return result | maps, figures
+
+
+def of_codes(
+    sampler: Sampler,
+    split: EvaluationData,
+    codes: np.ndarray,
+    train_codes: np.ndarray,
+    cache_dir: Path,
+    seed: int,
+) -> dict[str, float]:
+    """Return what is measured of the codes of held-out and train images, beside raw pixels."""
+    return {
+        **probes(train_codes, split.train_labels, codes, split.labels, seed),
+        **pixel_probes(split, cache_dir, seed),
+        **invariance(sampler, split.x, codes, seed),
+        "saturation": metrics.saturation(codes),
+    }
 
 
 def quality(

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from ivegan.config import PROTOCOLS, Config
-from ivegan.evaluation import images, metrics, mixtures, points
-from ivegan.evaluation.sampling import NUM_DRAWS, VARIATIONS, Sampler, stream
+from ivegan.evaluation import images, mixtures, points
+from ivegan.evaluation.sampling import Sampler
 
 
 def of_images(
@@ -31,12 +30,7 @@ def of_images(
     device = next((t.device for t in encoder.parameters()), torch.device("cpu"))
     sampler = Sampler(config, encoder, generator or nn.Identity(), device)
     codes, train_codes = sampler.encode(split.x), sampler.encode(split.train)
-    result = {
-        **images.probes(train_codes, split.train_labels, codes, split.labels, seed),
-        **images.pixel_probes(split, cache_dir, seed),
-        **images.invariance(sampler, split.x, codes, seed),
-        "saturation": metrics.saturation(codes),
-    }
+    result = images.of_codes(sampler, split, codes, train_codes, cache_dir, seed)
     if generator is None:
         return result
     fitted = images.fitted_prior(train_codes, len(codes), seed)
@@ -62,6 +56,5 @@ def of_points(
     if encoder is None:
         return result
     x = points.true_points(dataset, count, seed, protocol)
-    z, draws = torch.from_numpy(sampler.encode(x)), stream(seed, VARIATIONS)
-    x_hat = np.stack([sampler.generate(sampler.noise(count, draws), z) for _ in range(NUM_DRAWS)])
+    _, x_hat = points.variations(sampler, x, seed)
     return result | mixtures.reconstructed_points(x, x_hat, dataset, protocol)

@@ -34,13 +34,13 @@ def evaluate(
     num_modes = len(order.modes(dataset)[0])
     scores = functools.partial(mixtures.mixture, dataset=dataset, protocol=protocol)
     x, z, prior, x_hat = _draw(sampler, count, seed, protocol)
-    variations = scores(x_hat[0])
+    of_variations = scores(x_hat[0])
     names = ("modes", "high_quality", "std_ratio")
     result = {
         **scores(prior),
         **perfect(dataset, count, seed, protocol),
         **mixtures.reconstructed_points(x, x_hat, dataset, protocol),
-        **{f"recon_{name}": variations[name] for name in names},
+        **{f"recon_{name}": of_variations[name] for name in names},
         "modes_total": float(num_modes),
         "right_mode_chance": 1 / num_modes,
     }
@@ -84,10 +84,15 @@ def _draw(
 ) -> tuple[np.ndarray, Tensor, np.ndarray, np.ndarray]:
     """Return x (n, 2), its codes (n, z_dim), prior samples (n, 2) and variations (k, n, 2)."""
     x = true_points(sampler.config.dataset, count, seed, protocol)
-    z = torch.from_numpy(sampler.encode(x))
-    draws = stream(seed, VARIATIONS)
-    x_hat = np.stack([sampler.generate(sampler.noise(count, draws), z) for _ in range(NUM_DRAWS)])
+    z, x_hat = variations(sampler, x, seed)
     return x, z, sampler.prior_samples(count, seed), x_hat
+
+
+def variations(sampler: Sampler, x: np.ndarray, seed: int) -> tuple[Tensor, np.ndarray]:
+    """Return the codes (n, z_dim) and variations (k, n, 2) of points (n, 2)."""
+    z, draws = torch.from_numpy(sampler.encode(x)), stream(seed, VARIATIONS)
+    noise = (sampler.noise(len(x), draws) for _ in range(NUM_DRAWS))
+    return z, np.stack([sampler.generate(one, z) for one in noise])
 
 
 def _history(sampler: Sampler, uri: str, count: int, seed: int) -> list[tuple[str, np.ndarray]]:

@@ -4,9 +4,19 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 _SUMS = "sums.json"
+_PIECE = 1 << 24  # an object store is asked for each
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open file of bytes, of this machine or of an object store."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def seek(self, offset: int, /) -> int: ...
 
 
 def canonical_json(value: Any) -> bytes:
@@ -22,6 +32,15 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 def digest(value: Any) -> str:
     """Return the sha256 of a plain value's canonical JSON."""
     return sha256_hex(canonical_json(value))
+
+
+def file_sha256(file: Readable) -> str:
+    """Return the sha256 of an open file from its start, read in pieces."""
+    file.seek(0)
+    found = hashlib.sha256()
+    while piece := file.read(_PIECE):
+        found.update(piece)
+    return found.hexdigest()
 
 
 def write_sums(folder: Path) -> None:
@@ -53,4 +72,4 @@ def _stamp(path: Path) -> list[int]:
 
 def _sum(path: Path) -> list[Any]:
     with path.open("rb") as file:
-        return [hashlib.file_digest(file, "sha256").hexdigest(), *_stamp(path)]
+        return [file_sha256(file), *_stamp(path)]

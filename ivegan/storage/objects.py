@@ -6,7 +6,6 @@ where reads of the whole object check it again: not every store does.
 
 import errno
 import functools
-import hashlib
 import io
 import logging
 import os
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from ivegan.errors import UserError
-from ivegan.storage.digest import sha256_hex
+from ivegan.storage.digest import file_sha256, sha256_hex
 from ivegan.storage.errors import MISSING, Unavailable, sentences
 from ivegan.storage.places import Object, s3_settings
 
@@ -97,7 +96,7 @@ def list_objects(place: Object) -> dict[str, int]:
 
 def upload(place: Object, body: _File) -> None:
     """Upload an open file, in several requests if it is large."""
-    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_DIGEST: _sha256(body)}}
+    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_DIGEST: file_sha256(body)}}
     body.seek(0)
     s3_client().upload_fileobj(body, *place, ExtraArgs=extra)
 
@@ -135,7 +134,7 @@ def download(place: Object, file: _File) -> None:
             replaced = False
         except S3DownloadFailedError:
             replaced = True  # between two requests of the transfer manager
-        if not replaced and digest in (None, _sha256(file)):
+        if not replaced and digest in (None, file_sha256(file)):
             return
         log.info("reading %s again: its bytes differ from its digest", _uri(place))
         file.seek(0)
@@ -206,12 +205,6 @@ def delete_objects(place: Object, first: str | None) -> None:
     for batch in filter(None, batches):
         keys = [{"Key": f"{key}/{name}"} for name in batch]
         s3_client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-
-
-def _sha256(file: _File) -> str:
-    """Return the digest of a whole file."""
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def _uri(place: Object) -> str:

@@ -39,9 +39,7 @@ def parse_json(content: bytes, name: str, remedy: str = "restore or delete it") 
         raise DamagedError(f"{name} is damaged ({error}): {remedy}.") from error
 
 
-def read(
-    content: bytes, kind: type[T], name: str, remedy: str = "restore or delete it", **defaults: Any
-) -> T:
+def read(content: bytes, kind: type[T], name: str, remedy: str = "restore or delete it") -> T:
     """Return the dataclass that a JSON file holds.
 
     Args:
@@ -49,13 +47,11 @@ def read(
         kind: the dataclass; entries that it does not have are refused.
         name: of the file, for the message.
         remedy: what the message advises.
-        defaults: entries for files that lack them.
 
     Raises:
         DamagedError: the content is not of this kind.
     """
-    value = parse_json(content, name, remedy)
-    return check(defaults | value if isinstance(value, dict) else value, kind, name, remedy)
+    return check(parse_json(content, name, remedy), kind, name, remedy)
 
 
 def check(value: Any, kind: type[T], name: str, remedy: str = "restore or delete it") -> T:

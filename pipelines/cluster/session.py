@@ -18,6 +18,7 @@ import psutil
 
 from ivegan import storage
 from ivegan.errors import UserError
+from pipelines.background import repeated
 
 T = TypeVar("T")
 _LOOK, _MINUTE = 5, 60  # seconds between two looks at the nodes, and two lines about them
@@ -137,20 +138,13 @@ def missing_nodes_logged(
     workers: int, each: dict[str, float], log_line: Callable[[str], None]
 ) -> Iterator[None]:
     """Log once a minute what the cluster lacks while the block runs: a node may be lost."""
-    done = threading.Event()
 
     def look() -> None:
-        while not done.wait(_MINUTE):
-            if (room := _room(each)) < workers:
-                log_line(_missing(room, workers, each))
+        if (room := _room(each)) < workers:
+            log_line(_missing(room, workers, each))
 
-    thread = threading.Thread(target=look, name="nodes", daemon=True)
-    thread.start()
-    try:
+    with repeated(look, _MINUTE, "nodes"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _missing(room: int, workers: int, each: dict[str, float]) -> str:

@@ -91,9 +91,10 @@ def register(
 
 def store_of(checkpoint_uri: str, metadata: Mapping[str, Any]) -> str:
     """Return the MLflow store that a checkpoint's run is mirrored to, or the default one."""
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return paths.tracking_uri()
     noted = metadata.get("tracking_uri", "")  # by version 0.1
-    uri = mirror.store_of(checkpoint_uri.rpartition("/")[0], noted)
-    return paths.tracking_uri() if "MLFLOW_TRACKING_URI" in os.environ else uri
+    return mirror.store_of(checkpoint_uri.rpartition("/")[0], noted)
 
 
 def _version_of(client: MlflowClient, half: Half) -> ModelVersion | None:

@@ -24,6 +24,7 @@ from ivegan.data.cache import Split, load_split
 from ivegan.errors import UserError
 from ivegan.evaluation import images, measures
 from ivegan.step import NonFiniteLossError
+from ivegan.storage import schema
 from pipelines.digits import prepare_digits
 from pipelines.paths import cache_dir
 from pipelines.record import read_metrics, read_record
@@ -72,10 +73,7 @@ def read(results: Path, cell: Cell) -> Result | None:
     path = results / cell.path
     if not path.exists():
         return None
-    try:
-        result = Result(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a cell of this version ({error}): delete it.") from error
+    result = schema.read(path.read_bytes(), Result, str(path), "delete it")
     return result if result.config_hash == cell.hash else None
 
 

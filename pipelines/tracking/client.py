@@ -101,10 +101,13 @@ def _move_artifacts(path: Path) -> None:
     here = (path.parent / "artifacts").as_uri()
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         rows = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
-        # MLflow's own experiment is beside the folder that its store was made in.
-        database.execute(
-            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (f"{here}/0",)
-        )
+        # MLflow's own experiment is beside the folder that its store was made in. The store is
+        # opened every few seconds: nothing is written where all is right.
+        if ("Default", f"{here}/0") not in rows:
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0",
+                (f"{here}/0",),
+            )
         ends = [(where, f"/artifacts/{quote(name)}") for name, where in rows]
         old = {where[: -len(end)] + "/artifacts" for where, end in ends if where.endswith(end)}
         for root in {one for one in old if one.startswith("file:")} - {here}:

@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ivegan import checkpoint, storage
 from ivegan.checkpoint import PREFIX
 from ivegan.errors import UserError
+from pipelines.background import repeated
 from pipelines.record import METRICS, read_points, write_points
 from pipelines.training.plan import Plan
 
@@ -78,22 +78,16 @@ def following(follower: Follower) -> Iterator[None]:
     Raises:
         Exception: what showing or measuring raised, after the block ended.
     """
-    done, failures = threading.Event(), list[Exception]()
+    failures: list[Exception] = []
 
     def look() -> None:
         try:
-            while not done.wait(_INTERVAL):
+            if not failures:
                 follower.look()
-            follower.look()
         except Exception as error:  # of any kind: raised when the workers ended
             failures.append(error)
 
-    thread = threading.Thread(target=look, name="progress", daemon=True)
-    thread.start()
-    try:
+    with repeated(look, _INTERVAL, "progress", last=True):
         yield
-    finally:
-        done.set()
-        thread.join()
     if failures:
         raise failures[0]

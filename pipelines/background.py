@@ -1,0 +1,34 @@
+"""A call that is repeated in a thread beside a block of code."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def repeated(
+    call: Callable[[], object], seconds: float, name: str, *, last: bool = False
+) -> Iterator[None]:
+    """Call a function every so many seconds, in a thread, while the block runs.
+
+    Args:
+        call: what is called; the thread ends if it raises.
+        seconds: between two calls.
+        name: of the thread.
+        last: call it once more at the end of the block.
+    """
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(seconds):
+            call()
+        if last:
+            call()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
