@@ -183,7 +183,8 @@ def generation(
     """
     judge = classifier_of(split.train, split.train_labels, split.hash, cache_dir)
     judge = judge.to(sampler.device)
-    _, real_features = _read(judge, batches(split.train if real is None else real))
+    train = split.train if real is None else real
+    _, real_features = _read(judge, batches(train))
     labels, held_out = _read(judge, batches(split.x))
     count = len(split.x)
     log.info("classifying %s samples and %s variations", f"{count:,}", f"{NUM_DRAWS * count:,}")
@@ -208,14 +209,24 @@ def generation(
     }
     if fitted is None:
         return result
+    # D compares variations with T(x), so they, and samples from a prior fitted to codes, are
+    # distributed as T(x); D' compares samples from the printed prior with x.
+    draws = stream(seed, TRANSFORM)
+    _, moved = _read(judge, (sampler.transformed(batch, draws) for batch in batches(train)))
+    _, held_out_moved = _read(judge, (sampler.transformed(b, draws) for b in batches(split.x)))
     noise = sampler.noise(len(fitted), stream(seed, FITTED))
     _, refitted = _read(judge, sampler.generate_batches(noise, fitted))
-    result["frechet_fitted"] = metrics.frechet_distance(refitted, real_features)
-    result["frechet_recon"] = metrics.frechet_distance(variations[0][1], real_features)
+    result["frechet_fitted"] = metrics.frechet_distance(refitted, moved)
+    result["frechet_recon"] = metrics.frechet_distance(variations[0][1], moved)
+    result["frechet_recon_floor"] = metrics.frechet_distance(held_out_moved, moved)
     few = min(len(real_features), len(fake), _MANIFOLD_SAMPLES)  # as many of each
-    few = real_features[evenly(len(real_features), few)]
-    for ending, features in (("", fake), ("_fitted", refitted), ("_floor", held_out)):
-        scores = metrics.coverage_of(few, features[: len(few)])
+    chosen = evenly(len(real_features), few)
+    for ending, reference, features in (
+        ("", real_features, fake),
+        ("_fitted", moved, refitted),
+        ("_floor", real_features, held_out),
+    ):
+        scores = metrics.coverage_of(reference[chosen], features[:few])
         result |= {f"{key}{ending}": value for key, value in scores.items()}
     return result
 

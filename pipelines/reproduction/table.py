@@ -9,9 +9,12 @@ from pipelines.reproduction.cells import Result
 from pipelines.reproduction.published import PUBLISHED
 from pipelines.reproduction.tasks import Table
 
-# Of columns whose floor has no name of its own. G(z', E(x)) is distributed as T(x) and not as x, so
-# the distance between real images is no floor for it, nor for a prior fitted to codes.
-_FLOORS = {"same_class": "classifier_accuracy", "same_attributes": "classifier_accuracy"}
+# Of columns whose floor has no name of its own.
+_FLOORS = {
+    "same_class": "classifier_accuracy",
+    "same_attributes": "classifier_accuracy",
+    "frechet_fitted": "frechet_recon_floor",
+}
 _IDEAL = {"variation_ratio": 1.0, "right_mode": 1.0, "residual_std_ratio": 1.0}
 
 

@@ -199,8 +199,14 @@ class Moving(nn.Module):
 def test_z_prime_that_sets_t_explains_t(digits_dataset, cache):
     config = override(preset("digits"), {"model.z_dim": 256})
     sampler = Sampler(config, nn.Flatten(), Moving(), torch.device("cpu"))
-    x = images.load(config, digits_dataset, "test", cache, 120).x
-    result = images.transformation(sampler, x, sampler.encode(x), seed=0)
+    split = images.load(config, digits_dataset, "test", cache, 120)
+    codes, x = sampler.encode(split.x), split.x
+    generated = images.generation(
+        sampler, split, codes, cache, seed=0, fitted=torch.from_numpy(sampler.encode(split.train))
+    )
+    for name in ("frechet_recon", "frechet_fitted"):  # they are T(x), and not x
+        assert generated[name] < 1.5 * generated["frechet_recon_floor"], name
+    result = images.transformation(sampler, x, codes, seed=0)
     assert result["variation_ratio"] == pytest.approx(1, abs=0.1)
     assert result["registered_error"] == pytest.approx(result["registered_error_floor"], abs=1e-3)
     for name in ("dx", "dy", "theta"):
