@@ -25,7 +25,6 @@ from PIL import Image
 
 from data_prep import celeba
 from ivegan import storage
-from ivegan.storage import objects
 
 RNG = np.random.default_rng(0)
 # Ray's workers have the nice value 15: they would wait for all other tests.
@@ -157,17 +156,14 @@ def s3(s3_variables: dict[str, str]) -> Iterator[str]:
             environment.delenv(name)
         for name, value in s3_variables.items():
             environment.setenv(name, value)
-        objects.client.cache_clear()
         client, bucket = storage.s3_client(), f"ivegan-test-{uuid.uuid4().hex}"
         client.create_bucket(Bucket=bucket)
         yield f"s3://{bucket}"
-        objects.client.cache_clear()
         keys = [{"Key": name} for name in storage.list_files(f"s3://{bucket}")]
         for start in range(0, len(keys), 1000):
             batch = {"Objects": keys[start : start + 1000], "Quiet": True}
             client.delete_objects(Bucket=bucket, Delete=batch)
         client.delete_bucket(Bucket=bucket)
-        objects.client.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,19 @@
 """Files on this machine and in an object store, under one set of names.
 
-A URI is a local path, ``file://…`` or ``s3://bucket/key``. Endpoint, region and path style are
-resolved once, in ``places.s3_settings``, for boto3, pyarrow, MLflow and Metaflow alike; credentials
-are left to each library's standard chain. Files appear whole or not at all.
+A URI is a local path, ``file://…`` or ``s3://bucket/key``. One session of botocore says how the
+store is reached, in ``objects``; ``environment`` hands that to MLflow, Metaflow and other nodes,
+without keys, and Ray works through the same client. Files appear whole or not at all.
 """
 
 import io
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
 
 from ivegan.errors import UserError
 from ivegan.storage import local, objects
 from ivegan.storage.errors import Unavailable, local_sentences, patiently, sentences
-from ivegan.storage.objects import s3_client
-from ivegan.storage.places import absolute, environment, is_local, join, parse, s3_settings
+from ivegan.storage.objects import environment, s3_client
+from ivegan.storage.places import absolute, is_local, join, parse
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -35,7 +34,6 @@ __all__ = [
     "patiently",
     "read_bytes",
     "s3_client",
-    "s3_settings",
     "upload_folder",
     "write_bytes",
 ]
@@ -48,15 +46,9 @@ def filesystem(uri: str | Path) -> "tuple[pyarrow.fs.FileSystem, str]":
     place = parse(uri)
     if isinstance(place, Path):
         return fs.LocalFileSystem(), str(place)
-    # The constructor, unlike from_uri, does not read AWS_ENDPOINT_URL.
-    settings = s3_settings()
-    options: dict[str, Any] = {"region": settings["region"]}
-    if settings["endpoint"]:
-        url = urlsplit(settings["endpoint"])
-        options |= {"scheme": url.scheme, "endpoint_override": url.netloc}
-    options |= {"connect_timeout": objects.CONNECT_TIMEOUT, "request_timeout": objects.READ_TIMEOUT}
-    retry = fs.AwsStandardS3RetryStrategy(max_attempts=objects.ATTEMPTS)
-    return fs.S3FileSystem(retry_strategy=retry, **options), "/".join(place).rstrip("/")
+    from ivegan.storage.arrow import ObjectFiles
+
+    return fs.PyFileSystem(ObjectFiles()), "/".join(place).rstrip("/")
 
 
 def exists(uri: str | Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from ivegan.errors import UserError
-from ivegan.storage.places import is_local, s3_settings
+from ivegan.storage.places import is_local
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ _BUSY = (
     *("ThrottlingException", "TooManyRequests", "busy"),
 )
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+_REGION = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException",
+           "PermanentRedirect")  # fmt: skip
 _CHANGED = ("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
 _REMOTE: list[tuple[tuple[str, ...], type[UserError], str]] = [
     (("NoSuchBucket",), UserError, "There is no bucket {bucket!r} at {store}: create it or correct "
@@ -57,6 +60,13 @@ _REMOTE: list[tuple[tuple[str, ...], type[UserError], str]] = [
      "again."),
     (_DENIED, UserError, "Access to {uri} at {store} was denied: check AWS_ACCESS_KEY_ID, "
      "AWS_SECRET_ACCESS_KEY and what they may do."),
+    (_EXPIRED, UserError, "The credentials for {uri} at {store} have expired or are of another "
+     "account ({code}): get new ones, for AWS_SESSION_TOKEN too."),
+    (_REGION, UserError, "{uri} is not in the region that was asked at {store} ({code}): set "
+     "AWS_DEFAULT_REGION to the bucket's."),
+    (("InvalidBucketName",), UserError, "{store} takes no bucket named {bucket!r}: correct {uri}."),
+    (("RequestTimeTooSkewed",), UserError, "This machine's clock differs from that of {store}: set "
+     "it."),
     (_CHANGED, Unavailable, "{uri} was changed on its way to {store} ({code}): try again."),
     (_BUSY, Unavailable, "The object store at {store} cannot serve {uri} now ({code}): try later."),
 ]  # fmt: skip
@@ -109,7 +119,9 @@ def _remote_sentences(uri: str) -> Iterator[None]:
     from botocore import exceptions as aws
     from s3transfer.exceptions import RetriesExceededError
 
-    store = s3_settings()["endpoint"] or "AWS"
+    from ivegan.storage.objects import s3_client
+
+    store = s3_client().meta.endpoint_url
     try:
         yield
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
@@ -118,18 +130,27 @@ def _remote_sentences(uri: str) -> Iterator[None]:
         ) from error
     except (RetriesExceededError, aws.IncompleteReadError) as error:
         raise Unavailable(f"Reading {uri} was cut off again and again: try again later.") from error
+    except aws.SSLError as error:
+        raise UserError(
+            f"The certificate of the object store at {store} is not trusted: set AWS_CA_BUNDLE to "
+            "the file of its authority."
+        ) from error
+    except aws.ProxyConnectionError as error:
+        raise Unavailable(
+            f"The proxy on the way to {store} does not answer ({error}): correct HTTPS_PROXY, or "
+            "name the store in NO_PROXY."
+        ) from error
     except (aws.ConnectionError, aws.HTTPClientError) as error:
         raise Unavailable(
             f"The object store at {store} does not answer for {uri}: check AWS_ENDPOINT_URL."
         ) from error
-    except aws.ParamValidationError as error:
-        reason = str(error).replace("\n", " ").partition(": Bucket name must")[0]
-        raise UserError(f"{uri} is no valid place in an object store: {reason}.") from error
     except aws.ClientError as error:
         sentence = refusal(error, uri, store)
         if sentence is None:
             raise
         raise sentence from error
+    except aws.BotoCoreError as error:  # of credentials, for example that no role gives
+        raise UserError(f"{uri} at {store} cannot be asked for ({error}): correct that.") from error
 
 
 def refusal(error: Any, uri: str, store: str) -> UserError | None:

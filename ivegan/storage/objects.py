@@ -10,12 +10,13 @@ import io
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from ivegan.errors import UserError
 from ivegan.storage.digest import file_sha256, sha256_hex
 from ivegan.storage.errors import MISSING, Unavailable, sentences
-from ivegan.storage.places import Object, s3_settings
+from ivegan.storage.places import Object
 
 log = logging.getLogger(__name__)
 
@@ -27,36 +28,86 @@ _File = io.BytesIO | IO[bytes]
 
 
 def s3_client() -> Any:
-    """Return this process's boto3 client for the resolved endpoint.
+    """Return this process's boto3 client.
 
     Raises:
-        UserError: the endpoint is not a URL.
+        UserError: no client can be made as variables and files of AWS describe it.
     """
-    settings = s3_settings()
-    return client(settings["endpoint"], settings["region"], os.getpid())
+    return _client(_variables(), os.getpid(), ATTEMPTS)
+
+
+def environment() -> dict[str, str]:
+    """Return the variables that lead other programs and nodes to the same store; never its keys.
+
+    Where the description is wrong there are none: S3 may not be used at all.
+    """
+    try:
+        session, region, endpoint = _session(_variables())
+    except UserError:
+        return {}
+    variables = {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}
+    if endpoint:
+        everything = os.environ.get("AWS_ENDPOINT_URL") == endpoint
+        variables["AWS_ENDPOINT_URL" if everything else "AWS_ENDPOINT_URL_S3"] = endpoint
+        variables["METAFLOW_S3_ENDPOINT_URL"] = endpoint  # Argo's pods get it alone
+    if style := (session.get_config_variable("s3") or {}).get("addressing_style"):
+        variables["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] = style  # whose default would replace it
+    return variables
+
+
+def _variables() -> tuple[tuple[str, str], ...]:
+    """Return the variables on which a client depends."""
+    own = ("HOME", "MLFLOW_S3_ENDPOINT_URL")
+    found = os.environ.items()
+    return tuple((k, v) for k, v in found if k[:4] == "AWS_" or k in own or "proxy" in k.lower())
 
 
 @functools.lru_cache(maxsize=4)
-def client(endpoint: str | None, region: str, process: int) -> Any:
+def _session(variables: tuple[tuple[str, str], ...]) -> tuple[Any, str, str | None]:
+    """Return a session of botocore, the region that it finds and the endpoint, None for AWS."""
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    given = dict(variables)
+    try:
+        session = Session()
+        bundle = session.get_config_variable("ca_bundle")
+        if bundle and not Path(bundle).exists():
+            raise UserError(f"AWS_CA_BUNDLE is {bundle}, where there is no file: correct it.")
+        region = session.get_config_variable("region") or given.get("AWS_REGION") or "us-east-1"
+        found = []
+        for ignore in (True, False):  # with a key, or it would be looked for in the network
+            keys = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "none")
+            config = Config(ignore_configured_endpoint_urls=True) if ignore else None
+            client = session.create_client("s3", region_name=region, config=config, **keys)
+            found.append(client.meta.endpoint_url)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"The settings of S3 are wrong ({error}): correct them.") from error
+    own = given.get("MLFLOW_S3_ENDPOINT_URL") or None
+    return session, region, own if found[0] == found[1] else found[1]
+
+
+@functools.lru_cache(maxsize=4)
+def _client(variables: tuple[tuple[str, str], ...], process: int, attempts: int) -> Any:
     """Return a boto3 client; one per process, because connections do not survive a fork."""
     from boto3.session import Session
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
         # the digest of whole objects is checked here; the transfer manager then needs no HEAD
         response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if endpoint else "auto"},
     )
+    _, region, endpoint = _session(variables)
     try:
         # a session of its own: boto3's default one keeps credentials that have changed since
-        return Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    except ValueError as error:
-        raise UserError(
-            f"AWS_ENDPOINT_URL is {endpoint!r}, which is no URL: write http://HOST:PORT."
-        ) from error
+        return Session().client("s3", region, endpoint_url=endpoint, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"The settings of S3 are wrong ({error}): correct them.") from error
 
 
 def head(place: Object) -> Mapping[str, Any] | None:
@@ -96,18 +147,19 @@ def list_objects(place: Object) -> dict[str, int]:
 
 def upload(place: Object, body: _File) -> None:
     """Upload an open file, in several requests if it is large."""
-    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_DIGEST: file_sha256(body)}}
+    client, digest = s3_client(), file_sha256(body)
     body.seek(0)
-    s3_client().upload_fileobj(body, *place, ExtraArgs=extra)
+    client.upload_fileobj(body, *place, ExtraArgs=_extra(client, digest))
 
 
 def create(place: Object, data: bytes) -> None:
     """Upload an object, unless there is one."""
     from botocore.exceptions import ClientError
 
-    extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {_DIGEST: sha256_hex(data)}}
+    client, where = s3_client(), {"Bucket": place[0], "Key": place[1]}
+    extra = _extra(client, sha256_hex(data))
     try:
-        s3_client().put_object(Bucket=place[0], Key=place[1], Body=data, IfNoneMatch="*", **extra)
+        client.put_object(**where, Body=data, IfNoneMatch="*", **extra)
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status == 501 and head(place) is None:  # a store without conditional writes
@@ -204,7 +256,22 @@ def delete_objects(place: Object, first: str | None) -> None:
     batches = [names[:1], *(names[i : i + 1000] for i in range(1, len(names), 1000))]
     for batch in filter(None, batches):
         keys = [{"Key": f"{key}/{name}"} for name in batch]
-        s3_client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        if _takes_checksums(client := s3_client()):
+            client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        else:  # a request for many needs one
+            for one in keys:
+                client.delete_object(Bucket=bucket, **one)
+
+
+def _takes_checksums(client: Any) -> bool:
+    """Return whether the store takes headers with checksums: AWS_REQUEST_CHECKSUM_CALCULATION."""
+    return client.meta.config.request_checksum_calculation != "when_required"
+
+
+def _extra(client: Any, digest: str) -> dict[str, Any]:
+    """Return the arguments of an upload that let its content be checked."""
+    checked = {"ChecksumAlgorithm": "SHA256"} if _takes_checksums(client) else {}
+    return {**checked, "Metadata": {_DIGEST: digest}}
 
 
 def _uri(place: Object) -> str:

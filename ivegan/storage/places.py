@@ -1,11 +1,10 @@
-"""Places: local paths, ``file://…`` and ``s3://bucket/key``, and the settings of object storage."""
+"""Places: local paths, ``file://…`` and ``s3://bucket/key``."""
 
-import os
+import re
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-from ivegan.errors import UserError
+from ivegan.errors import UserError, public
 
 Object = tuple[str, str]
 """Bucket and key."""
@@ -25,6 +24,11 @@ def parse(uri: str | Path) -> Path | Object:
     bucket, _, key = rest.partition("/")
     if not bucket:
         raise UserError(f"{uri} names no bucket: write s3://BUCKET/KEY.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}", bucket):
+        raise UserError(
+            f"{public(uri)} names no bucket that can be: a name has 3 or more letters, digits, "
+            "'-', '.' and '_'."
+        )
     return bucket, key.strip("/")
 
 
@@ -42,22 +46,3 @@ def join(uri: str | Path, *names: str) -> str:
 def is_local(uri: str | Path) -> bool:
     """Return whether the URI names a path of this machine."""
     return isinstance(parse(uri), Path)
-
-
-def s3_settings() -> dict[str, Any]:
-    """Return ``endpoint`` (or None for AWS itself), ``region`` and ``path_style``."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
-    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return {"endpoint": endpoint, "region": region, "path_style": endpoint is not None}
-
-
-def environment() -> dict[str, str]:
-    """Return the variables that give MLflow, Metaflow and Ray workers the same settings."""
-    settings = s3_settings()
-    variables = {"AWS_REGION": settings["region"], "AWS_DEFAULT_REGION": settings["region"]}
-    if settings["endpoint"]:
-        names = ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL", "METAFLOW_S3_ENDPOINT_URL")
-        variables |= dict.fromkeys(names, settings["endpoint"])
-        variables["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] = "path"
-    return variables

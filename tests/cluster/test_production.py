@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 
 from ivegan import checkpoint, storage
 from ivegan.errors import UserError
-from ivegan.storage import objects
 from pipelines import record as records
 from pipelines.tracking import client as tracking
 from pipelines.tracking.mirror import sync
@@ -42,9 +41,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, value in cluster.environment.items():
             if not name.startswith("RAY_"):  # this process may have a Ray of other tests
                 environment.setenv(name, value)
-        objects.client.cache_clear()
         yield state
-        objects.client.cache_clear()
     local_cluster.down(state)
 
 
@@ -111,10 +108,8 @@ def test_requests_without_token_account_or_key_are_refused(cluster, tmp_path, mo
     wrong = tmp_path / "credentials"
     wrong.write_text("[default]\naws_access_key_id = ivegan:ivegan\naws_secret_access_key = no\n")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(wrong))
-    objects.client.cache_clear()
     with pytest.raises(UserError, match="was denied"):
         storage.list_names(RUNS)
-    objects.client.cache_clear()
 
 
 def test_an_account_that_may_only_read_is_refused_before_it_trains(state, cluster, monkeypatch):

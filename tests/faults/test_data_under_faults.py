@@ -26,7 +26,6 @@ from ivegan.config import override, preset
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
 from ivegan.data.stream import Stream
-from ivegan.storage import objects
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = str(ROOT / "data_prep" / "build.py")
@@ -91,10 +90,8 @@ def killable(tmp_path, monkeypatch) -> Iterator[KillableStore]:
     with KillableStore(tmp_path / "store") as store:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
-        objects.client.cache_clear()
         storage.s3_client().create_bucket(Bucket="bucket")
         yield store
-        objects.client.cache_clear()
 
 
 class OnceTold(logging.Handler):

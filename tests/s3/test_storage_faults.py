@@ -32,8 +32,9 @@ def proxy(s3: str, s3_variables: dict[str, str]) -> Iterator[FaultProxy]:
 @pytest.fixture
 def behind(s3: str, s3_variables: dict[str, str]) -> Any:
     """Return a client that does not see the proxy."""
-    region = storage.s3_settings()["region"]
-    return objects.client(s3_variables["AWS_ENDPOINT_URL"], region, os.getpid())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", s3_variables["AWS_ENDPOINT_URL"])
+        return storage.s3_client()
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_an_upload_that_is_cut_is_sent_again(size, s3, proxy, behind):
 @pytest.mark.parametrize(("size", "signed"), [(SMALL, True), (SMALL, False), (IN_PARTS, False)])
 def test_an_upload_with_a_wrong_byte_is_never_stored(size, signed, s3, proxy, behind, tmp_path):
     if not signed:  # as over TLS: the signature leaves the body out, and our digest is all there is
-        storage.s3_client().meta.config.s3["payload_signing_enabled"] = False
+        storage.s3_client().meta.config.s3 = {"payload_signing_enabled": False}
     source = tmp_path / "source"
     source.mkdir()
     uri, old, new = f"{s3}/folder/x", os.urandom(10), os.urandom(size)
@@ -243,7 +244,6 @@ def test_a_store_that_is_killed_and_comes_back_is_waited_for(tmp_path, monkeypat
     with KillableStore(tmp_path) as store, FaultProxy(store.environment["AWS_ENDPOINT_URL"]) as at:
         for name, value in (store.environment | {"AWS_ENDPOINT_URL": at.endpoint}).items():
             monkeypatch.setenv(name, value)
-        objects.client.cache_clear()
         storage.s3_client().create_bucket(Bucket="bucket")
         for uri, content in contents.items():
             storage.write_bytes(uri, content)
@@ -265,6 +265,5 @@ def test_a_store_that_is_killed_and_comes_back_is_waited_for(tmp_path, monkeypat
             assert asked_in_vain.wait(60)
             store.start()
             assert read.result(120) == contents
-    objects.client.cache_clear()
     assert "does not answer for s3://bucket/" in caplog.text
     assert "Trying again: failure 2." in caplog.text

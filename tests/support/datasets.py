@@ -1,7 +1,11 @@
-"""Small data sets that tests write, and all files of a folder."""
+"""Small data sets that tests write, all files of a folder, and a server of them."""
 
+import functools
+import http.server
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from ivegan.data.manifest import Manifest, Shard, shard_key, write_manifest
 from ivegan.data.tars import Sample, write_tar
@@ -35,3 +39,27 @@ def write_dataset(folder: Path, shards: Sequence[Sequence[Sample]]) -> str:
     )
     write_manifest(str(folder), manifest)
     return str(folder)
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """A server of the files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), functools.partial(_Answers, directory=str(folder)))
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.server_port}"
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self.shutdown()
+        self.server_close()
+
+
+class _Answers(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        cast(Mirror, self.server).asked.append(self.path.removeprefix("/"))
+        super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

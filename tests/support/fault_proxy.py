@@ -5,6 +5,7 @@ that can be killed and started again.
 """
 
 import importlib.util
+import ssl
 import subprocess
 import sys
 import threading
@@ -98,8 +99,10 @@ class FaultProxy:
     Headers pass unchanged, Host among them, for signatures cover it.
     """
 
-    def __init__(self, upstream: str, plan: Plan = lambda _: None) -> None:
-        """Take the store's endpoint, and what to do to each request."""
+    def __init__(
+        self, upstream: str, plan: Plan = lambda _: None, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """Take the store's endpoint, what to do to each request, and how to speak TLS if so."""
         self.plan = plan
         """May be replaced at any time."""
         self.requests: list[Request] = []
@@ -109,13 +112,16 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy, self._server.upstream = self, urlsplit(upstream).netloc
+        self._scheme = "https" if tls else "http"
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         serve = self._server.serve_forever
         self._thread = threading.Thread(target=serve, args=(0.02,), daemon=True)
 
     @property
     def endpoint(self) -> str:
         """Return the URL to use in place of the store's."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def asked(self, method: str, part: str = "") -> list[Request]:
         """Return the requests so far of a method, for paths that contain a part."""

@@ -3,18 +3,15 @@
 import functools
 import gzip
 import hashlib
-import http.server
 import shutil
 import struct
-import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
-from datasets import files_of
+from datasets import Mirror, files_of
 
 from data_prep import mnist
 from data_prep.building import build
@@ -123,25 +120,6 @@ def test_real_mnist_is_read(test_data):
 # Downloading
 
 
-class Mirror(http.server.ThreadingHTTPServer):
-    """A server of the files in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), functools.partial(_Answers, directory=str(folder)))
-        self.folder, self.url = folder, f"http://127.0.0.1:{self.server_port}"
-        self.asked: list[str] = []
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class _Answers(http.server.SimpleHTTPRequestHandler):
-    def do_GET(self) -> None:
-        cast(Mirror, self.server).asked.append(self.path.removeprefix("/"))
-        super().do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def mirrors(idx_folder: Path, tmp_path: Path, monkeypatch) -> Iterator[list[Mirror]]:
     """Return two servers of the same four files, which count as the published ones."""
@@ -157,8 +135,7 @@ def mirrors(idx_folder: Path, tmp_path: Path, monkeypatch) -> Iterator[list[Mirr
     monkeypatch.setattr(mnist, "MIRRORS", [server.url for server in servers])
     yield servers
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.close()
 
 
 LABELS_GZ = LABELS + ".gz"
