@@ -1,15 +1,13 @@
 """Shards written by Ray tasks, and their progress."""
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from data_prep.products import Written
-from ivegan import storage
 from ivegan.errors import UserError
+from pipelines.cluster.session import ray_session
 
 log = logging.getLogger(__name__)
 
@@ -25,48 +23,22 @@ def write_with_ray(
     import ray
     from ray.exceptions import RayTaskError
 
-    started = not ray.is_initialized()
-    if started:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS"):
-            _check_ray_address()
-            ray.init(**quiet)
-        else:  # a local cluster for this build
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
-    try:
-        where = {"env_vars": storage.environment()}
+    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+    def write(job: Any) -> Written:
+        return write_shard(job)
 
-        @ray.remote(num_cpus=1, runtime_env=where, scheduling_strategy="SPREAD")
-        def write(job: Any) -> Written:
-            return write_shard(job)
-
-        waiting, running = list(reversed(jobs)), []
-        while waiting or running:
-            while waiting and len(running) < workers:
-                running.append(write.remote(waiting.pop()))
-            done, running = ray.wait(running)
-            yield ray.get(done[0])
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _check_ray_address() -> None:
-    """Check that the host of RAY_ADDRESS answers: Ray would retry indefinitely."""
-    address = os.environ["RAY_ADDRESS"].removeprefix("ray://")
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
+    with ray_session():
         try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise UserError(
-                f"No Ray cluster answers at RAY_ADDRESS {address} ({error}): correct or unset it."
-            ) from error
+            waiting, running = list(reversed(jobs)), []
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    running.append(write.remote(waiting.pop()))
+                done, running = ray.wait(running)
+                yield ray.get(done[0])
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
 
 
 def with_progress(written: Iterable[Written], shards: int, images: int) -> Iterator[Written]:

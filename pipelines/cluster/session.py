@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -46,6 +47,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     alone = not os.environ.get("RAY_ADDRESS")
     if not alone:
+        _check_ray_address()
         ray.init(runtime_env={"env_vars": storage.environment()}, **quiet)
     else:
         for name, value in {**QUIET, **storage.environment()}.items():
@@ -62,6 +64,19 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         workers = _below_raylets() if alone else []
         ray.shutdown()
         _end(workers)
+
+
+def _check_ray_address() -> None:
+    """Check that the host of RAY_ADDRESS answers: Ray would retry indefinitely."""
+    address = os.environ["RAY_ADDRESS"].removeprefix("ray://")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(
+                f"No Ray cluster answers at RAY_ADDRESS {address} ({error}): correct or unset it."
+            ) from error
 
 
 def _below_raylets() -> list[psutil.Process]:

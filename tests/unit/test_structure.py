@@ -16,7 +16,7 @@ LAZY = {"webdataset", "boto3", "botocore", "pyarrow", "matplotlib", "sklearn", "
 # A folder may import these of ours, itself, and any module at the top of its own package.
 ALLOWED = {
     "ivegan": {"ivegan"},
-    "data_prep": {"ivegan", "data_prep", "pipelines.options"},
+    "data_prep": {"ivegan", "data_prep", "pipelines.options", "pipelines.cluster"},
     "pipelines": {"ivegan", "data_prep", "pipelines"},
 }
 FOREIGN = {
