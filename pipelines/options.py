@@ -29,6 +29,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO, TypeVar
+from urllib.request import getproxies_environment
 
 from ivegan.errors import UserError
 
@@ -178,6 +179,7 @@ def _exit(
     call: Callable[[], tuple[Any, Result | None]], failed: Callable[[Result], bool] | None = None
 ) -> NoReturn:
     """Run, print the JSON line if asked for, turn a UserError into its message, and exit."""
+    _ask_this_machine_directly()
     with _unread_output_dropped():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         logging.getLogger("botocore").setLevel(logging.WARNING)  # logs where it finds credentials
@@ -191,6 +193,14 @@ def _exit(
         if options.json:
             print(json.dumps(_plain(result), allow_nan=False, default=str))
         raise SystemExit(1 if failed is not None and failed(result) else 0)
+
+
+def _ask_this_machine_directly() -> None:
+    """Let no proxy of the variables stand before MLflow, S3 and Ray on this machine."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if getproxies_environment() and given != "*":
+        names = dict.fromkeys([*filter(None, given.split(",")), "localhost", "127.0.0.1"])
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(names)
 
 
 class _Output:

@@ -54,6 +54,7 @@ def run(name: str, config: Config, options: Workflow) -> dict[str, Any]:
     base, default = flatten(preset(name)), dataclasses.asdict(Workflow())
     own = {k: v for k, v in dataclasses.asdict(options).items() if v != default[k]}
     parameter = {k: v for k, v in own.items() if k not in ("dry_run", "json", "set", "datastore")}
+    parameter["workers"] = options.workers  # the default is another where a step may run
     parameter["set"] = {k: v for k, v in flatten(config).items() if v != base[k]}
     if options.dry_run:
         print(json.dumps({"preset": name, **parameter}, indent=2))

@@ -1,7 +1,10 @@
 """What a run is to do, and where: resolved and checked before anything starts."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -18,6 +21,22 @@ from ivegan.errors import UserError, public
 from ivegan.networks import sample_shape
 from pipelines import options as cli
 from pipelines.paths import cache_dir, new_id, runs_dir, runs_uri, tracking_uri
+
+log = logging.getLogger(__name__)
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
+
+
+@functools.cache
+def default_workers() -> int:
+    """Return 2, or 1 where this process may use one CPU and names no cluster."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):  # no limit, or none that is known
+        quota, period = _QUOTA.read_text().split()
+        cpus = min(cpus, int(quota) / int(period))
+    if cpus >= 2 or os.environ.get("RAY_ADDRESS"):
+        return 2
+    log.warning("This machine has one CPU: one worker by default instead of two.")
+    return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +55,9 @@ class Execution(cli.Options):
     """Decoded images that a node keeps, in GB; the least recently used data sets go first."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
-    workers: int = 2
-    """DDP workers of Ray Train; 0 is the plain loop in this process, without Ray."""
+    workers: int = dataclasses.field(default_factory=lambda: default_workers())
+    """DDP workers of Ray Train, 1 by default where this machine has one CPU; 0 is the plain loop in
+    this process, without Ray."""
     threads: int = 1
     """CPU threads of each worker."""
     gpu: bool = False

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import botocore.utils
 import pytest
+import requests
 
 from ivegan.config import PRESETS
 from ivegan.errors import UserError
 from pipelines import options as cli
 from pipelines import record
+from pipelines.training import plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,3 +231,41 @@ def test_a_reader_that_closes_early_changes_no_exit_status(home, store, words, s
     assert "Error" not in (done.stderr or "")
     for folder in (home / "runs" / "checkpoints").glob("*"):
         assert record.read_record(str(folder)).status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("given", "beside"),
+    [("", ""), ("localhost", ""), (".example.org,10.0.0.0/8", "s3.example.org"), ("*", "x.org")],
+)
+@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "ALL_PROXY"])
+def test_a_proxy_does_not_stand_before_this_machine(name, given, beside, monkeypatch):
+    for one in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        for written in (one, one.upper()):
+            monkeypatch.setenv(written, "")  # so that it is put back afterwards
+            monkeypatch.delenv(written)
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", given)
+    with pytest.raises(SystemExit):
+        cli.run(bake, Bake, argv=["tart"])
+    for host in filter(None, ("127.0.0.1:5000", "localhost:8265", beside)):
+        assert botocore.utils.should_bypass_proxies(f"http://{host}")
+        assert requests.utils.should_bypass_proxies(f"http://{host}", None)
+    assert requests.utils.should_bypass_proxies("http://example.com", None) == (given == "*")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "quota", "address", "workers"),
+    [(1, "max", "", 1), (4, "100000", "", 1), (4, "max", "", 2), (1, "max", "head:6379", 2)],
+)
+def test_where_one_cpu_is_there_one_worker_is_the_default(
+    cpus, quota, address, workers, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(plan, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    plan.default_workers.cache_clear()
+    assert plan.Run().workers == plan.Run().workers == workers
+    assert caplog.text.count("one CPU: one worker by default instead of two") == 2 - workers
+    assert plan.Run(workers=2).workers == 2
+    plan.default_workers.cache_clear()
