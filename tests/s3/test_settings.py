@@ -1,0 +1,209 @@
+"""The store is the one that botocore finds, for every library and under every account."""
+
+import contextlib
+import json
+import os
+import pickle
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+from datasets import Mirror
+from fault_proxy import Fault, FaultProxy, Request
+from pyarrow import fs
+
+from ivegan import storage
+from ivegan.errors import UserError
+from ivegan.storage import objects
+from ivegan.storage.digest import sha256_hex
+
+FILES = {"weights.bin": b"w" * 100, "config.json": b"{}", "deep/er/x.txt": b"x"}
+CONFIG = """
+[default]
+region = eu-central-1
+[profile lab]
+region = eu-west-1
+services = store
+s3 =
+    addressing_style = virtual
+[services store]
+s3 =
+    endpoint_url = http://127.0.0.1:3
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint", "region"),
+    [
+        ({}, "https://s3.eu-central-1.amazonaws.com", "eu-central-1"),
+        ({"AWS_DEFAULT_REGION": "us-west-2"}, "https://s3.us-west-2.amazonaws.com", "us-west-2"),
+        ({"MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:1"}, "http://127.0.0.1:1", "eu-central-1"),
+        (
+            {"MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ENDPOINT_URL": "http://x:2"},
+            "http://x:2",
+            "eu-central-1",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "http://x:2", "AWS_ENDPOINT_URL_S3": "http://x:4"},
+            "http://x:4",
+            "eu-central-1",
+        ),
+        ({"AWS_PROFILE": "lab"}, "http://127.0.0.1:3", "eu-west-1"),
+        ({"AWS_CONFIG_FILE": os.devnull, "AWS_REGION": "eu-north-1", "AWS_ENDPOINT_URL": ""},
+         "https://s3.eu-north-1.amazonaws.com", "eu-north-1"),
+        ({"AWS_CONFIG_FILE": os.devnull}, "https://s3.amazonaws.com", "us-east-1"),
+    ],
+)  # fmt: skip
+def test_the_store_is_the_one_that_botocore_finds_for_all_libraries(
+    variables, endpoint, region, home, monkeypatch
+):
+    (home / "config").write_text(CONFIG)
+    for name in [n for n in os.environ if n.startswith(("AWS_", "MLFLOW_S3"))]:
+        monkeypatch.delenv(name)
+    for name, value in ({"AWS_CONFIG_FILE": str(home / "config")} | variables).items():
+        monkeypatch.setenv(name, value)
+    client = storage.s3_client()
+    assert (client.meta.endpoint_url, client.meta.region_name) == (endpoint, region)
+    handed = storage.environment()
+    assert handed["AWS_DEFAULT_REGION"] == region
+    style = "virtual" if "AWS_PROFILE" in variables else None
+    assert handed.get("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE") == style
+    ends = {v for k, v in handed.items() if "ENDPOINT" in k}
+    assert ends == (set() if "amazonaws" in endpoint else {endpoint})
+    # Another node, which has no such files and none of the other variables.
+    for name in [n for n in os.environ if n.startswith(("AWS_", "MLFLOW_S3"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    for name, value in handed.items():
+        monkeypatch.setenv(name, value)
+    there = storage.s3_client()
+    assert (there.meta.endpoint_url, there.meta.region_name) == (endpoint, region)
+
+
+@pytest.mark.parametrize("where", ["credentials", "config", "process", "container"])
+def test_keys_are_found_by_all_and_travel_with_none(s3, where, tmp_path, monkeypatch):
+    keys = {n: os.environ[f"AWS_{n}"] for n in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    for name in keys:
+        monkeypatch.delenv(f"AWS_{name}")
+    file = tmp_path / "file"
+    lines = [f"aws_{name.lower()} = {value}" for name, value in keys.items()]
+    answer = {"Version": 1, "AccessKeyId": keys["ACCESS_KEY_ID"]}
+    answer |= {"SecretAccessKey": keys["SECRET_ACCESS_KEY"], "Token": None}
+    answer |= {"Expiration": "2099-01-01T00:00:00Z"}
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    with contextlib.closing(Mirror(tmp_path)) as role:
+        if where == "process":
+            lines = [f"credential_process = cat {tmp_path}/answer.json"]
+        if where == "container":
+            lines = []
+            monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{role.url}/answer.json")
+        file.write_text("\n".join(["[default]", *lines]))
+        name = "AWS_SHARED_CREDENTIALS_FILE" if where == "credentials" else "AWS_CONFIG_FILE"
+        monkeypatch.setenv(name, str(file))
+        storage.write_bytes(f"{s3}/a/b", b"content")
+        system, path = storage.filesystem(f"{s3}/a")
+        handed = pickle.dumps(system) + repr(storage.environment()).encode()
+        assert keys["SECRET_ACCESS_KEY"].encode() not in handed
+        with pickle.loads(pickle.dumps(system)).open_input_stream(f"{path}/b") as stream:
+            assert stream.read() == b"content"
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"AWS_ENDPOINT_URL": "store:9000"}, "Invalid endpoint: store:9000"),
+        ({"AWS_PROFILE": "lab"}, r"profile \(lab\) could not be found"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "missing: AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_DEFAULT_REGION": "EU (Frankfurt)"}, "EU"),
+    ],
+)
+def test_settings_that_make_no_client_are_reported_in_a_sentence(
+    variables, sentence, s3, monkeypatch
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"The settings of S3 are wrong .*{sentence}"):
+        storage.exists("s3://bucket/x")
+    storage.environment()  # what needs no S3 works
+
+
+def test_rays_file_system_is_the_same_store(s3, tmp_path):
+    storage.write_bytes(f"{s3}/a/b", b"content")
+    system, root = storage.filesystem(s3)
+    with system.open_input_stream(f"{root}/a/b") as stream:
+        assert stream.read() == b"content"
+    source = tmp_path / "source"
+    for name, data in FILES.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    fs.copy_files(str(source), f"{root}/copy", destination_filesystem=system)
+    assert storage.list_files(f"{s3}/copy") == {name: len(data) for name, data in FILES.items()}
+    fs.copy_files(f"{root}/copy", str(tmp_path / "back"), source_filesystem=system)
+    assert {n: (tmp_path / "back" / n).read_bytes() for n in FILES} == FILES
+    kinds = {i.path: i.type.name for i in system.get_file_info(fs.FileSelector(f"{root}/copy"))}
+    found = {"weights.bin": "File", "config.json": "File", "deep": "Directory"}
+    assert kinds == {f"{root}/copy/{name}": kind for name, kind in found.items()}
+    paths = [f"{root}/copy", f"{root}/copy/deep/er/x.txt", f"{root}/none", root]
+    types = [info.type.name for info in system.get_file_info(paths)]
+    assert types == ["Directory", "File", "NotFound", "Directory"]
+    none = fs.FileSelector(f"{root}/none", allow_not_found=True)
+    assert system.get_file_info(none) == []
+    with pytest.raises(FileNotFoundError):
+        system.get_file_info(fs.FileSelector(f"{root}/none"))
+    system.delete_file(f"{root}/a/b")
+    system.delete_dir(f"{root}/copy")
+    assert storage.list_files(s3) == {}
+
+
+def test_a_store_that_refuses_checksum_headers_is_used_without_them(s3, s3_variables, monkeypatch):
+    def refuse(request: Request) -> Fault | None:
+        names = ("x-amz-checksum-", "x-amz-sdk-checksum", "x-amz-trailer")
+        refused = any(name.startswith(names) for name in request.headers)
+        return Fault(refuse="NotImplemented") if refused else None
+
+    with FaultProxy(s3_variables["AWS_ENDPOINT_URL"], refuse) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(ClientError):
+            storage.write_bytes(f"{s3}/a/x", b"old")
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        storage.write_bytes(f"{s3}/a/x", b"content")
+        assert storage.create_bytes(f"{s3}/a/y", b"new") == b"new"
+        head = storage.s3_client().head_object(Bucket=s3[5:], Key="a/x")
+        assert head["Metadata"]["sha256"] == sha256_hex(b"content")
+        storage.delete_folder(f"{s3}/a")
+        assert storage.list_files(s3) == {}
+
+
+def test_an_authority_of_ones_own_is_trusted_where_it_is_named(
+    s3, s3_variables, tmp_path, monkeypatch
+):
+    certificate, key = own_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
+    # Over TLS a checksum would follow the content, in a chunk that the proxy does not read.
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    with FaultProxy(s3_variables["AWS_ENDPOINT_URL"], tls=context) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(UserError, match="is not trusted: set AWS_CA_BUNDLE"):
+            storage.write_bytes(f"{s3}/x", b"content")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none"))
+        with pytest.raises(UserError, match=r"AWS_CA_BUNDLE is .*none, where there is no file"):
+            storage.write_bytes(f"{s3}/x", b"content")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        storage.write_bytes(f"{s3}/x", b"content")
+        system, path = storage.filesystem(f"{s3}/x")
+        with system.open_input_stream(path) as stream:
+            assert stream.read() == b"content"
+
+
+def own_certificate(folder: Path) -> tuple[Path, Path]:
+    """Return the files of a certificate for loopback that signs itself, and of its key."""
+    files = folder / "certificate.pem", folder / "key.pem"
+    new = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", *new.split(), *names, "-out", files[0], "-keyout", files[1]]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
