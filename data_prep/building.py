@@ -254,7 +254,7 @@ def _finished(plan: BuildPlan) -> dict[str, Written]:
         try:
             written = read(storage.read_bytes(record), Written, record)
         except DamagedError as error:
-            log.warning("%s: writing its shard again", error)
+            log.warning("%s: writing its shard again", str(error).rstrip("."))
             continue
         shard = written.shard
         # Its bytes may have rotted, or never reached the disk.

@@ -346,8 +346,11 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
             hint = f"did you mean {' or '.join(near)}" if near else "see config.py for the names"
             raise UserError(f"There is no setting {name!r}; {hint}?")
         head, _, rest = name.partition(".")
-        part = dataclasses.replace(getattr(config, head), **{rest: value}) if rest else value
-        config = dataclasses.replace(config, **{head: part})
+        try:
+            part = dataclasses.replace(getattr(config, head), **{rest: value}) if rest else value
+            config = dataclasses.replace(config, **{head: part})
+        except TypeError as error:
+            raise UserError(f"{name} cannot be {value!r}: see config.py for its type.") from error
     return config
 
 
@@ -374,12 +377,12 @@ def from_dict(values: Any) -> Config:
     Raises:
         UserError: a field that this version does not know, or a value that is not of its type.
     """
-    if isinstance(values, dict) and "protocol" not in values:
-        # T's shift of points was given in data units once.
-        std = {"ring": 0.005, "grid": 0.01}.get(values.get("dataset", ""), 1.0)
-        t = values.get("transform", {})
-        values = values | {"transform": t | {"noise_std": t.get("noise_std", 0.0) / std}}
-    return check(values, Config, "The stored configuration", "use the version that wrote it")
+    config = check(values, Config, "The stored configuration", "use the version that wrote it")
+    if "protocol" in values:
+        return config
+    # T's shift of points was given in data units once.
+    std = {"ring": 0.005, "grid": 0.01}.get(config.dataset, 1.0)
+    return override(config, {"transform.noise_std": config.transform.noise_std / std})
 
 
 def config_hash(config: Config) -> str:

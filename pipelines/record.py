@@ -79,6 +79,15 @@ class Point:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the ``metrics.json`` of an evaluation holds."""
+
+    metrics: dict[str, float]
+    metadata: dict[str, Any]
+    """Of the checkpoint and its data, with ``config``."""
+
+
 def now() -> int:
     """Return the time in milliseconds, as MLflow counts it."""
     return time.time_ns() // 1_000_000
@@ -185,6 +194,20 @@ def sound_points(uris: Iterable[str]) -> Iterator[Point]:
             yield from read_points(uri)
         except DamagedError as error:
             log.warning("%s", error)
+
+
+def sound_evaluation(uri: str) -> Evaluation | None:
+    """Return what a ``metrics.json`` holds, or None with a warning where it is damaged."""
+    try:
+        found = parse_json(storage.read_bytes(uri), uri, _REMEDY)
+        if isinstance(found, dict) and "facts" in found:  # as version 0.1 called it
+            found["metadata"] = found.pop("facts")
+        evaluation = check(found, Evaluation, uri, _REMEDY)
+        check(evaluation.metadata.get("config"), Config, uri, _REMEDY)
+        return evaluation
+    except DamagedError as error:
+        log.warning("%s", error)
+        return None
 
 
 def read_metrics(run_uri: str) -> list[Point]:

@@ -1,8 +1,8 @@
 """The checkpoints of a run's folder: found, checked, kept and deleted."""
 
 import logging
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from ivegan import storage
 from ivegan.config import Config
@@ -27,6 +27,8 @@ class _Header:
     images_seen: int
     files: dict[str, str] = field(default_factory=dict)
     """Name -> sha256."""
+    half: Literal["encoder", "generator"] | None = None
+    """Of a registered model, whose configuration is its checkpoint's."""
 
 
 def read_metadata(uri: str) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def read_metadata(uri: str) -> dict[str, Any]:
     if not storage.exists(where):
         raise UserError(f"There is no checkpoint at {uri}: give a folder with a {CONFIG} in it.")
     metadata = parse_json(storage.read_bytes(where), where, REMEDY)
-    names = {"config", "step", "images_seen", "files"}
+    names = {entry.name for entry in fields(_Header)}
     header = metadata
     if isinstance(metadata, dict):  # the other entries differ from version to version
         header = {k: v for k, v in metadata.items() if k in names}

@@ -3,11 +3,22 @@
 import contextlib
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ivegan.storage.schema import DamagedError, check, inside, parse_json
+
 _SUMS = "sums.json"
 _PIECE = 1 << 24  # an object store is asked for each
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The content of ``sums.json``."""
+
+    files: dict[str, tuple[str, int, int]]
+    """Digest, size and time."""
 
 
 @runtime_checkable
@@ -54,9 +65,10 @@ def is_sound(folder: Path) -> bool:
 
     Files are read again only where their size or time differs from the stored one.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        sums = json.loads((folder / _SUMS).read_bytes())
-        changed = [n for n, (_, *stamp) in sums.items() if stamp != _stamp(folder / n)]
+    with contextlib.suppress(OSError, ValueError, DamagedError):
+        stored = parse_json((folder / _SUMS).read_bytes(), _SUMS)
+        sums = check({"files": stored}, _Sums, _SUMS).files
+        changed = [n for n, (_, *stamp) in sums.items() if stamp != _stamp(folder / inside(n))]
         if any(_sum(folder / name)[0] != sums[name][0] for name in changed):
             return False
         if changed:  # copied, for example

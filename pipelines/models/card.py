@@ -1,12 +1,12 @@
 """The model card that a registered model carries: data, training, quality, intended use."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ivegan import storage
 from ivegan.evaluation import report
+from pipelines.record import Evaluation, sound_evaluation
 
 _DATA = {
     "ring": "Points of a mixture of Gaussians, drawn from a formula.",
@@ -77,32 +77,29 @@ def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
     own = _evaluation(run_uri, images_seen)
     if own is None:
         return []
-    seeds = {_config(own)["seed"]: own["metrics"]}
+    seeds = {_config(own)["seed"]: own.metrics}
     folder, _, run_id = run_uri.rpartition("/")
     for name in storage.list_names(folder):
         other = None if name == run_id else _evaluation(storage.join(folder, name), images_seen)
         if other is not None and _settings(other) == _settings(own):
-            seeds.setdefault(_config(other)["seed"], other["metrics"])
+            seeds.setdefault(_config(other)["seed"], other.metrics)
     return list(seeds.values())
 
 
-def _evaluation(run_uri: str, images_seen: int) -> dict[str, Any] | None:
-    """Return the ``metrics.json`` of a run's checkpoint, or None."""
+def _evaluation(run_uri: str, images_seen: int) -> Evaluation | None:
+    """Return the evaluation of a run's checkpoint, or None."""
     uri = storage.join(run_uri, f"evaluation-{images_seen:010d}", "metrics.json")
-    if not storage.exists(uri):
-        return None
-    found = json.loads(storage.read_bytes(uri))
-    return {"metadata": found.get("facts"), **found}  # version 0.1 wrote "facts"
+    return sound_evaluation(uri) if storage.exists(uri) else None
 
 
-def _settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
     """Return the settings that two evaluations must share to be seeds of one experiment."""
-    data = {"dataset_hash": evaluation["metadata"].get("dataset_hash")}
+    data = {"dataset_hash": evaluation.metadata.get("dataset_hash")}
     return {**_config(evaluation), "seed": None, **data}
 
 
-def _config(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    return evaluation["metadata"]["config"]
+def _config(evaluation: Evaluation) -> dict[str, Any]:
+    return evaluation.metadata["config"]
 
 
 def _spread(evaluations: Sequence[Mapping[str, float]]) -> dict[str, str]:

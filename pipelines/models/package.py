@@ -24,6 +24,7 @@ from requests import RequestException
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ivegan import checkpoint
 from ivegan.config import Config, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from ivegan.networks import Encoder, Generator, sample_shape
@@ -263,9 +264,9 @@ def fetch(model_uri: str, sha256: str | None, into: Path) -> Path:
 
 def load(folder: Path) -> Half:
     """Return the half whose weights and configuration are in a verified folder."""
-    metadata = json.loads((folder / CONFIG).read_text())
+    metadata = checkpoint.read_metadata(str(folder))
     config = from_dict(metadata["config"])
-    network = (Encoder if metadata["half"] == "encoder" else Generator)(config.model).eval()
+    network = {"encoder": Encoder, "generator": Generator}[metadata["half"]](config.model).eval()
     network.load_state_dict(load_file(folder / WEIGHTS))
     return Half(
         kind=metadata["half"],

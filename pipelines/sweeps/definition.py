@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ivegan import storage
-from ivegan.config import Config, from_dict, to_dict
+from ivegan.config import Config, from_dict, override, to_dict
 from ivegan.errors import UserError
 from ivegan.storage import schema
 from pipelines.paths import new_id, runs_uri
@@ -88,7 +88,7 @@ class Definition:
     options: dict[str, Any]
     space: dict[str, str]
     objective: SearchObjective
-    trials: list[dict[str, Any]] | None
+    trials: list[dict[str, bool | int | float | str]] | None
     """Settings of each trial; None where Optuna proposes them."""
     dataset_hash: str = ""
     result: dict[str, Any] | None = None
@@ -128,7 +128,10 @@ def read(sweep_uri: str) -> Definition | None:
     uri = storage.join(sweep_uri, FILE)
     if not storage.exists(uri):
         return None
-    return schema.read(storage.read_bytes(uri), Definition, uri)
+    found = schema.read(storage.read_bytes(uri), Definition, uri)
+    for trial in found.trials or ():
+        from_dict(to_dict(override(from_dict(found.config), trial)))
+    return found
 
 
 def write(sweep_uri: str, definition: Definition) -> None:
@@ -168,13 +171,14 @@ def restored(options: Sweep) -> tuple[str, Config, Sweep]:
     existing = read(storage.join(folder, options.restore))
     if existing is None:
         raise UserError(f"There is no sweep {options.restore} in {folder}: check --storage.")
-    own = {
-        **existing.options,
-        "retrain": options.retrain or existing.options["retrain"],
-        "retrain_images": options.retrain_images or existing.options["retrain_images"],
-    }
+    now = {k: v for k, v in dataclasses.asdict(options).items() if k in _FREE}
+    now |= {"restore": None, "sweep_id": options.restore, "resume": True}
+    name = f"sweep.json of {options.restore}"
+    own = schema.check({**existing.options, **now}, Sweep, name)
     restored = dataclasses.replace(
-        options, **own, restore=None, sweep_id=options.restore, resume=True
+        own,
+        retrain=options.retrain or own.retrain,
+        retrain_images=options.retrain_images or own.retrain_images,
     )
     return existing.preset, from_dict(existing.config), restored
 

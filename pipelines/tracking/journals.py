@@ -5,8 +5,9 @@ then entries in order; ``.sent`` beside it counts the entries that MLflow has.
 """
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,10 +17,56 @@ from mlflow.entities import Metric, Param, RunTag
 
 from ivegan import storage
 from ivegan.errors import UserError
+from ivegan.storage.schema import DamagedError, inside, parse_json, read
 from pipelines.paths import tracking_uri
 from pipelines.tracking.client import KEY, client, experiment_of, find_run
 
+log = logging.getLogger(__name__)
+
 _NAME = re.compile(r"[^/]+\.jsonl|([^/]+/)?(evaluation-\d+/)?journal\.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The first line."""
+
+    uri: str
+    run_key: str
+    kept: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """A run's settings."""
+
+    experiment: str
+    run_name: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    config: dict[str, Any]
+    dataset: list[str | None] | None = None
+    parent: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """Another line, which has some of these."""
+
+    timestamp: int
+    start: _Start | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    file: str | None = None
+    status: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.file:
+            inside(self.file)
+
+
+_Journal = tuple[str, _Header, list[_Entry]]
+"""Place without suffix, header and entries."""
 
 
 def deliver(where: str | Path) -> dict[str, int]:
@@ -33,9 +80,9 @@ def deliver(where: str | Path) -> dict[str, int]:
         waiting = entries[_sent(stem) :]
         if not waiting:
             continue
-        uri = tracking_uri(header["uri"])
+        uri = tracking_uri(header.uri)
         tracked = client(uri)
-        run_id = _run_of(tracked, uri, header[KEY], entries)
+        run_id = _run_of(tracked, uri, header.run_key, entries)
         if run_id is None:
             continue  # deleted, or never started
         for entry in waiting:
@@ -51,72 +98,70 @@ def waiting(where: str | Path) -> dict[str, int]:
     counts = {}
     for stem, header, entries in _journals(where):
         if count := len(entries) - _sent(stem):
-            counts[header[KEY]] = count
+            counts[header.run_key] = count
     return counts
 
 
-def _journals(where: str | Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """Return place without suffix, header and entries of each, those that start a run first."""
+def _journals(where: str | Path) -> list[_Journal]:
+    """Return all journals, those that start a run first."""
     place = storage.absolute(where)
     names = [name for name in storage.list_files(place) if _NAME.fullmatch(name)]
     stems = [storage.join(place, name.removesuffix(".jsonl")) for name in names]
-    journals = [(stem, *_read(stem)) for stem in stems]
-    journals = [journal for journal in journals if KEY in journal[1]]
-    return sorted(journals, key=lambda journal: not any("start" in e for e in journal[2]))
+    journals = [journal for journal in map(_read, stems) if journal]
+    return sorted(journals, key=lambda journal: not any(e.start for e in journal[2]))
 
 
-def _read(stem: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return header and entries, as far as lines are whole."""
-    lines: list[dict[str, Any]] = []
-    for line in storage.read_bytes(f"{stem}.jsonl").decode(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # the process was killed while it wrote
-            break
-    return (lines[0], lines[1:]) if lines else ({}, [])
+def _read(stem: str) -> _Journal | None:
+    """Return a journal up to a damaged line, such as a killed process leaves; None without any."""
+    header, entries, name = None, [], f"{stem}.jsonl"
+    try:
+        first, *lines = storage.read_bytes(name).splitlines() or [b""]
+        header = read(first, _Header, name)
+        for line in lines:
+            entries.append(read(line, _Entry, name))
+    except DamagedError as error:
+        log.warning("%s", error)
+    return header and (stem, header, entries)
 
 
 def _sent(stem: str) -> int:
     try:
-        return int(json.loads(storage.read_bytes(f"{stem}.sent"))["entries"])
+        return int(parse_json(storage.read_bytes(f"{stem}.sent"), stem)["entries"])
     except (ValueError, TypeError, KeyError, UserError):
         return 0  # entries sent twice are one entry in MLflow
 
 
-def _run_of(tracked: MlflowClient, uri: str, key: str, entries: list[dict[str, Any]]) -> str | None:
+def _run_of(tracked: MlflowClient, uri: str, key: str, entries: list[_Entry]) -> str | None:
     """Return the MLflow run of a journal, created if its start was never sent."""
     if (run_id := find_run(tracked, key)) is not None:
         return run_id
-    entry = next((entry for entry in entries if "start" in entry), None)
-    if entry is None:
-        return None
-    start = entry["start"]
-    parent = start["parent"] and find_run(tracked, start["parent"])
-    tags = {**start["tags"], KEY: key} | ({"mlflow.parentRunId": parent} if parent else {})
-    experiment = experiment_of(tracked, start["experiment"], uri)
-    name, time = start["run_name"], entry["timestamp"]
-    return tracked.create_run(experiment, time, tags, name).info.run_id
+    for entry in entries:
+        if start := entry.start:
+            parent = start.parent and find_run(tracked, start.parent)
+            tags = {**start.tags, KEY: key} | ({"mlflow.parentRunId": parent} if parent else {})
+            experiment = experiment_of(tracked, start.experiment, uri)
+            made = tracked.create_run(experiment, entry.timestamp, tags, start.run_name)
+            return made.info.run_id
+    return None
 
 
-def _send(tracked: MlflowClient, run_id: str, entry: Mapping[str, Any], stem: str) -> None:
+def _send(tracked: MlflowClient, run_id: str, entry: _Entry, stem: str) -> None:
     """Send one entry; sending it again changes nothing."""
-    if "start" in entry:
+    if entry.start:
         existing = tracked.get_run(run_id).data.params
-        params = entry["start"]["params"].items()
+        params = entry.start.params.items()
         missing = [Param(k, v) for k, v in params if k not in existing]
         tracked.log_batch(run_id, params=missing)
-        tracked.log_dict(run_id, entry["start"]["config"], "config.json")
-    if metrics := entry.get("metrics"):
-        time, step = entry["timestamp"], entry["step"]
-        points = [Metric(name, value, time, step) for name, value in metrics.items()]
-        tracked.log_batch(run_id, metrics=points)
-    if tags := entry.get("tags"):
-        tracked.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-    file = entry.get("file")
+        tracked.log_dict(run_id, entry.start.config, "config.json")
+    points = [Metric(k, v, entry.timestamp, entry.step) for k, v in entry.metrics.items()]
+    tags = [RunTag(k, v) for k, v in entry.tags.items()]
+    if points or tags:
+        tracked.log_batch(run_id, metrics=points, tags=tags)
+    file = entry.file
     if file and storage.exists(storage.join(stem, file)):
         with TemporaryDirectory() as tmp:
             path = Path(tmp, PurePosixPath(file).name)
             path.write_bytes(storage.read_bytes(storage.join(stem, file)))
             tracked.log_artifact(run_id, str(path), PurePosixPath(file).parent.as_posix())
-    if entry.get("status") in ("FINISHED", "FAILED", "KILLED"):
-        tracked.set_terminated(run_id, entry["status"], entry["timestamp"])
+    if entry.status in ("FINISHED", "FAILED", "KILLED"):
+        tracked.set_terminated(run_id, entry.status, entry.timestamp)

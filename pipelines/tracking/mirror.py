@@ -8,7 +8,6 @@ MLflow run and what it has of the folder.
 import dataclasses
 import json
 import logging
-import math
 import re
 import threading
 from dataclasses import dataclass, field
@@ -211,7 +210,7 @@ def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: lis
     for name in names:
         content = storage.read_bytes(storage.join(run_uri, name))
         if name.endswith("/metrics.json"):
-            _copy_evaluation(tracked, run_id, name, content)
+            _copy_evaluation(tracked, run_id, name, storage.join(run_uri, name))
         folder = "figures" if name.startswith("figures/") else "evaluation"
         with TemporaryDirectory() as tmp:
             path = Path(tmp, PurePosixPath(name).name)
@@ -225,15 +224,17 @@ def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: lis
                 log.warning("MLflow refuses %s of run %s (%s): left out", name, run_id, reason)
 
 
-def _copy_evaluation(tracked: MlflowClient, run_id: str, name: str, content: bytes) -> None:
+def _copy_evaluation(tracked: MlflowClient, run_id: str, name: str, uri: str) -> None:
     """Copy an evaluation's numbers; evaluated again, a checkpoint gets no second point."""
-    found, existing = json.loads(content), tracked.get_run(run_id).data.metrics
+    found, existing = records.sound_evaluation(uri), tracked.get_run(run_id).data.metrics
+    if found is None:
+        return
     images_seen = int(name.partition("/")[0].rpartition("-")[2])
     metrics = []
-    for key, value in found["metrics"].items():
+    for key, value in found.metrics.items():
         history = tracked.get_metric_history(run_id, key) if key in existing else []
-        if math.isfinite(value) and all(point.step != images_seen for point in history):
-            metrics.append(Metric(key, value, found.get("time") or records.now(), images_seen))
+        if all(point.step != images_seen for point in history):
+            metrics.append(Metric(key, value, records.now(), images_seen))
     tracked.log_batch(run_id, metrics=metrics)
 
 

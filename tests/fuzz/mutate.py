@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -23,18 +24,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep import mnist
+from data_prep import building, mnist
 from data_prep.build import build
-from ivegan import checkpoint
-from ivegan.config import override, preset, to_dict
+from ivegan import checkpoint, storage
+from ivegan.config import from_dict, override, preset, to_dict
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
 from ivegan.data.tars import read_shard
 from ivegan.errors import UserError
+from ivegan.evaluation.classifier import Settings, classifier_of
 from ivegan.step import create_state
-from pipelines import record
+from pipelines import claim, record
+from pipelines.models import artifact, card, package
+from pipelines.reproduction import cells
+from pipelines.reproduction.tasks import TASKS
+from pipelines.reproduction.tasks import cells as cells_of
+from pipelines.sweeps import definition
+from pipelines.tracking import journals, mirror
+from pipelines.training.plan import Run
 
 LONGEST = 20.0  # seconds of one case
+EVALUATION = "evaluation-0000000016/metrics.json"
 
 Read = Callable[[Path], Any]
 
@@ -122,26 +132,68 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def targets(root: Path) -> list[Target]:
     """Write one of each kind of stored file below a folder."""
-    build("digits", source=None, out=str(root / "data"), workers=0, shard_size=300)
+    build("digits", source=None, out=str(root / "data"), workers=0, shard_size=100)
     manifest = read_manifest(str(root / "data"))
     valid = manifest.of_split("valid")[0]
     load_split(str(root / "data"), "valid", root / "cache")
     (cached,) = (root / "cache").glob("*/valid")
     config = override(preset("digits-plus"), {"model.width": 0.125, "batch_size": 16})
     saved = Path(checkpoint.save(create_state(config), str(root / "run"), {"run_id": "run"}))
+    again = create_state(config)  # each restored checkpoint replaces all of it
     own = record.RunRecord(run_id="run", preset="digits-plus", config=to_dict(config), key="run-1")
     record.write_record(str(root / "run"), own)
     record.write_points(str(root / "run"), 16, {"loss/D": 1.0})
     _write_idx(root / "idx")
+    evaluation = {"metrics": {"eval/a": 1.0}, "metadata": {"config": to_dict(config)}}
+    (root / "run" / EVALUATION).parent.mkdir()
+    (root / "run" / EVALUATION).write_text(json.dumps(evaluation))
+    mirror._Note("sqlite:///a.db", "0" * 32, "", ["metrics/0000000016.jsonl"]).write(
+        str(root / "run")
+    )
+    claim._take(str(root / "claim"), 0.0, print)
+    sweep = definition.Sweep(samples=2, search="random")
+    definition.write(str(root / "sweeps/s"), definition.define("digits-plus", config, sweep))
+    shutil.copytree(Path(__file__).parents[1] / "golden/start", root / "old")
+    plan = building.make_plan("digits", None, str(root / "build"), shard_size=100)
+    building.write_shard(plan, plan.jobs[0])
+    building._claim(plan)
+    images, labels = np.zeros((8, 1, 16, 16), np.uint8), np.arange(8) % 2
+    few = Settings(side=8, channels=(2, 2, 2), num_features=4, images=8, epochs=1, batch_size=8)
+    classifier_of(images, labels, "hash", root / "judge", few)
+    cell = cells_of(TASKS["digits"])[0]
+    cells.write(root / "cells", cell, cells._result(cell, Run(), 1.0, 16, {"quality": 0.5}))
+    registered = _write_model(root / "model", str(saved))
+
+    def classifier(folder: Path) -> Any:
+        judge = classifier_of(images, labels, "hash", folder, few)
+        return [p.detach().numpy() for p in judge.parameters()]
+
+    def model(folder: Path) -> Any:
+        artifact.check_sums(folder, registered)
+        return [p.detach().numpy() for p in package.load(folder).network.parameters()]
+
+    def unfinished(folder: Path) -> Any:
+        same = dataclasses.replace(plan, out=str(folder))
+        building._claim(same)
+        return sorted(building._finished(same))
+
+    def old_journal(folder: Path) -> Any:
+        return journals.waiting(folder)
+
+    def old_checkpoint(folder: Path) -> Any:
+        return checkpoint.load_networks(str(folder / "checkpoint-0000000032"))[0]
+
+    def sweep_again(folder: Path) -> Any:
+        return definition.restored(definition.Sweep(restore="s", storage=str(folder)))
 
     def cache(folder: Path) -> Any:
         split = load_split(str(root / "data"), "valid", folder)
         return [np.array(split.images), split.labels, np.array(split.keys)]
 
     def state(folder: Path) -> Any:
-        fresh = create_state(config)
-        checkpoint.restore(fresh, str(folder / saved.name))
-        return [p.detach().numpy() for p in fresh.encoder_generator.parameters()]
+        checkpoint.restore(again, str(folder / saved.name))
+        networks = (again.encoder_generator, again.discriminators)
+        return [p.detach().numpy().copy() for one in networks for p in one.parameters()]
 
     def shard(folder: Path) -> Any:
         samples = read_shard(str(folder), valid, manifest.image_shape)
@@ -165,6 +217,16 @@ def targets(root: Path) -> list[Target]:
         Target("run.json", root / "run", ("run.json",), _record, False),
         Target("points", root / "run", (metrics,), _points, False),
         Target("idx", root / "idx", raw, idx, False),
+        Target("evaluation", root / "run", (EVALUATION,), _evaluation, False),
+        Target("mlflow.json", root / "run", ("mlflow.json",), _note, False),
+        Target("claim", root / "claim", ("claim-0000000001.json",), _claim, False),
+        Target("sweep.json", root / "sweeps", ("s/sweep.json",), sweep_again, False),
+        Target("unfinished", root / "build", _names(root / "build"), unfinished, False),
+        Target("classifier", root / "judge", _names(root / "judge"), classifier, True),
+        Target("model", root / "model", _names(root / "model"), model, True),
+        Target("cell", root / "cells", (cell.path,), lambda f: cells.read(f, cell), False),
+        Target("old journal", root / "old", ("journal.jsonl",), old_journal, False),
+        Target("old checkpoint", root / "old", _names(root / "old"), old_checkpoint, False),
     ]
 
 
@@ -173,7 +235,38 @@ def _manifest(folder: Path) -> Any:
 
 
 def _record(folder: Path) -> Any:
-    return record.read_record(str(folder))
+    found = record.read_record(str(folder))
+    return found, from_dict(found.config)
+
+
+def _evaluation(folder: Path) -> Any:
+    return card.evaluations_of(str(folder), 16)
+
+
+def _note(folder: Path) -> Any:
+    return mirror.store_of(str(folder)), mirror.run_id_of(str(folder))
+
+
+def _claim(folder: Path) -> Any:
+    return claim._parse((folder / "claim-0000000001.json").read_bytes(), str(folder))
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(storage.list_files(str(folder)))
+
+
+def _write_model(folder: Path, saved: str) -> str:
+    """Write the files of a registered model, as far as they are ours, and return their digest."""
+    config, encoder, _, metadata = checkpoint.load_networks(saved)
+    half = package.Half(
+        kind="encoder", preset="digits", config=config, network=encoder, metadata=metadata
+    )
+    for name in artifact.FILES:
+        storage.write_bytes(folder / name, b"of MLflow")
+    (folder / artifact.WEIGHTS).write_bytes(half.weights)
+    stored = {**metadata, "half": "encoder"}
+    (folder / artifact.CONFIG).write_text(json.dumps(stored))
+    return artifact.write_sums(folder)
 
 
 def _points(folder: Path) -> Any:
@@ -197,9 +290,10 @@ def run(target: Target, root: Path, seed: int) -> str | None:
     """Run one case and return what is wrong, if anything."""
     draws = random.Random(f"{target.name} {seed}")
     folder = root / "case" / "inner" / target.name
-    shutil.copytree(target.folder, folder)
+    shutil.copytree(target.folder, folder, copy_function=os.link)
     name = draws.choice(target.files)
     content = (folder / name).read_bytes()
+    (folder / name).unlink()
     changed = damaged(content, draws)
     (folder / name).write_bytes(changed)
     start = time.monotonic()
@@ -231,19 +325,24 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def fuzz(cases: int, seed: int = 0, seconds: float = 1e9) -> tuple[Counter[str], list[str]]:
-    """Run cases of all targets in turn; return their numbers by target, and the failures."""
+def fuzz(
+    cases: int, seed: int = 0, seconds: float = 1e9, only: str = ""
+) -> tuple[Counter[str], list[str]]:
+    """Run cases of all targets in turn, or of one; return their numbers, and the failures."""
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     failures: list[str] = []
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        chosen = targets(root)
+        chosen = [target for target in targets(root) if only in ("", target.name)]
+        for target in chosen:
+            target.read(target.folder)  # what is whole is not refused
         for number in range(cases):
             target = chosen[number % len(chosen)]
             if problem := run(target, root, seed + number):
                 failures.append(f"{target.name}, case {seed + number}: {problem}")
+                print(failures[-1], flush=True)
             counts[target.name] += 1
             if time.monotonic() > deadline:
                 break
@@ -258,6 +357,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     numbers, wrong = fuzz(options.cases, options.seed, options.seconds)
-    print("\n".join(wrong))
     print(f"{sum(numbers.values())} cases, {len(wrong)} failures: {dict(numbers)}")
     sys.exit(1 if wrong else 0)

@@ -200,7 +200,7 @@ def pickles(name: str, content: bytes) -> Iterator[str]:
 
 
 def test_the_card_has_the_spread_over_seeds_of_the_same_settings(home):
-    """Of five runs one differs in its width, one in its data, and one was not evaluated."""
+    """Others differ in width or data, were not evaluated, or have a damaged evaluation."""
     for seed, accuracy in enumerate((0.8, 0.9, 0.5, 0.4, None)):
         width, data = (0.5 if seed == 2 else 0.25), str(seed == 3)
         config = to_dict(override(preset("digits"), {"model.width": width, "seed": seed}))
@@ -210,6 +210,7 @@ def test_the_card_has_the_spread_over_seeds_of_the_same_settings(home):
         uri = home / "runs" / f"run{seed}" / "evaluation-0000000009" / "metrics.json"
         if accuracy is not None:
             storage.write_bytes(uri, json.dumps(evaluation).encode())
+    storage.write_bytes(str(uri).replace("run4", "run5"), b'{"metrics": {"eval/same_class": 1')
     evaluations = card.evaluations_of(str(home / "runs" / "run0"), 9)
     assert evaluations == [{"eval/same_class": 0.8}, {"eval/same_class": 0.9}]
     assert card.evaluations_of(str(home / "runs" / "run4"), 9) == []
