@@ -54,6 +54,7 @@ MD5 = {  # as published with MNIST
 }
 _UNSIGNED_BYTES = 0x08
 _LARGEST = 1 << 30  # values of a file; MNIST has 47 million, EMNIST 547 million
+_DENSEST = 100  # values in a byte of a gzipped file of some size; those of MNIST have 5
 _TIMEOUT = 30.0  # seconds without a byte from a mirror
 
 
@@ -274,6 +275,10 @@ def _parse_idx(raw: bytes, uri: str, num_axes: int) -> np.ndarray:
             raise UserError(
                 f"{uri} claims to hold {total:,} values, but at most {_LARGEST:,} can be read: "
                 "take a smaller one."
+            )
+        if total > max(1 << 24, _DENSEST * len(raw)):
+            raise UserError(
+                f"{uri} claims to hold {total:,} values in {len(raw):,} bytes: download it again."
             )
         data = file.read(total + 1)  # one more, to reach the end and gzip's check sum there
     except (OSError, EOFError, zlib.error, struct.error) as error:
