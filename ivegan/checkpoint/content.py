@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
         metadata: plain values for ``config.json``: run id, dataset hash, world size, and the like.
     """
     uri = storage.join(run_uri, f"{PREFIX}{state.images_seen:010d}")
-    with TemporaryDirectory() as tmp:
-        folder = Path(tmp)
+    with _temporary_folder() as folder:
         save_file(_named_weights(state), folder / _WEIGHTS)
         optimizers = {name: o.state_dict() for name, o in _optimizers(state).items()}
         save_file(_named_moments(optimizers), folder / _TRAINING)
@@ -52,6 +51,19 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
         (folder / CONFIG).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
         storage.patiently(storage.upload_folder, folder, uri, last=CONFIG)
     return uri
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Yield a folder that is deleted afterwards; raise UserError where it has no room."""
+    with storage.local_sentences(gettempdir()), TemporaryDirectory() as tmp:
+        try:
+            yield Path(tmp)
+        except SafetensorError as error:
+            raise UserError(
+                f"{gettempdir()} does not take the checkpoint ({error}): free some space there, or "
+                "set TMPDIR to another folder."
+            ) from error
 
 
 def restore(state: State, uri: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ivegan.data.manifest import Manifest, read_split_manifest
 from ivegan.data.tars import Sample, read_shard
 from ivegan.errors import UserError
 from ivegan.shapes import Int, UInt8
+from ivegan.storage import local_sentences
 from ivegan.storage.digest import is_sound, write_sums
 
 log = logging.getLogger(__name__)
@@ -79,26 +80,27 @@ def load_split(
     """
     manifest = read_split_manifest(data_uri, split)
     root = Path(cache_dir).absolute()
-    root.mkdir(parents=True, exist_ok=True)
-    dataset_folder = root / manifest.hash
-    with lock(root / f"{manifest.hash}.lock"):
-        dataset_folder.mkdir(exist_ok=True)
-        # A folder appears by one renaming, so an existing one is complete.
-        folder = dataset_folder / split
-        if not _is_sound(folder) and skip_bad:
-            folder = dataset_folder / f"{split}-without-bad"
-        if not _is_sound(folder):
-            bytes_needed = manifest.splits[split] * math.prod(manifest.image_shape)
-            _make_room(root, manifest.hash, bytes_needed, limit)
-            _decode_split(data_uri, manifest, split, folder, skip_bad)
-        os.utime(dataset_folder)
-        labels = np.load(folder / "labels.npy")
-        return Split(
-            images=np.load(folder / "images.npy", mmap_mode="r")[: len(labels)],
-            labels=labels,
-            keys=np.load(folder / "keys.npy", mmap_mode="r"),
-            dataset_hash=manifest.hash,
-        )
+    with local_sentences(root):
+        root.mkdir(parents=True, exist_ok=True)
+        dataset_folder = root / manifest.hash
+        with lock(root / f"{manifest.hash}.lock"):
+            dataset_folder.mkdir(exist_ok=True)
+            # A folder appears by one renaming, so an existing one is complete.
+            folder = dataset_folder / split
+            if not _is_sound(folder) and skip_bad:
+                folder = dataset_folder / f"{split}-without-bad"
+            if not _is_sound(folder):
+                bytes_needed = manifest.splits[split] * math.prod(manifest.image_shape)
+                _make_room(root, manifest.hash, bytes_needed, limit)
+                _decode_split(data_uri, manifest, split, folder, skip_bad)
+            os.utime(dataset_folder)
+            labels = np.load(folder / "labels.npy")
+            return Split(
+                images=np.load(folder / "images.npy", mmap_mode="r")[: len(labels)],
+                labels=labels,
+                keys=np.load(folder / "keys.npy", mmap_mode="r"),
+                dataset_hash=manifest.hash,
+            )
 
 
 def _is_sound(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
 
@@ -23,7 +23,7 @@ from ivegan.config import Transform
 from ivegan.data.cache import lock
 from ivegan.errors import UserError
 from ivegan.shapes import Float, UInt8
-from ivegan.storage import local
+from ivegan.storage import local, local_sentences
 from ivegan.storage.digest import digest, is_sound, write_sums
 from ivegan.transforms import to_float, transform
 
@@ -106,20 +106,21 @@ def classifier_of(
     settings = settings or Settings()
     key = digest({"dataset": dataset_hash, "samples": len(images), **asdict(settings)})
     folder = cache_dir / f"classifier-{key[:16]}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    # Of several processes that want it at once, the trials of a sweep say, one trains it.
-    with lock(folder.with_suffix(".lock")):
-        if folder.is_dir() and not is_sound(folder):
-            log.warning("the cached classifier %s is damaged: training it again", folder)
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            log.info("training the classifier that judges the images, once per data set")
-            model = train_classifier(images, labels, settings)
-            # A cache may be shared by nodes whose locks do not reach each other.
-            with TemporaryDirectory(dir=cache_dir, prefix=".classifier-") as unfinished:
-                save_file(model.state_dict(), Path(unfinished) / _WEIGHTS)
-                write_sums(Path(unfinished))
-                local.replace_folder(Path(unfinished), folder)
+    with local_sentences(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # Of several processes that want it at once, the trials of a sweep say, one trains it.
+        with lock(folder.with_suffix(".lock")):
+            if folder.is_dir() and not is_sound(folder):
+                log.warning("the cached classifier %s is damaged: training it again", folder)
+                shutil.rmtree(folder)
+            if not folder.is_dir():
+                log.info("training the classifier that judges the images, once per data set")
+                model = train_classifier(images, labels, settings)
+                # A cache may be shared by nodes whose locks do not reach each other.
+                with TemporaryDirectory(dir=cache_dir, prefix=".classifier-") as unfinished:
+                    (Path(unfinished) / _WEIGHTS).write_bytes(save(model.state_dict()))
+                    write_sums(Path(unfinished))
+                    local.replace_folder(Path(unfinished), folder)
     model = Classifier(settings, images.shape[1:], labels)
     model.load_state_dict(load_file(folder / _WEIGHTS))
     return model.eval()

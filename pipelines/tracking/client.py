@@ -59,8 +59,10 @@ def client(uri: str) -> MlflowClient:
         **storage.environment(),
     }.items():
         os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+    for name in ("alembic", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs with a traceback what it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if "%" in mlflow.__file__:
         _escape_percent()
     path = sqlite_path(uri)
@@ -199,6 +201,11 @@ def refusal(uri: str, error: Exception) -> UserError:
     if "database schema" in str(error):  # of another version of MLflow, whose remedy it names
         return UserError(f"MLflow at {public(uri)} refuses: {' '.join(str(error).split())}")
     if is_away(error):
+        if sqlite_path(uri):
+            return storage.Unavailable(
+                f"The MLflow store {uri} cannot be used ({first_line(error)}): check its disk, or "
+                "set MLFLOW_TRACKING_URI."
+            )
         return storage.Unavailable(
             f"No MLflow store answers at {public(uri)} ({first_line(error)}): start it, or set "
             "MLFLOW_TRACKING_URI."
