@@ -86,18 +86,21 @@ def read(state: Path = STATE) -> Cluster:
     return Cluster(**json.loads(state.read_text()))
 
 
-def up(state: Path = STATE) -> Cluster:
-    """Start all servers and return once they answer; what started is ended if one does not."""
+def up(state: Path = STATE, *, ray: bool = True) -> Cluster:
+    """Start all servers, or all but Ray's, and return once they answer.
+
+    Those that started are ended if one does not.
+    """
     if state.exists():
         raise SystemExit(f"A cluster is up, or was not ended: run `make cluster-down` ({state}).")
     cluster = Cluster(tempfile.mkdtemp(prefix="ivegan-"))
     try:
         prepare(cluster)
         cluster.save(state)
-        for start in (start_postgres, start_s3, start_mlflow, start_head):
+        for start in (start_postgres, start_s3, start_mlflow, *([start_head] if ray else [])):
             start(cluster)
             cluster.save(state)
-        for name in NODES:
+        for name in NODES if ray else ():
             start_node(cluster, name)
             cluster.save(state)
     except BaseException:
