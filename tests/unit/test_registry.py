@@ -205,12 +205,12 @@ def test_the_card_has_the_spread_over_seeds_of_the_same_settings(home):
         width, data = (0.5 if seed == 2 else 0.25), str(seed == 3)
         config = to_dict(override(preset("digits"), {"model.width": width, "seed": seed}))
         metadata = {"config": config, "dataset_hash": data}
-        key = "facts" if seed == 1 else "metadata"  # as version 0.1 wrote it
+        key = "facts" if seed == 1 else "metadata"  # of version 0.1
         evaluation = {"metrics": {"eval/same_class": accuracy}, key: metadata}
         uri = home / "runs" / f"run{seed}" / "evaluation-0000000009" / "metrics.json"
         if accuracy is not None:
             storage.write_bytes(uri, json.dumps(evaluation).encode())
-    storage.write_bytes(str(uri).replace("run4", "run5"), b'{"metrics": {"eval/same_class": 1')
+    storage.write_bytes(home / "runs/run5/evaluation-0000000009/metrics.json", b'{"metrics": {')
     evaluations = card.evaluations_of(str(home / "runs" / "run0"), 9)
     assert evaluations == [{"eval/same_class": 0.8}, {"eval/same_class": 0.9}]
     assert card.evaluations_of(str(home / "runs" / "run4"), 9) == []
