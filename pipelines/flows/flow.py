@@ -26,20 +26,23 @@ from pipelines.flows.runner import MISTAKE
 
 
 def final(body: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return a decorator of a step's body that ends a UserError without a retry or a traceback."""
+    """Return a step's body in which a UserError ends the step without a traceback.
+
+    The sentence goes to the command, which prints it if the workflow fails.
+    """
 
     @functools.wraps(body)
     def run(flow: Any) -> None:
+        mistake = Path(os.environ.get(MISTAKE, os.devnull))
+        if mistake.is_file():  # of an earlier attempt
+            mistake.unlink()
         try:
             body(flow)
-        except storage.Unavailable as error:
-            raise error from None  # is retried; the text of its cause may hold a password
         except UserError as error:
-            if path := os.environ.get(MISTAKE):
-                Path(path).write_text(str(error))
-            else:
-                print(error, file=sys.stderr)
-            sys.exit(METAFLOW_EXIT_DISALLOW_RETRY)
+            print(error, flush=True)
+            mistake.write_text(str(error))
+            again = isinstance(error, storage.Unavailable)
+            sys.exit(1 if again else METAFLOW_EXIT_DISALLOW_RETRY)
 
     return run
 

@@ -69,7 +69,9 @@ def latest_run() -> str:
         UserError: there is none.
     """
     root = os.environ[f"{_ROOT}_S3"] if _in_s3() else f"{os.environ[f'{_ROOT}_LOCAL']}/.metaflow"
-    runs = [name for name in storage.list_names(storage.join(root, NAME)) if name.isdigit()]
+    parts = [name.split("/") for name in storage.list_files(storage.join(root, NAME))]
+    # Where a run was killed at its very start there is nothing to continue.
+    runs = [run for run, *rest in parts if run.isdigit() and rest[0] == "_parameters"]
     if not runs:
         raise UserError(
             f"There is no workflow to resume in {root}: start one with run, or give the "
@@ -107,7 +109,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
                     print(line, end="", flush=True)
                 ended = True
         status = flow.wait()
-        if mistake.exists():
+        if status and mistake.exists():  # of the step that failed last
             raise UserError(mistake.read_text())
         if status:
             print("The workflow stopped; continue it with `workflow.py resume`.", file=sys.stderr)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from cards import pictures_of
+from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY
 from mlflow import MlflowClient
 
+from ivegan import storage
 from ivegan.config import preset
 from ivegan.errors import UserError
-from pipelines.flows import steps
+from pipelines.flows import flow, runner, steps
 from pipelines.models.pull import pull
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,36 @@ def test_mistake_in_a_step_is_one_sentence_and_not_retried(home):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stdout
     assert "retry" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("No."), METAFLOW_EXIT_DISALLOW_RETRY), (storage.Unavailable("Away."), 1)],
+)
+def test_a_failed_step_leaves_its_sentence_alone(error, status, tmp_path, monkeypatch, capfd):
+    def fail(_: object) -> None:
+        raise error
+
+    def crash(_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setenv(runner.MISTAKE, str(tmp_path / "mistake"))
+    with pytest.raises(SystemExit) as stop:
+        flow.final(fail)(None)
+    assert stop.value.code == status
+    assert capfd.readouterr() == (f"{error}\n", "")
+    assert (tmp_path / "mistake").read_text() == str(error)
+    with pytest.raises(ZeroDivisionError):
+        flow.final(crash)(None)
+    assert not (tmp_path / "mistake").exists()  # it is of the earlier attempt
+
+
+def test_the_last_run_is_the_last_resume_that_began(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAFLOW_DATASTORE_SYSROOT_LOCAL", str(tmp_path))
+    for name in ("9/_parameters/1/x", "10/_parameters/1/x", "10/start/1/x", "11/_meta/_self.json"):
+        storage.write_bytes(tmp_path / ".metaflow" / "IveGanFlow" / name, b"")
+    (tmp_path / ".metaflow" / "IveGanFlow" / "latest_run").write_text("9")  # Metaflow's own note
+    assert runner.latest_run() == "10"
 
 
 @pytest.mark.slow
