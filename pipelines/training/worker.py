@@ -91,6 +91,11 @@ def _state(plan: Plan) -> tuple[State, str | None]:
     torch.set_num_threads(run.threads)
     if not run.gpu:
         keep_freed_memory()
+        if run.precision == "bfloat16" and not has_bfloat16():
+            log.warning(
+                "This processor has no units for bfloat16, which is several times slower here than "
+                "float32: leave --precision out."
+            )
     state = create_state(plan.config, device_of(run), getattr(torch, run.precision))
     state.micro_batches = run.accumulate
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -103,6 +108,13 @@ def _state(plan: Plan) -> tuple[State, str | None]:
             network.compile(dynamic=False)
     distribute(state)
     return state, start
+
+
+def has_bfloat16() -> bool:
+    """Return whether this processor computes in bfloat16, as far as torch knows."""
+    found = torch.cpu.get_capabilities()
+    # On Arm and others torch names other units; there nothing is known to be missing.
+    return found["architecture"] != "x86_64" or found["avx512_bf16"] or found["amx_bf16"]
 
 
 def system_metrics(device: torch.device) -> dict[str, float]:

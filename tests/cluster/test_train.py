@@ -203,6 +203,14 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_be_resumed(
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("units", [False, True])
+def test_bfloat16_without_units_for_it_is_warned_of(units, small_digits, monkeypatch, caplog):
+    found = {"architecture": "x86_64", "avx512_bf16": units, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    small_digits("run", images=16, workers=0, precision="bfloat16")
+    assert ("no units for bfloat16" in caplog.text) != units
+
+
 def test_a_streamed_run_continues_bit_for_bit(small_digits):
     whole, unbroken = small_digits("whole", workers=0, stream=True, loaders=0)
     small_digits("half", workers=0, stream=True, loaders=0, images=16 * 6)
