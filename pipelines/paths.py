@@ -59,11 +59,21 @@ def tracking_uri(noted: str = "") -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite store, whose address may have options; None for other stores."""
-    scheme, found, rest = uri.partition(":///")
+    """Return the file of a SQLite store, whose address may have options; None for other stores.
+
+    Raises:
+        UserError: a store in memory.
+    """
+    scheme, found, rest = uri.partition("://")
     if not found or scheme.partition("+")[0] != "sqlite":
         return None
-    return Path(unquote(rest.partition("?")[0])).absolute()
+    path = unquote(rest.partition("?")[0]).removeprefix("/")
+    if path in ("", ":memory:"):
+        raise UserError(
+            f"The MLflow store {uri} is in memory, so each process would have its own: set "
+            "MLFLOW_TRACKING_URI to a file, sqlite:////path/to/mlflow.db."
+        )
+    return Path(path).absolute()
 
 
 def mlflow_place() -> str:
