@@ -23,7 +23,7 @@ from pipelines.cluster.session import (
     terminated_by_signal,
 )
 from pipelines.digits import prepare_digits
-from pipelines.paths import runs_dir
+from pipelines.paths import runs_dir, tracking_uri
 from pipelines.record import RunRecord
 from pipelines.sweeps import definition as definitions
 from pipelines.sweeps import space
@@ -188,7 +188,9 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     # Tune cannot read what a kill left of its first seconds; our checkpoints are elsewhere.
     storage.delete_folder(folder)
     count = options.samples if trials is None else len(trials)
-    printer = ScorePrinter(count, plan.images, objective, functools.partial(_end_stopped, plan))
+    # Tune stores its callbacks beside the runs: none may hold the tracking store's password.
+    ends_trial = functools.partial(_end_stopped, plan.run_uri)
+    printer = ScorePrinter(count, plan.images, objective, ends_trial)
     return tune.Tuner(
         trainable,
         param_space={} if trials is None else {"trial": tune.grid_search(list(range(count)))},
@@ -308,21 +310,21 @@ def _trials_ended(plan: Plan, definition: Definition) -> Iterator[None]:
 _EARLY = "stopped early by the sweep"
 
 
-def _end_trial(run_uri: str, tracking_uri: str, reason: str) -> None:
+def _end_trial(run_uri: str, store: str, reason: str) -> None:
     """Record a trial that still runs as KILLED, and mirror it; ``sync`` repeats what fails."""
     if not records.exists(run_uri):
         return
     if records.read_record(run_uri).status == "RUNNING":
         records.end_record(run_uri, "KILLED", ended=reason)
     try:
-        mirror(run_uri, tracking_uri)
+        mirror(run_uri, store)
     except tracking.TROUBLE as error:
         log.warning("MLflow lacks the end of %s: %s", run_uri, tracking.first_line(error))
 
 
-def _end_stopped(plan: Plan, name: str) -> None:
+def _end_stopped(run_uri: str, name: str) -> None:
     """Record a trial that was stopped early, in a thread: Tune does not wait for MLflow."""
-    started(_end_trial, f"{plan.run_uri}-{name}", plan.tracking_uri, _EARLY)
+    started(_end_trial, f"{run_uri}-{name}", tracking_uri(), _EARLY)
 
 
 def _publish(plan: Plan, result: dict[str, Any]) -> None:
