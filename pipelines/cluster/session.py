@@ -29,6 +29,7 @@ QUIET = {
     "RAY_event_stats": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",  # its ranks exchange gradients on loopback
 }
 
 
@@ -226,20 +227,33 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def terminated_by_signal() -> Iterator[None]:
-    """Turn SIGTERM into ``Terminated`` while training; only the main thread can do so."""
+def terminated_by_signal(grace: float = 0.0) -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM into ``Terminated`` while training; only the main thread can do so.
+
+    Args:
+        grace: seconds after the first SIGTERM until it is raised.
+
+    Yields:
+        a function that returns whether SIGTERM has arrived.
+    """
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked.is_set
         return
 
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if asked.is_set() or not grace:
+            raise Terminated
+        asked.set()
+        signal.setitimer(signal.ITIMER_REAL, grace)  # ends in SIGALRM
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {name: signal.signal(name, stop) for name in (signal.SIGTERM, signal.SIGALRM)}
     try:
-        yield
+        yield asked.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def stopped(stop: BaseException, flags: str) -> NoReturn:

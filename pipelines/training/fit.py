@@ -30,6 +30,8 @@ from pipelines.training.worker import work
 
 log = logging.getLogger(__name__)
 
+GRACE = 20.0
+"""Seconds after SIGTERM in which a run in this process reaches its next flush, to save there."""
 # Names in run.json of the options that numbers depend on, and their names as options.
 HOW = {
     "stream": "stream",
@@ -68,7 +70,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
             require_resources(plan.run.workers, each, plan.run.wait_for_nodes, log_line)
             stack.enter_context(missing_nodes_logged(plan.run.workers, each, log_line))
         answer_of(asked)
-        stack.enter_context(terminated_by_signal())
+        asked_to_end = stack.enter_context(terminated_by_signal(0 if plan.run.workers else GRACE))
         stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri, ownership))
         follower = Follower(plan, show, measure)
         metadata = _metadata(record)
@@ -76,7 +78,19 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
             with following(follower):
                 result = fit_ray(plan, metadata, record.key)
         else:
-            result = work(plan, metadata, follower.look)
+            noticed = False
+
+            def preempted() -> bool:
+                nonlocal noticed
+                noticed = asked_to_end()
+                return noticed
+
+            def flushed() -> None:
+                follower.look()
+                if noticed:  # so what is ended has been saved
+                    raise Terminated
+
+            result = work(plan, metadata, flushed, preempted)
             follower.look()
     from pipelines.tracking.mirror import run_id_of
 

@@ -61,9 +61,16 @@ def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
     if refusal := unshared(payload["plan"].run_uri, payload["key"]):
         return {"refused": refusal}
     try:
-        return work(payload["plan"], payload["metadata"])
+        return work(payload["plan"], payload["metadata"], preempted=_preempted)
     except NonFiniteLossError as error:
         return {"diverged": str(error)}
+
+
+def _preempted() -> bool:
+    """Return, the same on every rank, whether Ray has announced the end of a rank's node."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 def unshared(run_uri: str, key: str) -> str:

@@ -30,11 +30,20 @@ log = logging.getLogger(__name__)
 
 
 def work(
-    plan: Plan, metadata: dict[str, Any], flushed: Callable[[], None] = lambda: None
+    plan: Plan,
+    metadata: dict[str, Any],
+    flushed: Callable[[], None] = lambda: None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train on one rank, from the run's last checkpoint if there is one.
 
     Rank 0 writes points, figures and checkpoints into the run's folder.
+
+    Args:
+        plan, metadata: of the run, and of its checkpoints.
+        flushed: called by rank 0 after each flush of metrics.
+        preempted: returns, the same on every rank, whether this machine will soon be taken away;
+            then a checkpoint is saved at the next flush, once.
 
     Returns:
         Checkpoint, images seen, steady rate, world size and the last metrics.
@@ -50,13 +59,15 @@ def work(
     before = state.images_seen
     clock, writer = Clock(before), MetricsWriter(plan.run_uri)
     metrics: dict[str, float] = {}
-    alarms = Alarms(config)
+    alarms, noticed = Alarms(config), False
     with contextlib.closing(writer):
         for progress in train(state, inputs, log_every, fastest_update(state)):
             seen = progress.images_seen
             clock.lap(seen)
             metrics = progress.metrics | {"rate/images_per_second": clock.rate}
             save = progress.step == config.total_steps or seen // save_every > before // save_every
+            leaves = preempted() and not noticed
+            noticed = noticed or leaves
             if rank == 0:
                 raised = alarms.of_losses(metrics)
                 if save and pictured is not None:
@@ -69,6 +80,7 @@ def work(
                     figures = progress_figures(state.encoder_generator, config, pictured)
                     for name, png in figures.items():
                         writer.add_figure(name, seen, png)
+                if save or leaves:
                     writer.join()  # a resumed run computes no earlier points again
                     saved = checkpoint.save(state, plan.run_uri, metadata)
                     if run.keep and not config.is_points:  # Figure 2 shows all of them

@@ -203,6 +203,23 @@ def test_a_stopped_run_is_killed_in_mlflow_and_can_be_resumed(
     assert run.info.status == "FINISHED"
 
 
+def test_sigterm_saves_a_checkpoint_from_which_the_run_continues_bit_for_bit(home, store):
+    words = ["ring", "--batch-size", "64", "--workers", "0", "--total-images", "64000"]
+    words += ["--log-every", "640", "--save-every", "64000"]
+    begin = [sys.executable, TRAIN, *words, "--run-id", "x"]
+    status, err = interrupted(begin, home, "images  ", signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, err
+    runs = home / "runs/checkpoints"
+    (left,) = runs.glob("x/checkpoint-*")
+    assert 0 < int(left.name.rpartition("-")[2]) < 64_000
+    command(*words, "--run-id", "x", "--resume", cwd=home)
+    command(*words, "--run-id", "unbroken", cwd=home)
+    name = "checkpoint-0000064000/weights.safetensors"
+    assert (runs / "x" / name).read_bytes() == (runs / "unbroken" / name).read_bytes()
+    names = {p.name for p in (runs / "x").glob("metrics/*")}
+    assert names == {p.name for p in (runs / "unbroken").glob("metrics/*")}
+
+
 @pytest.mark.parametrize("units", [False, True])
 def test_bfloat16_without_units_for_it_is_warned_of(units, small_digits, monkeypatch, caplog):
     found = {"architecture": "x86_64", "avx512_bf16": units, "amx_bf16": False}
