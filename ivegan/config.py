@@ -293,11 +293,11 @@ def _points_plus(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, architecture="points-deep", fourier=8, fourier_x=6),
-        objective=Objective(loss="relativistic", r1=0.002, r2=0.002, latent=1.0, anneal=0.025),
+        objective=Objective(loss="relativistic", r1=0.002, r2=0.002, latent=1.0, anneal=0.05),
         # An average of 0.98 has a half-life of 34,000 points.
         optim=Optim(lr_g=2e-3, lr_d=2e-3, beta1=0.0, beta2=0.99, ema=0.98, schedule="cosine"),
         batch_size=512,
-        total_images=12_000 * 512,
+        total_images=16_000 * 512,
     )
 
 
