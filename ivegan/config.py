@@ -48,12 +48,13 @@ class Model:
     """Points: the same of x, for E, D and D', so that they can tell apart what is near."""
 
     def __post_init__(self) -> None:
-        _require(self.z_dim >= 1, "model.z_dim", self.z_dim, "at least 1")
-        _require(self.noise_dim >= 1, "model.noise_dim", self.noise_dim, "at least 1")
-        _require(self.width > 0, "model.width", self.width, "greater than 0")
+        for name in ("z_dim", "noise_dim"):
+            value = getattr(self, name)
+            _require(1 <= value <= 65_536, f"model.{name}", value, "from 1 to 65,536")
+        _require(0 < self.width <= 64, "model.width", self.width, "greater than 0 and at most 64")
         for name in ("fourier", "fourier_x"):
             value = getattr(self, name)
-            _require(value >= 0, f"model.{name}", value, "0 or more")
+            _require(0 <= value <= 64, f"model.{name}", value, "from 0 to 64")
 
     @property
     def trunk_norm(self) -> Norm:

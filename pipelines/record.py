@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from ivegan import storage
-from ivegan.config import Config
+from ivegan.config import Config, to_dict
 from ivegan.storage.schema import DamagedError, check, parse_json, read
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,8 @@ def sound_evaluation(uri: str) -> Evaluation | None:
         if isinstance(found, dict) and "facts" in found:  # as version 0.1 called it
             found["metadata"] = found.pop("facts")
         evaluation = check(found, Evaluation, uri, _REMEDY)
-        check(evaluation.metadata.get("config"), Config, uri, _REMEDY)
+        config = check(evaluation.metadata.get("config"), Config, uri, _REMEDY)
+        evaluation.metadata["config"] = to_dict(config)  # with settings that it did not know yet
         return evaluation
     except DamagedError as error:
         log.warning("%s", error)

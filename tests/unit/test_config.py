@@ -39,7 +39,14 @@ def test_an_unknown_setting_is_named(name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 0), ("optim.lr_g", -1.0), ("model.z_dim", 0), ("transform.shift", -1.0)],
+    [
+        ("batch_size", 0),
+        ("optim.lr_g", -1.0),
+        ("model.z_dim", 0),
+        ("model.z_dim", 10**20),
+        ("model.width", 1e300),
+        ("transform.shift", -1.0),
+    ],
 )
 def test_a_value_out_of_range_is_named(name, value):
     with pytest.raises(UserError, match=name):
