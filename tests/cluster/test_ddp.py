@@ -95,6 +95,7 @@ def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_two_ray_workers_stream_what_one_process_streams(small_digits, ray_cluster):
     _, plain = small_digits("plain", workers=0, stream=True, loaders=0)
     result, two = small_digits("two", workers=2, stream=True, loaders=1)

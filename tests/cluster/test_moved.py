@@ -91,6 +91,7 @@ def test_the_file_of_a_sqlite_address(uri: str, path: str | None) -> None:
     assert relative == Path.cwd() / "runs/x.db"
 
 
+@pytest.mark.slow
 def test_several_first_runs_at_once_make_one_store(home: Path) -> None:
     code = "from pipelines.tracking.client import check; check('sqlite:///runs/m.db', 'ivegan-x')"
     with ThreadPoolExecutor(4) as pool:

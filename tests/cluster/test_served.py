@@ -131,6 +131,7 @@ np.savez(sys.argv[3], **out)
 """
 
 
+@pytest.mark.slow
 def test_an_environment_with_only_mlflow_and_torch_loads_by_alias_and_by_stage(pair, home, store):
     """It encodes and generates what the checkpoint does, with no project code to import."""
     python, absent = environment_of(home / "venv", "mlflow", "torch")
