@@ -124,7 +124,7 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         if importlib.util.find_spec("swift") or os.environ.get("S3_TEST_ENDPOINT"):
             for name, value in request.getfixturevalue("s3_variables").items():
                 environment.setenv(name, value)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
