@@ -114,7 +114,7 @@ def classifier_of(
                 log.warning("the cached classifier %s is damaged: training it again", folder)
                 shutil.rmtree(folder)
             if not folder.is_dir():
-                log.info("training the classifier that judges the images, once per data set")
+                log.info("training the classifier of the evaluation, once per data set")
                 model = train_classifier(images, labels, settings)
                 # A cache may be shared by nodes whose locks do not reach each other.
                 with TemporaryDirectory(dir=cache_dir, prefix=".classifier-") as unfinished:

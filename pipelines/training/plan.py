@@ -55,7 +55,7 @@ class Execution(cli.Options):
     """Decoded images that a node keeps, in GB; the least recently used data sets go first."""
     storage: str | None = None
     """Where run folders with checkpoints go, a folder or s3:// URI; runs/ by default."""
-    workers: int = dataclasses.field(default_factory=lambda: default_workers())
+    workers: int = dataclasses.field(default_factory=default_workers)
     """DDP workers of Ray Train, 1 by default where this machine has one CPU; 0 is the plain loop in
     this process, without Ray."""
     threads: int = 1
