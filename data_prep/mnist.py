@@ -52,6 +52,7 @@ MD5 = {  # as published with MNIST
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 _UNSIGNED_BYTES = 0x08
 _LARGEST = 1 << 30  # values of a file; MNIST has 47 million, EMNIST 547 million
 _DENSEST = 100  # values in a byte of a gzipped file of some size; those of MNIST have 5
@@ -76,6 +77,8 @@ def describe(source: str | None, name: str) -> Source:
         raise UserError(
             f"{name} needs --source: the folder or s3:// URI of the four IDX files, or {DOWNLOAD}."
         )
+    if _is_file(source):
+        raise UserError(f"{source} is one file: unpack it, and give the folder of its IDX files.")
     _half.cache_clear()
     train, test = _half(source, "train"), _half(source, "test")
     if not len(train.images) or not len(test.images):
@@ -226,15 +229,16 @@ def _find(source: str, name: str) -> str:
         UserError: there is none, or there are several of different data sets.
     """
     for candidate in (f"{name}.gz", name):
-        uri = storage.join(source, candidate)
-        if storage.exists(uri) and not storage.list_names(uri):  # a copy has folders of these names
+        if _is_file(storage.join(source, candidate)):  # some copies have folders of these names
             names = [candidate]
             break
     else:
         found = storage.list_files(source)
         names = [n for n in found if not is_litter(n) and _part(n) == _part(name)]
         if not names:
-            hint = nearest(name, found)
+            archives = (n for n in found if not is_litter(n) and n.lower().endswith(_ARCHIVES))
+            archive = next(archives, None)
+            hint = f"{archive} is there: unpack it" if archive else nearest(name, found)
             raise UserError(
                 f"There is no {name}.gz or {name} in {source} ({hint}): correct --source."
             )
@@ -245,6 +249,10 @@ def _find(source: str, name: str) -> str:
             "give the folder of one."
         )
     return min(names, key=lambda n: (n.count("/"), n))
+
+
+def _is_file(uri: str) -> bool:
+    return storage.exists(uri) and not storage.list_names(uri)
 
 
 def _part(name: str) -> tuple[str, str] | None:

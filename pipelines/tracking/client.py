@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sqlite3
+import textwrap
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,7 +15,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import NoSuchModuleError
+from mlflow.store.db import utils as databases
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from ivegan import storage
 from ivegan.data.cache import lock
@@ -61,8 +63,10 @@ def client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.tracking"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It logs with a traceback what it raises as well.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # They log each attempt, and with a traceback what they raise as well.
+    for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    databases.MAX_RETRY_COUNT = 7  # 12 s; MLflow's 10 attempts take 102 s
     if "%" in mlflow.__file__:
         _escape_percent()
     path = sqlite_path(uri)
@@ -88,14 +92,14 @@ def client(uri: str) -> MlflowClient:
             f"The MLflow store {public(uri)} needs a driver that is not installed ({error}): "
             "pip install 'ivegan[server]' has the one of PostgreSQL."
         ) from error
+    except SQLAlchemyError as error:
+        raise refusal(uri, error) from error
 
 
 def _escape_percent() -> None:
     """Let alembic read MLflow's own folder as it is, which takes a % for an interpolation."""
-    from mlflow.store.db import utils
-
     folder = str(Path(mlflow.__file__).parent).replace("%", "%%")
-    utils._get_package_dir = lambda: folder
+    databases._get_package_dir = lambda: folder
 
 
 def _move_artifacts(path: Path) -> None:
@@ -200,17 +204,22 @@ def refusal(uri: str, error: Exception) -> UserError:
     """Return the sentence for an error of MLflow: ``Unavailable`` if it may pass."""
     if "database schema" in str(error):  # of another version of MLflow, whose remedy it names
         return UserError(f"MLflow at {public(uri)} refuses: {' '.join(str(error).split())}")
-    if is_away(error):
-        if sqlite_path(uri):
-            return storage.Unavailable(
-                f"The MLflow store {uri} cannot be used ({first_line(error)}): check its disk, or "
-                "set MLFLOW_TRACKING_URI."
-            )
+    # Of a database that lets nobody in, and of Databricks without credentials, the error has the
+    # remedy.
+    if not is_away(error) or "FATAL:" in str(error) or uri.startswith(("databricks", "uc:")):
+        return UserError(f"MLflow at {public(uri)} refuses: {first_line(error)}")
+    cause: BaseException = error
+    while cause.__context__ is not None:  # requests and SQLAlchemy wrap it several times
+        cause = cause.__context__
+    if sqlite_path(uri):
         return storage.Unavailable(
-            f"No MLflow store answers at {public(uri)} ({first_line(error)}): start it, or set "
-            "MLFLOW_TRACKING_URI."
+            f"The MLflow store {uri} cannot be used ({first_line(cause)}): check its disk, or "
+            "set MLFLOW_TRACKING_URI."
         )
-    return UserError(f"MLflow at {public(uri)} refuses: {first_line(error)}")
+    return storage.Unavailable(
+        f"No MLflow store answers at {public(uri)} ({first_line(cause)}): start it, or set "
+        "MLFLOW_TRACKING_URI."
+    )
 
 
 def is_away(error: Exception) -> bool:
@@ -244,6 +253,6 @@ def user() -> str:
     return next((v for n in ("USER", "USERNAME", "LOGNAME") if (v := os.environ.get(n))), "unknown")
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, with credentials masked."""
-    return public(str(error).partition("\n")[0])[:200]
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, shortened, with credentials masked."""
+    return textwrap.shorten(public(str(error).partition("\n")[0]), 300, placeholder=" …")

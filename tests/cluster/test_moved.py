@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import postgres
 
+from ivegan import storage
 from ivegan.errors import UserError
 from pipelines import paths
 from pipelines.tracking import client as tracking
@@ -127,3 +129,31 @@ def test_a_store_of_another_mlflow_is_named_with_its_remedy(store: str, home: Pa
 def test_a_missing_driver_is_named() -> None:
     with pytest.raises(UserError, match=r"needs a driver that is not installed .*ivegan\[server\]"):
         tracking.check("mysql+nodriver://host/db", "ivegan-ring")
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("databricks", r"MLflow at databricks refuses: .*credential"),
+        (
+            "postgresql://u:sesame@127.0.0.1:9/x",
+            r"No MLflow store answers at postgresql://127.*:9/x",
+        ),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_named(uri: str, sentence: str, monkeypatch) -> None:
+    monkeypatch.setattr("mlflow.store.db.utils.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(UserError, match=sentence) as caught:
+        tracking.check(uri, "ivegan-ring")
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_database_that_lets_nobody_in_is_no_outage() -> None:
+    with postgres() as store:
+        uri = store.replace("//ivegan@", "//nobody:sesame@")
+        with pytest.raises(UserError, match=r'refuses: .*role "nobody" does not exist') as caught:
+            tracking.check(uri, "ivegan-ring")
+    assert not isinstance(caught.value, storage.Unavailable)
+    assert "sesame" not in str(caught.value)

@@ -254,6 +254,16 @@ def test_the_nearest_file_is_named(idx_folder):
         mnist.describe(str(idx_folder), "mnist")
 
 
+def test_what_is_still_packed_is_named(idx_folder):
+    (idx_folder / "mnist.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"mnist\.zip is one file: unpack it"):
+        mnist.describe(str(idx_folder / "mnist.zip"), "mnist")
+    for path in idx_folder.glob("*ubyte*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"\(mnist\.zip is there: unpack it\)"):
+        mnist.describe(str(idx_folder), "mnist")
+
+
 def test_labels_are_counted_from_the_lowest(idx_folder):
     for path in idx_folder.glob("*labels*"):
         zipped = path.suffix == ".gz"
