@@ -225,13 +225,18 @@ class _Output:
     def _discarding(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # what is buffered goes to the null device at the next flush
+        except OSError as error:  # what is buffered goes to the null device at the next flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise UserError(f"The output cannot be written: {error.strerror}.") from error
 
 
 @contextlib.contextmanager
 def _unread_output_dropped() -> Iterator[None]:
-    """Let ``command | head`` end as without ``head``: no error where a reader closes early."""
+    """Let ``command | head`` end as without ``head``, and ``command >&-`` as with an output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed before the start: a file would get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Output(stream) for stream in streams)  # pyright: ignore
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -53,8 +55,9 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     else:
         for name, value in {**QUIET, **storage.environment()}.items():
             os.environ.setdefault(name, value)  # its processes inherit them
-        # The path of a socket has at most 107 bytes, of which Ray's own names take 64.
-        if len(tempfile.gettempdir().encode()) > 40 and "RAY_TMPDIR" not in os.environ:
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # Ray would write one into the home
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if "RAY_TMPDIR" not in os.environ and not _fits_ray(Path(tempfile.gettempdir())):
             quiet["_temp_dir"] = f"/tmp/ivegan-ray-{os.getuid()}"
         if " " in sys.executable:  # Ray 2.60 puts it into a shell's command as it is
             quiet["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
@@ -65,6 +68,17 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         workers = _below_raylets() if alone else []
         ray.shutdown()
         _end(workers)
+
+
+def _fits_ray(temporary: Path) -> bool:
+    """Return whether Ray can put its folder here: it may be another user's, or its path too long.
+
+    The path of a socket has at most 107 bytes, of which Ray's own names take 64.
+    """
+    folder = temporary / "ray"
+    return len(os.fsencode(temporary)) <= 40 and (
+        not folder.exists() or os.access(folder, os.W_OK | os.X_OK)
+    )
 
 
 def _check_ray_address() -> None:

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mlflow_server import postgres
 from ivegan import storage
 from ivegan.errors import UserError
 from pipelines import paths
+from pipelines.cluster import session
 from pipelines.tracking import client as tracking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,7 @@ def command(folder: Path, *words: str) -> str:
     """Run a command of ours in a folder, without a home and with a long TMPDIR."""
     temporary = folder.parent / ("t" * 90)
     temporary.mkdir(exist_ok=True)
-    environment = {"HOME": "/nonexistent", "TMPDIR": str(temporary), "PATH": os.environ["PATH"]}
+    environment = {"HOME": "/dev/null", "TMPDIR": str(temporary), "PATH": os.environ["PATH"]}
     environment["RAY_worker_niceness"] = "0"  # other tests run meanwhile
     done = subprocess.run(
         [sys.executable, str(ROOT / "pipelines" / words[0]), *words[1:]],
@@ -74,6 +76,17 @@ def test_a_project_with_any_name_is_moved_and_copied(tmp_path: Path) -> None:
 def test_ray_starts_where_the_temporary_folder_has_a_long_path(tmp_path: Path) -> None:
     words = ["1" if word == "0" else word for word in TRAIN]
     command(tmp_path, *words, "one", "--batch-size", "256")
+
+
+def test_where_ray_keeps_its_files(monkeypatch) -> None:
+    """Not where the folder is another user's, nor where its path is too long for a socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        (folder / "ray").mkdir()
+        assert session._fits_ray(folder)
+        assert not session._fits_ray(folder / ("y" * 40))
+        monkeypatch.setattr(session.os, "access", lambda path, mode: False)
+        assert not session._fits_ray(folder)
 
 
 @pytest.mark.parametrize(

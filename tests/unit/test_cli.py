@@ -234,6 +234,25 @@ def test_a_reader_that_closes_early_changes_no_exit_status(home, store, words, s
 
 
 @pytest.mark.parametrize(
+    ("redirection", "status"),
+    [("<&- >&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 2)],
+)
+def test_closed_and_full_outputs(home, store, redirection, status):
+    """A closed output is none; one on a full disk ends in a sentence, for it may be a result."""
+    program = Path(__file__).resolve().parents[2] / "pipelines" / "train.py"
+    words = [sys.executable, program, "ring", "--workers", "0", "--total-images", "640", "--json"]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" "$@" {redirection}', *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("The output cannot be written: No space left" in done.stderr) == (status == 2)
+
+
+@pytest.mark.parametrize(
     ("given", "beside"),
     [("", ""), ("localhost", ""), (".example.org,10.0.0.0/8", "s3.example.org"), ("*", "x.org")],
 )
