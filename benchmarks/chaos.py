@@ -14,11 +14,8 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,19 +198,6 @@ def compare(cluster: Cluster, reference: str, run_id: str) -> tuple[str, ...]:
     return tuple(problems)
 
 
-@contextmanager
-def servers() -> Iterator[Cluster]:
-    """Run PostgreSQL, S3 and MLflow."""
-    with tempfile.TemporaryDirectory(prefix="ivegan-chaos-") as folder:
-        state = Path(folder) / "cluster.json"
-        cluster = local_cluster.up(state, ray=False)
-        try:
-            yield cluster
-        finally:
-            cluster.save(state)  # with the processes that were started since
-            local_cluster.down(state)
-
-
 def main() -> None:
     """Run rounds until the time is over, and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -222,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rounds: list[Round] = []
-    with servers() as cluster:
+    with local_cluster.servers() as cluster:
         words = [sys.executable, str(ROOT / "data_prep/build.py"), "digits", "--workers", "0"]
         words += ["--out", f"s3://{local_cluster.BUCKET}/digits"]
         subprocess.run(words, env=environment_of(cluster), check=True, stdout=subprocess.DEVNULL)

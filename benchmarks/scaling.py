@@ -13,16 +13,18 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from common import configured, metadata, random_samples
+from torch.multiprocessing.spawn import spawn
 
 from ivegan.config import PRESETS, Config
 from ivegan.data.batches import batches
@@ -129,12 +131,11 @@ def exchanges(size: int) -> Iterator[float]:
         yield time.perf_counter() - start
 
 
-def _rank(rank: int, port: int, options: argparse.Namespace, results: "multiprocessing.Queue"):
+def _rank(rank: int, store: str, options: argparse.Namespace, results: Any) -> None:
     """Measure, on one of two ranks: alone on its share, adding gradients, and training together."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     config = configured(options)
     half = dataclasses.replace(config, batch_size=config.batch_size // 2)
     samples = random_samples(config, 2048)
@@ -155,14 +156,9 @@ def _rank(rank: int, port: int, options: argparse.Namespace, results: "multiproc
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Compare the prediction for two ranks with two ranks, round by round."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, port, options, results)) for r in (0, 1)]
-    for process in ranks:
-        process.start()
+    results = multiprocessing.get_context("spawn").Queue()
+    store = f"file://{tempfile.mkdtemp()}/store"
+    ranks = spawn(_rank, (store, options, results), nprocs=2, join=False)
     ratios, times = [], {}
     for number in range(3 * options.rounds):
         name, seconds = results.get(timeout=600)
@@ -172,8 +168,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             ratios.append(predicted / times["together"])
             print("  ".join(f"{k} {v * 1000:,.1f} ms" for k, v in times.items()), end="")
             print(f"  predicted {predicted * 1000:,.1f} ms", flush=True)
-    for process in ranks:
-        process.join(60)
+    assert ranks is not None
+    ranks.join()
     config = configured(options)
     return {
         **metadata(options, config),

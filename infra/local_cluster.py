@@ -8,7 +8,6 @@ As in infra/kubernetes, Ray requires a token, MLflow an account and S3 keys; the
 disk, and the keys are in a file that only their processes are given.
 """
 
-import base64
 import configparser
 import json
 import os
@@ -20,20 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import requests
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / "runs" / "cluster.json"
 HOST, BUCKET, ACCOUNT = "127.0.0.1", "ivegan", "trainer"
 NODES = ("node-1", "node-2")
-_children: list[subprocess.Popen] = []  # kept: Python warns of one that is forgotten
+_children: list[subprocess.Popen] = []
 _PATIENCE = 180  # seconds for one server to start; MLflow makes its tables in the first ten
 
 
@@ -120,6 +119,19 @@ def down(state: Path = STATE) -> None:
     state.unlink()
 
 
+@contextmanager
+def servers() -> Iterator[Cluster]:
+    """Run all servers but Ray's while a block runs; those that it starts again are ended too."""
+    with tempfile.TemporaryDirectory(prefix="ivegan-servers-") as folder:
+        state = Path(folder) / "cluster.json"
+        cluster = up(state, ray=False)
+        try:
+            yield cluster
+        finally:
+            cluster.save(state)
+            down(state)
+
+
 def end(cluster: Cluster, name: str, *, kill: bool = False) -> None:
     """End a server with all that it started; with ``kill`` as a lost node would, without notice."""
     pid, started = cluster.processes[name]
@@ -136,6 +148,8 @@ def end(cluster: Cluster, name: str, *, kill: bool = False) -> None:
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=15)
+    for child in _children:
+        child.poll()  # Python warns of one whose end it has not seen
 
 
 def start_postgres(cluster: Cluster) -> None:
@@ -220,13 +234,11 @@ def start_mlflow(cluster: Cluster) -> None:
 
 def make_account(cluster: Cluster, name: str, password: str) -> None:
     """Make an account of MLflow, which reads everything and writes what it creates."""
-    make = urllib.request.Request(
-        f"{cluster.url('mlflow')}/api/2.0/mlflow/users/create",
-        json.dumps({"username": name, "password": password}).encode(),
-        {"Content-Type": "application/json"} | _basic("admin", cluster.secrets["admin"]),
-    )
+    url = f"{cluster.url('mlflow')}/api/2.0/mlflow/users/create"
+    account = {"username": name, "password": password}
+    admin = "admin", cluster.secrets["admin"]
     # 400: it exists, since the server was started again
-    _wait(cluster, "mlflow", lambda: _status(make) in (200, 400))
+    _wait(cluster, "mlflow", lambda: _status(url, json=account, auth=admin) in (200, 400))
 
 
 def start_head(cluster: Cluster) -> None:
@@ -250,7 +262,7 @@ def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
     # By default all nodes of a machine share this folder, and one cleans up what another uses.
     words = [*words, "--temp-dir", home / "ray"]
     # By default one port for all nodes; each has an address of its own elsewhere.
-    words += ["--dashboard-agent-listen-port", _free_port()]
+    words += ["--dashboard-agent-listen-port", free_port()]
     own = {
         "IVEGAN_CACHE": f"{home}/cache",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -265,9 +277,10 @@ def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
 
 def ask_ray(cluster: Cluster, path: str) -> Any:
     """Return what the dashboard answers to a request with the token."""
-    request = urllib.request.Request(cluster.url("dashboard") + path, headers=_bearer(cluster))
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    token = {"Authorization": f"Bearer {cluster.secrets['token']}"}
+    answer = requests.get(cluster.url("dashboard") + path, headers=token, timeout=30)
+    answer.raise_for_status()
+    return answer.json()
 
 
 def prepare(cluster: Cluster) -> None:
@@ -275,7 +288,7 @@ def prepare(cluster: Cluster) -> None:
     folder = Path(cluster.folder)
     folder.chmod(0o711)  # PostgreSQL's user passes through to its own folder
     names = ("postgres", "s3", "mlflow", "ray", "dashboard")
-    cluster.ports = {name: _free_port() for name in names}
+    cluster.ports = {name: free_port() for name in names}
     names = ("database", "s3", "admin", "account", "flask", "token")
     cluster.secrets = {name: secrets.token_hex(16) for name in names}
     (folder / "secrets").mkdir(mode=0o700)
@@ -340,26 +353,16 @@ def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def _status(request: str | urllib.request.Request) -> int:
-    """Return the HTTP status of an answer; 0 where there is none."""
+def _status(url: str, **post: Any) -> int:
+    """Return the HTTP status of an answer to GET, or to POST with its arguments; 0 without one."""
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
+        return requests.request("POST" if post else "GET", url, timeout=20, **post).status_code
+    except requests.RequestException:
         return 0
 
 
-def _bearer(cluster: Cluster) -> dict[str, str]:
-    return {"Authorization": f"Bearer {cluster.secrets['token']}"}
-
-
-def _basic(user: str, password: str) -> dict[str, str]:
-    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
-
-
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a free port of loopback."""
     with socket.socket() as one:
         one.bind((HOST, 0))
         return one.getsockname()[1]

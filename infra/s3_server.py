@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -139,10 +140,7 @@ def _write_settings(folder: Path, ports: dict[str, int], secret: str) -> None:
     _write_ini(
         folder / "swift.conf",
         {
-            "swift-hash": {
-                "swift_hash_path_prefix": "ivegan",
-                "swift_hash_path_suffix": "ivegan",
-            },
+            "swift-hash": {f"swift_hash_path_{end}": "ivegan" for end in ("prefix", "suffix")},
             "storage-policy:0": {"name": "one", "default": "yes"},
         },
     )
@@ -157,13 +155,7 @@ def _write_settings(folder: Path, ports: dict[str, int], secret: str) -> None:
             },
         )
         ring = RingBuilder(1, 1, 1)  # two partitions, one copy
-        place = {
-            "ip": HOST,
-            "port": ports[name],
-            "device": disk.name,
-            "region": 1,
-            "zone": 1,
-        }
+        place = {"ip": HOST, "port": ports[name], "device": disk.name, "region": 1, "zone": 1}
         ring.add_dev({"weight": 1.0, "replication_ip": HOST, "replication_port": 0, **place})
         ring.rebalance()
         ring.get_ring().save(str(folder / f"{name}.ring.gz"))
@@ -187,14 +179,10 @@ def _write_settings(folder: Path, ports: dict[str, int], secret: str) -> None:
 
 
 def _write_ini(path: Path, sections: dict[str, dict[str, Any]]) -> None:
-    lines = []
-    for section, values in sections.items():
-        lines += [
-            f"[{section}]",
-            *(f"{key} = {value}" for key, value in values.items()),
-            "",
-        ]
-    path.write_text("\n".join(lines))
+    settings = ConfigParser(interpolation=None)
+    settings.read_dict(sections)
+    with path.open("w") as file:
+        settings.write(file)
     path.chmod(0o600)  # the proxy's holds the secret
 
 

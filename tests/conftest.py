@@ -8,22 +8,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gzip
 import importlib.util
-import io
 import shutil
-import struct
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_proxy import KillableStore
+from datasets import idx, write_faces
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from PIL import Image
+from servers import s3_server
+from servers import s3_variables as variables_of
 
-from data_prep import celeba
 from ivegan import storage
 
 RNG = np.random.default_rng(0)
@@ -32,14 +29,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of ``faults/`` as slow, and keep those of ``cluster/`` on one worker.
-
-    A worker of pytest-xdist that has them starts one Ray for all.
-    """
+    """Mark the tests of ``faults/`` as slow, and keep those that share a Ray on one worker."""
     for item in items:
         if "faults" in item.path.parts:
             item.add_marker(pytest.mark.slow)
-        if "cluster" in item.path.parts:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
@@ -70,49 +64,15 @@ def idx_folder(tmp_path: Path) -> Path:
     for half, count in (("train", 24), ("t10k", 10)):
         images = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = np.arange(count, dtype=np.uint8) % 10
-        (folder / f"{half}-images-idx3-ubyte.gz").write_bytes(gzip.compress(_idx(images)))
-        (folder / f"{half}-labels-idx1-ubyte").write_bytes(_idx(labels))
+        (folder / f"{half}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (folder / f"{half}-labels-idx1-ubyte").write_bytes(idx(labels))
     return folder
 
 
-def _idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
 @pytest.fixture
-def faces() -> Callable[..., Path]:
-    """Return a function that writes a folder in CelebA's layout, of random images."""
-
-    def write(
-        folder: Path, counts: tuple[int, int, int] = (5, 3, 2), size: tuple[int, int] = (178, 218)
-    ) -> Path:
-        folder.mkdir(parents=True)
-        names = [f"{i + 1:06d}.jpg" for i in range(sum(counts))]
-        with zipfile.ZipFile(folder / celeba.ZIP, "w") as archive:
-            archive.writestr("img_align_celeba/", b"")
-            for name in names:
-                jpeg = io.BytesIO()
-                pixels = RNG.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(jpeg, "jpeg")
-                archive.writestr(f"img_align_celeba/{name}", jpeg.getvalue())
-        attributes = [" ".join(f"Attribute_{i}" for i in range(40)) + " "]
-        for number, name in enumerate(names):
-            values = [1 if (number >> bit) & 1 else -1 for bit in range(40)]
-            attributes.append(f"{name} " + " ".join(f"{value:2d}" for value in values))
-        (folder / celeba.ATTRIBUTES).write_text("\n".join([str(len(names)), *attributes]) + "\n")
-        parts = [part for part, count in enumerate(counts) for _ in range(count)]
-        rows = [f"{name} {part}\n" for name, part in zip(names, parts, strict=True)]
-        (folder / celeba.PARTITION).write_text("".join(rows))
-        (folder / celeba.IDENTITY).write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)))
-        return folder
-
-    return write
-
-
-@pytest.fixture
-def face_folder(faces: Callable[..., Path], tmp_path: Path) -> Path:
+def face_folder(tmp_path: Path) -> Path:
     """Return a folder in CelebA's layout with 5 + 3 + 2 images in a zip."""
-    return faces(tmp_path / "faces")
+    return write_faces(tmp_path / "faces")
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +81,7 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as environment:
-        if importlib.util.find_spec("swift") or os.environ.get("S3_TEST_ENDPOINT"):
+        if importlib.util.find_spec("swift"):
             for name, value in request.getfixturevalue("s3_variables").items():
                 environment.setenv(name, value)
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -131,21 +91,9 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_variables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Return the variables that lead to a real S3 server.
-
-    It is the one that S3_TEST_ENDPOINT, S3_TEST_ACCESS_KEY and S3_TEST_SECRET_KEY name, or Swift,
-    started here.
-    """
-    if endpoint := os.environ.get("S3_TEST_ENDPOINT"):
-        yield {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": os.environ["S3_TEST_ACCESS_KEY"],
-            "AWS_SECRET_ACCESS_KEY": os.environ["S3_TEST_SECRET_KEY"],
-            "AWS_DEFAULT_REGION": os.environ.get("S3_TEST_REGION", "us-east-1"),
-        }
-        return
-    with KillableStore(tmp_path_factory.mktemp("s3")) as store:
-        yield store.environment
+    """Return the variables that lead to a real S3 server."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as cluster:
+        yield variables_of(cluster)
 
 
 @pytest.fixture
@@ -156,14 +104,9 @@ def s3(s3_variables: dict[str, str]) -> Iterator[str]:
             environment.delenv(name)
         for name, value in s3_variables.items():
             environment.setenv(name, value)
-        client, bucket = storage.s3_client(), f"ivegan-test-{uuid.uuid4().hex}"
-        client.create_bucket(Bucket=bucket)
+        bucket = f"ivegan-test-{uuid.uuid4().hex}"
+        storage.s3_client().create_bucket(Bucket=bucket)
         yield f"s3://{bucket}"
-        keys = [{"Key": name} for name in storage.list_files(f"s3://{bucket}")]
-        for start in range(0, len(keys), 1000):
-            batch = {"Objects": keys[start : start + 1000], "Quiet": True}
-            client.delete_objects(Bucket=bucket, Delete=batch)
-        client.delete_bucket(Bucket=bucket)
 
 
 @pytest.fixture(scope="session")

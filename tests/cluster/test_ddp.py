@@ -24,20 +24,6 @@ def weights_of(result: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load_file(Path(result["checkpoint"]) / "weights.safetensors")
 
 
-def test_an_error_of_measuring_is_raised_when_the_workers_end(
-    home, store, ray_cluster, mlflow_runs
-):
-    config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
-
-    def measure(checkpoint_uri):
-        raise RuntimeError(f"cannot score {checkpoint_uri}")
-
-    run = Run(workers=2, run_id="unscored")
-    with pytest.raises(RuntimeError, match="cannot score"):
-        fit(resolve("ring", config, run), measure=measure)
-    assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
-
-
 def test_a_ray_of_its_own_leaves_no_process_behind(home):
     """Not even a worker that does not end when it should, as now and then one of Ray's."""
     script = """
@@ -64,17 +50,14 @@ def test_a_ray_of_its_own_leaves_no_process_behind(home):
 
 
 def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
-    """Same data, same draws: over 100 steps only the order of additions differs."""
-    images = 64 * 100
+    """Same data, same draws: only the order of additions differs."""
+    images = 64 * 40
     _, plain = ring(images=images)("plain")
     result, two = ring(workers=2, images=images)("two")
     assert result["world_size"] == 2
-    assert len(two) == len(plain) == 100
+    assert len(two) == len(plain) == 40
     for a, b in zip(plain, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
-    again, repeated = ring(workers=2, images=images)("again")
-    assert repeated == two  # bit for bit: same seed, world size and threads
-    torch.testing.assert_close(weights_of(result), weights_of(again), rtol=0, atol=0)
 
 
 def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):

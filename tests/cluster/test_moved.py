@@ -9,13 +9,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import postgres
+from servers import all_servers
 
 from ivegan import storage
 from ivegan.errors import UserError
-from pipelines import paths
 from pipelines.cluster import session
 from pipelines.tracking import client as tracking
 
@@ -23,22 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["train.py", "ring", "--workers", "0", "--total-images", "2048", "--run-id"]
 
 
-def command(folder: Path, *words: str) -> str:
+def command(folder: Path, *words: str) -> None:
     """Run a command of ours in a folder, without a home and with a long TMPDIR."""
     temporary = folder.parent / ("t" * 90)
     temporary.mkdir(exist_ok=True)
-    environment = {"HOME": "/dev/null", "TMPDIR": str(temporary), "PATH": os.environ["PATH"]}
-    environment["RAY_worker_niceness"] = "0"  # other tests run meanwhile
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / words[0]), *words[1:]],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    processes.command(*words, cwd=folder, HOME="/dev/null", TMPDIR=str(temporary))
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -46,7 +35,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.slow
-def test_a_project_with_any_name_is_moved_and_copied(tmp_path: Path) -> None:
+def test_a_project_with_any_name_is_moved_and_copied(home: Path, tmp_path: Path) -> None:
     first, moved, copy = (tmp_path / name for name in ("a b%41 é'#", "b ?%20", "copy"))
     first.mkdir()
     command(first, *TRAIN, "one")
@@ -73,9 +62,9 @@ def test_a_project_with_any_name_is_moved_and_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_starts_where_the_temporary_folder_has_a_long_path(tmp_path: Path) -> None:
+def test_ray_starts_where_the_temporary_folder_has_a_long_path(home: Path) -> None:
     words = ["1" if word == "0" else word for word in TRAIN]
-    command(tmp_path, *words, "one", "--batch-size", "256")
+    command(home, *words, "one", "--batch-size", "256")
 
 
 def test_where_ray_keeps_its_files(monkeypatch) -> None:
@@ -87,23 +76,6 @@ def test_where_ray_keeps_its_files(monkeypatch) -> None:
         assert not session._fits_ray(folder / ("y" * 40))
         monkeypatch.setattr(session.os, "access", lambda path, mode: False)
         assert not session._fits_ray(folder)
-
-
-@pytest.mark.parametrize(
-    ("uri", "path"),
-    [
-        ("sqlite:////a/b.db", "/a/b.db"),
-        ("sqlite:////a%20b/c%25.db?timeout=10", "/a b/c%.db"),
-        ("sqlite+pysqlite:////a/b.db", "/a/b.db"),
-        ("postgresql://host/db", None),
-        ("http://host:5000", None),
-        ("databricks", None),
-    ],
-)
-def test_the_file_of_a_sqlite_address(uri: str, path: str | None) -> None:
-    assert paths.sqlite_path(uri) == (path and Path(path))
-    relative = paths.sqlite_path("sqlite:///runs/x.db")
-    assert relative == Path.cwd() / "runs/x.db"
 
 
 @pytest.mark.slow
@@ -164,9 +136,11 @@ def test_a_store_that_cannot_be_used_is_named(uri: str, sentence: str, monkeypat
 
 @pytest.mark.slow
 def test_a_database_that_lets_nobody_in_is_no_outage() -> None:
-    with postgres() as store:
-        uri = store.replace("//ivegan@", "//nobody:sesame@")
-        with pytest.raises(UserError, match=r'refuses: .*role "nobody" does not exist') as caught:
+    with all_servers() as cluster:
+        if "postgresql" not in cluster.database:
+            pytest.skip("install PostgreSQL (postgres and initdb) to test MLflow on it")
+        uri = cluster.database.replace(cluster.secrets["database"], "sesame")
+        with pytest.raises(UserError, match=r"refuses: .*authentication failed") as caught:
             tracking.check(uri, "ivegan-ring")
     assert not isinstance(caught.value, storage.Unavailable)
     assert "sesame" not in str(caught.value)

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import local_cluster
 import pytest
 from leaks import contents, leaks
 from local_cluster import ACCOUNT, BUCKET
+from servers import all_servers
 
 from ivegan import storage
 
@@ -22,12 +22,9 @@ UNUSED += ("METAFLOW_SERVICE_AUTH_KEY", "RAY_REDIS_PASSWORD")
 
 def test_a_workflow_leaves_no_secret(home: Path) -> None:
     """All credentials are canaries: those of the servers, and others that nothing asks for."""
-    pytest.importorskip("swift", reason="the S3 server needs it: pip install ivegan[cluster]")
     (home / "sitecustomize.py").write_text("import logging\nlogging.basicConfig(level=10)\n")
     ray = Path(f"/tmp/{secrets.token_hex(4)}")  # the paths of Ray's sockets are long
-    state = home / "cluster.json"
-    cluster = local_cluster.up(state, ray=False)
-    try:
+    with all_servers() as cluster:
         canaries = cluster.secrets | {name: secrets.token_hex(16) for name in UNUSED}
         store = cluster.url("mlflow").replace("://", f"://{ACCOUNT}:{canaries['account']}@")
         kept = {
@@ -61,12 +58,10 @@ def test_a_workflow_leaves_no_secret(home: Path) -> None:
         folder = Path(cluster.folder)
         theirs = [folder / "secrets", folder / "s3.log", *folder.glob("s3/*.conf")]
         texts = {"stdout": done.stdout, "stderr": done.stderr}
-        texts |= contents(home, [state]) | contents(folder, theirs) | contents(ray)
+        texts |= contents(home) | contents(folder, theirs) | contents(ray)
         names = "\n".join(texts)
         for part in ("/raylet.", "/s3/", "/postgres/", "/mlflow.log", "/worker-"):
             assert part in names
         assert leaks(canaries, contents(folder / "secrets"))  # it finds them
         assert leaks(canaries, texts) == {}
-    finally:
-        local_cluster.down(state)
-        storage.delete_folder(ray)
+    storage.delete_folder(ray)

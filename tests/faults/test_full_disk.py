@@ -3,20 +3,18 @@
 A command ends with status 2 and one sentence, or training continues.
 """
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import processes
 import pytest
 
 from pipelines import record as records
 from pipelines.tracking import mirror
 
-PIPELINES = Path(__file__).resolve().parents[2] / "pipelines"
 TRAIN = ("train.py", "ring", "--batch-size", "64", "--log-every", "64", "--workers", "0")
 LAST = "checkpoint-0000001280/weights.safetensors"
 
@@ -55,15 +53,8 @@ def command(home: Path) -> Callable[..., str]:
     """Return a function that runs a command of ours and returns its stderr."""
 
     def run(*words: str, status: int = 0, **variables: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(PIPELINES / words[0]), *words[1:]],
-            cwd=home,
-            env=os.environ | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"} | variables,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+        variables["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+        done = processes.command(*words, cwd=home, status=status, **variables)
         assert "Traceback" not in done.stderr
         return done.stderr
 

@@ -4,15 +4,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from processes import interrupted, wait_for
+from processes import command, interrupted, program, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = [sys.executable, str(ROOT / "pipelines" / "tune.py")]
 SWEEP = ["ring", "--samples", "6", "--batch_size", "64", "--total-images", "96000", "--json"]
+
+
+def restored(home: Path) -> dict[str, Any]:
+    """Return the result of the sweep that was cut."""
+    done = command("tune.py", "--restore", "cut", "--json", cwd=home)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def weights_of(home: Path, trial: str) -> dict[str, int]:
@@ -25,7 +29,7 @@ def test_interrupted_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, 
     # So long that no trial comes to its end while Ray ends.
     length = ["--samples", "3", "--total-images", "1280000"]
     words = [*SWEEP[:-1], *length, "--max-concurrent", "2", "--sweep-id", "cut"]
-    status, err = interrupted([*PROGRAM, *words], home, "(best ", signal.SIGINT)
+    status, err = interrupted(program("tune.py", *words), home, "(best ", signal.SIGINT)
     assert status == 128 + signal.SIGINT, err[-3000:]
     assert "stopped; continue with --restore cut" in err
     assert "Traceback" not in err
@@ -36,11 +40,7 @@ def test_interrupted_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, 
     assert {child.data.tags["ended"] for child in children} == {"the sweep was stopped"}
     assert json.loads((home / "runs/checkpoints/cut/sweep.json").read_text())["result"] is None
 
-    done = subprocess.run(
-        [*PROGRAM, "--restore", "cut", "--json"], cwd=home, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = restored(home)
     assert sorted(t["trial"] for t in result["trials"]) == ["000", "001", "002"]
     assert {t["state"] for t in result["trials"]} <= {"done", "stopped early"}
     statuses = {run.info.run_name: run.info.status for run in mlflow_runs(store)}
@@ -50,9 +50,8 @@ def test_interrupted_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, 
 
 
 def test_killed_sweep_is_restored_without_repeating_finished_trials(home, store, mlflow_runs):
-    process = subprocess.Popen(
-        [*PROGRAM, *SWEEP, "--sweep-id", "cut"], cwd=home, stdout=subprocess.PIPE, text=True
-    )
+    words = program("tune.py", *SWEEP, "--sweep-id", "cut")
+    process = subprocess.Popen(words, cwd=home, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     seen: list[str] = []
     for line in process.stdout:
@@ -72,11 +71,7 @@ def test_killed_sweep_is_restored_without_repeating_finished_trials(home, store,
     ended = {line.split()[1] for line in seen if "have ended" in line}
     assert len(ended) >= 2, "".join(seen)
     finished = {name: weights_of(home, name) for name in ended}
-    done = subprocess.run(
-        [*PROGRAM, "--restore", "cut", "--json"], cwd=home, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = restored(home)
     assert result["sweep_id"] == "cut"
     assert {t["trial"] for t in result["trials"]} == {f"{i:03d}" for i in range(6)}
     assert not {t["state"] for t in result["trials"]} - {"done", "stopped early"}
@@ -97,8 +92,5 @@ def test_killed_sweep_is_restored_without_repeating_finished_trials(home, store,
         wanted = "FINISHED" if states[child.info.run_name] == "done" else "KILLED"
         assert child.info.status == wanted
 
-    again = subprocess.run(
-        [*PROGRAM, "--restore", "cut", "--json"], cwd=home, capture_output=True, text=True
-    )
-    assert json.loads(again.stdout.splitlines()[-1]) == result  # nothing left to do
+    assert restored(home) == result  # nothing left to do
     assert len(mlflow_runs(store)) == 7

@@ -10,26 +10,15 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from processes import ROOT, command
 
 from ivegan import storage
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
 RING = ["ring", "--batch-size", "64", "--total-images", "12800", "--workers", "0"]
 
 
-def workflow(*words: str, cwd: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [*PROGRAM, *words],
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def workflow(*words: str, cwd: Path, status: int = 0, **env: str) -> str:
+    return command("workflow.py", *words, cwd=cwd, status=status, **env).stdout
 
 
 def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
@@ -46,11 +35,11 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
     )
     shutil.rmtree(home / "runs" / ".metaflow")
     (elsewhere := home / "elsewhere").mkdir()
-    done = workflow("resume", "--datastore", f"{s3}/metaflow", "--json", cwd=elsewhere)
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert "Cloning" in done.stdout
+    out = workflow("resume", "--datastore", f"{s3}/metaflow", "--json", cwd=elsewhere)
+    result = json.loads(out.splitlines()[-1])
+    assert "Cloning" in out
     assert result["checkpoint"] == f"{s3}/runs/far/checkpoint-0000012800"
-    first = next(line for line in done.stdout.splitlines() if " of 12,800 " in line)
+    first = next(line for line in out.splitlines() if " of 12,800 " in line)
     assert int(first.split(" of ")[0].split()[-1].replace(",", "")) > 3 * 1280
     assert storage.read_bytes(result["report"]).startswith(b"<!doctype html>")
     assert not (elsewhere / "runs" / "checkpoints").exists()
@@ -60,14 +49,14 @@ def test_a_run_kept_in_s3_is_resumed_from_another_folder_after_all_here_is_lost(
 
 
 def test_argo_workflows_get_steps_decorators_and_parameters_but_no_credentials(home, s3):
-    done = workflow(
+    out = workflow(
         *("--datastore", f"{s3}/metaflow", "--with", "timeout:minutes=600"),
         *("--with", "retry:times=2", "argo-workflows", "create", "--only-json"),
         cwd=home,
         METAFLOW_KUBERNETES_CONTAINER_IMAGE="registry/ivegan:0.1.0",
         METAFLOW_KUBERNETES_SECRETS="ivegan-places",
     )
-    template = json.loads(done.stdout)
+    template = json.loads(out)
     assert template["kind"] == "WorkflowTemplate"
     spec = template["spec"]
     parts = {part["name"]: part for part in spec["templates"]}
@@ -91,8 +80,8 @@ def test_argo_workflows_get_steps_decorators_and_parameters_but_no_credentials(h
     parameters = {one["name"] for one in spec["arguments"]["parameters"]}
     assert parameters == {"preset", "options"}
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
-        assert name not in done.stdout
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout
+        assert name not in out
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in out
     # The code that the pods fetch is in the store.
     of_train = {one["name"]: one["value"] for one in parts["train"]["container"]["env"]}
     assert of_train["METAFLOW_CODE_URL"].startswith(f"{s3}/metaflow/IveGanFlow/")

@@ -9,18 +9,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from processes import ROOT, command
 
 from ivegan import storage
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = [sys.executable, str(ROOT / "pipelines" / "workflow.py")]
 RUN = ["run", "ring", "--batch-size", "64", "--total-images", "12800", "--workers", "0"]
 # Of one value: which of two values wins may depend on the order in which trials come to a rung.
 RUN += ["--sweep-samples", "2", "--sweep-images", "1280", "--run-id", "one", "--json"]
@@ -34,22 +31,12 @@ PLACES = {
 
 def workflow(*words: str, cwd: Path, kill_at: str = "") -> str:
     """Return what the command prints, after seeing that it ended as it should."""
-    env = dict(os.environ)
+    env = {}
     if kill_at:
-        paths = f"{ROOT}/tests/support/killer{os.pathsep}{env.get('PYTHONPATH', '')}"
-        env |= {"KILL_AT": kill_at, "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*PROGRAM, *words],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
-    expected = -signal.SIGKILL if kill_at else 0
-    assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+        paths = f"{ROOT}/tests/support/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        env = {"KILL_AT": kill_at, "PYTHONPATH": paths}
+    status = -signal.SIGKILL if kill_at else 0
+    return command("workflow.py", *words, cwd=cwd, status=status, **env).stdout
 
 
 def outcome(result: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ import gc
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,9 +34,7 @@ def _from_data(name: str) -> Any:
     raise AttributeError(f"no module of ivegan.data has {name}")
 
 
-def _losses(
-    rank: int, world: int, port: int, preset: str, source: str, data: str, out: str
-) -> None:
+def _losses(rank: int, world: int, preset: str, source: str, data: str, out: str) -> None:
     """Train 20 steps in float64 and write every step's metrics and the sha256 of the weights."""
     import torch
     import torch.distributed as dist
@@ -48,8 +44,8 @@ def _losses(
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     if world > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+        store = f"file://{out}-ranks"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     changes = {"batch_size": BATCH, "total_images": BATCH * STEPS}
     changes |= {"model.width": 0.25} if preset == "mnist" else {}
     settings = config.override(config.preset(preset), changes)
@@ -79,19 +75,6 @@ def _losses(
     os._exit(0)  # the threads that read ahead do not end
 
 
-def _in_ranks(world: int, *arguments: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=_losses, args=(r, world, port, *arguments)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(600)
-        assert process.exitcode == 0, f"a rank of {arguments} failed"
-
-
 def _sums(folder: Path) -> dict[str, str]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
@@ -99,6 +82,8 @@ def _sums(folder: Path) -> dict[str, str]:
 
 def measure(raw: str | None, only: str | None) -> dict[str, Any]:
     """Return the numbers of the checkout that Python finds first."""
+    from torch.multiprocessing.spawn import spawn
+
     from data_prep.building import build
 
     numbers: dict[str, Any] = {}
@@ -115,7 +100,8 @@ def measure(raw: str | None, only: str | None) -> dict[str, Any]:
             for way in ways:
                 for world in (1, 2):
                     out = f"{tmp}/{preset}-{way}-{world}"
-                    _in_ranks(world, preset, way, f"{tmp}/{preset}", out)
+                    where = (world, preset, way, f"{tmp}/{preset}", out)
+                    spawn(_losses, where, nprocs=world)
                     values = json.loads(Path(out).read_text())
                     where = f"losses {preset} {way} {world} ranks"
                     numbers |= {f"{where} {name}": v for name, v in values.items()}

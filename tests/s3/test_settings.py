@@ -40,16 +40,10 @@ s3 =
         ({}, "https://s3.eu-central-1.amazonaws.com", "eu-central-1"),
         ({"AWS_DEFAULT_REGION": "us-west-2"}, "https://s3.us-west-2.amazonaws.com", "us-west-2"),
         ({"MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:1"}, "http://127.0.0.1:1", "eu-central-1"),
-        (
-            {"MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ENDPOINT_URL": "http://x:2"},
-            "http://x:2",
-            "eu-central-1",
-        ),
-        (
-            {"AWS_ENDPOINT_URL": "http://x:2", "AWS_ENDPOINT_URL_S3": "http://x:4"},
-            "http://x:4",
-            "eu-central-1",
-        ),
+        ({"MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ENDPOINT_URL": "http://x:2"},
+         "http://x:2", "eu-central-1"),
+        ({"AWS_ENDPOINT_URL": "http://x:2", "AWS_ENDPOINT_URL_S3": "http://x:4"}, "http://x:4",
+         "eu-central-1"),
         ({"AWS_PROFILE": "lab"}, "http://127.0.0.1:3", "eu-west-1"),
         ({"AWS_CONFIG_FILE": os.devnull, "AWS_REGION": "eu-north-1", "AWS_ENDPOINT_URL": ""},
          "https://s3.eu-north-1.amazonaws.com", "eu-north-1"),
@@ -82,7 +76,7 @@ def test_the_store_is_the_one_that_botocore_finds_for_all_libraries(
     assert (there.meta.endpoint_url, there.meta.region_name) == (endpoint, region)
 
 
-@pytest.mark.parametrize("where", ["credentials", "config", "process", "container"])
+@pytest.mark.parametrize("where", ["credentials", "process", "container"])
 def test_keys_are_found_by_all_and_travel_with_none(s3, where, tmp_path, monkeypatch):
     keys = {n: os.environ[f"AWS_{n}"] for n in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
     for name in keys:

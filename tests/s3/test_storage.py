@@ -33,22 +33,18 @@ FILES = {"weights.bin": b"w" * 100, "config.json": b"{}", "deep/er/x.txt": b"x"}
 
 
 def test_what_is_written_is_read(place):
-    uri = storage.join(place, "a/b/c.bin")
+    uri = storage.join(place, "run-10/b/c.bin")
     assert not storage.exists(uri)
     storage.write_bytes(uri, b"one")
     storage.write_bytes(uri, b"two")
     assert storage.read_bytes(uri) == b"two"
     assert storage.exists(uri)
-    assert storage.exists(storage.join(place, "a"))
-    assert storage.list_names(storage.join(place, "a/b")) == ["c.bin"]
-
-
-def test_a_folder_is_distinguished_from_one_whose_name_starts_alike(place):
-    storage.write_bytes(storage.join(place, "run-10/x"), b"1")
+    assert storage.exists(storage.join(place, "run-10"))
+    # A name that starts alike is another folder.
     assert not storage.exists(storage.join(place, "run-1"))
     assert storage.list_names(storage.join(place, "run-1")) == []
     storage.delete_folder(storage.join(place, "run-1"))
-    assert storage.list_files(place) == {"run-10/x": 1}
+    assert storage.list_files(place) == {"run-10/b/c.bin": 3}
 
 
 def test_lists_are_direct_children_or_all_files(place):
@@ -101,18 +97,10 @@ def test_of_many_who_create_a_local_file_at_once_all_get_the_same(tmp_path):
 
 
 def test_folders_travel_whole(place, tmp_path):
-    source = folder(tmp_path / "source", FILES)
-    uri = storage.join(place, "checkpoint")
-    storage.upload_folder(source, uri, last="config.json")
-    storage.download_folder(uri, tmp_path / "back")
-    found = {n: (tmp_path / "back" / n).read_bytes() for n in storage.list_files(uri)}
-    assert found == FILES
-    assert storage.list_names(place) == ["checkpoint"]  # no temporary names stay behind
-
-
-def test_a_folder_uploaded_again_holds_nothing_of_the_first(place, tmp_path):
     uri = storage.join(place, "checkpoint")
     storage.upload_folder(folder(tmp_path / "one", FILES), uri, last="config.json")
+    assert {n: storage.read_bytes(f"{uri}/{n}") for n in storage.list_files(uri)} == FILES
+    assert storage.list_names(place) == ["checkpoint"]  # no temporary names stay behind
     storage.upload_folder(folder(tmp_path / "two", {"config.json": b"2"}), uri, last="config.json")
     assert storage.list_files(uri) == {"config.json": 1}
     storage.delete_folder(uri, first="config.json")
@@ -163,8 +151,6 @@ def test_a_local_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatc
     ("number", "sentence"),
     [
         (errno.ENOSPC, "No space is left for {}: free some, or choose another place."),
-        (errno.EFBIG, "{} grows larger than files may be here: choose another place."),
-        (errno.EROFS, "{} lies on a disk that is read-only: choose another place."),
         (errno.EACCES, "{} may not be read or written: change its permissions."),
     ],
     ids=errno.errorcode.get,
@@ -180,7 +166,6 @@ def test_a_disk_that_refuses_is_reported_in_a_sentence(number, sentence, tmp_pat
     for act, named in (
         (lambda: storage.write_bytes(target / "x", b"new"), target / "x"),
         (lambda: storage.upload_folder(source, target), target),
-        (lambda: storage.download_folder(source, target), target / "config.json"),
     ):
         with pytest.raises(UserError) as caught:
             act()
@@ -216,7 +201,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_long_work_waits_for_a_store(clock, caplog):
-    failures = [storage.Unavailable(f"Away, {n}.") for n in range(3)]
+    failures: list[UserError] = [storage.Unavailable(f"Away, {n}.") for n in range(3)]
 
     def call(a: int, *, b: int) -> int:
         if failures:
@@ -227,6 +212,10 @@ def test_long_work_waits_for_a_store(clock, caplog):
     assert len(clock.pauses) == 3
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [f"Away, {n}. Trying again: failure {n + 1}." for n in range(3)]
+    failures.append(UserError("There is no bucket."))  # waiting does not fix that
+    with pytest.raises(UserError, match="no bucket"):
+        storage.patiently(call, 1, b=2)
+    assert len(clock.pauses) == 3
 
 
 def test_patience_ends(clock):
@@ -245,15 +234,6 @@ def test_patience_ends(clock):
     assert clock.pauses[0] < 0.5 < errors.LONGEST_PAUSE / 2 <= clock.pauses[-1]
 
 
-def test_errors_that_waiting_does_not_fix_are_raised_at_once(clock):
-    def call() -> None:
-        raise UserError("There is no bucket.")
-
-    with pytest.raises(UserError, match="no bucket"):
-        storage.patiently(call)
-    assert clock.pauses == []
-
-
 @pytest.mark.parametrize(
     ("code", "status", "kind"),
     [
@@ -261,7 +241,6 @@ def test_errors_that_waiting_does_not_fix_are_raised_at_once(clock):
         ("RequestTimeout", 400, storage.Unavailable),
         ("429", 429, storage.Unavailable),
         ("BadDigest", 400, storage.Unavailable),
-        ("AccessDenied", 403, UserError),
         ("NotImplemented", 501, type(None)),
         ("ExpiredToken", 400, UserError),
         ("PermanentRedirect", 301, UserError),
@@ -281,8 +260,6 @@ def test_a_missing_file_is_reported_in_a_sentence(place):
         storage.read_bytes(uri)
     with pytest.raises(UserError, match=rf"There is no file {uri}: correct the"):
         storage.open_file(uri)
-    with pytest.raises(UserError, match=rf"There is no folder {uri}"):
-        storage.download_folder(uri, "unused")
 
 
 def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
@@ -302,10 +279,7 @@ def test_uris_are_made_absolute_and_joined(tmp_path, monkeypatch):
         ("gs://bucket/x", "gs://bucket/x has an unknown scheme: give a local path, file:// or s3:"),
         ("s3:///x", "s3:///x names no bucket: write s3://BUCKET/KEY."),
         ("s3://my bucket/x", "s3://my bucket/x names no bucket that can be: a name has 3 or more"),
-        ("s3://bücket/x", "s3://bücket/x names no bucket that can be: "),
-        ("s3://ab/x", "s3://ab/x names no bucket that can be: "),
         ("s3://id:key@bucket/x", "s3://bucket/x names no bucket that can be: "),
-        ("s3://arn:aws:s3:us-east-1:1:accesspoint/a/x", "s3://arn:aws:s3:us-east-1:1:accesspoint"),
         ("", "An empty path was given: name a folder or an s3:// URI."),
     ],
 )

@@ -2,11 +2,18 @@
 
 import functools
 import http.server
+import io
+import struct
 import threading
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+from PIL import Image
+
+from data_prep import celeba
 from ivegan.data.manifest import Manifest, Shard, shard_key, write_manifest
 from ivegan.data.tars import Sample, write_tar
 from ivegan.storage.digest import digest, sha256_hex
@@ -16,6 +23,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
     """Return the content of every file, by its name below the folder."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """Change a bit of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def write_dataset(folder: Path, shards: Sequence[Sequence[Sample]]) -> str:
@@ -39,6 +53,35 @@ def write_dataset(folder: Path, shards: Sequence[Sequence[Sample]]) -> str:
     )
     write_manifest(str(folder), manifest)
     return str(folder)
+
+
+def idx(array: np.ndarray, shape: tuple[int, ...] | None = None) -> bytes:
+    """Return an IDX file, whose header may be made to lie."""
+    shape = shape or array.shape
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + array.tobytes()
+
+
+def write_faces(folder: Path, size: tuple[int, int] = (178, 218)) -> Path:
+    """Write a folder in CelebA's layout, with 5 + 3 + 2 random images in a zip; return it."""
+    folder.mkdir(parents=True)
+    random, parts = np.random.default_rng(0), "0000011122"
+    names = [f"{i + 1:06d}.jpg" for i in range(len(parts))]
+    with zipfile.ZipFile(folder / celeba.ZIP, "w") as archive:
+        archive.writestr("img_align_celeba/", b"")
+        for name in names:
+            jpeg = io.BytesIO()
+            pixels = random.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(jpeg, "jpeg")
+            archive.writestr(f"img_align_celeba/{name}", jpeg.getvalue())
+    attributes = [" ".join(f"Attribute_{i}" for i in range(40)) + " "]
+    for number, name in enumerate(names):
+        values = [1 if (number >> bit) & 1 else -1 for bit in range(40)]
+        attributes.append(f"{name} " + " ".join(f"{value:2d}" for value in values))
+    (folder / celeba.ATTRIBUTES).write_text("\n".join([str(len(names)), *attributes]) + "\n")
+    rows = [f"{name} {part}\n" for name, part in zip(names, parts, strict=True)]
+    (folder / celeba.PARTITION).write_text("".join(rows))
+    (folder / celeba.IDENTITY).write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)))
+    return folder
 
 
 class Mirror(http.server.ThreadingHTTPServer):

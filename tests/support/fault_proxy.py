@@ -1,12 +1,6 @@
-"""Faults between a program and a real object store.
+"""A proxy between a program and a real server, which breaks some of what passes."""
 
-``FaultProxy`` stands between the two and breaks some of what passes; ``KillableStore`` is a store
-that can be killed and started again.
-"""
-
-import importlib.util
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -15,14 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-import pytest
-from processes import free_ports, kill
-
-SERVER = Path(__file__).resolve().parents[2] / "infra" / "s3_server.py"
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 _REFUSALS = {
     "AccessDenied": 403,
@@ -250,49 +239,3 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _flipped(body: bytes, place: int) -> bytes:
     return body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
-
-
-class KillableStore:
-    """A real S3 server of a test's own; killed and started again, it holds the same objects.
-
-    To be used in a with block. Endpoint and keys stay the same from one start to the next.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Take the folder where the objects are kept."""
-        if importlib.util.find_spec("swift") is None:
-            pytest.skip("pip install swift, or set S3_TEST_ENDPOINT where no store is killed")
-        self._folder = folder
-        self._port = free_ports(1)[0]
-        self._process: subprocess.Popen[str] | None = None
-        self.environment: dict[str, str] = {}
-        """The variables that lead a client here, once it was started."""
-
-    def start(self) -> None:
-        """Start it, and return once it answers."""
-        where = [self._folder, "--port", str(self._port), "--secret", "of-one-test"]
-        # A process of its own: Swift's libraries patch sockets and threads where they are imported.
-        self._process = subprocess.Popen(
-            [sys.executable, SERVER, *map(str, where)], stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        lines = [self._process.stdout.readline() for _ in range(4)]
-        assert all(lines), f"the store did not start: see {self._folder / 'server.log'}"
-        self.environment = dict(
-            line.removeprefix("export ").strip().split("=", 1) for line in lines
-        )
-
-    def kill(self) -> None:
-        """End it, with all its processes, by SIGKILL."""
-        if self._process is not None:
-            kill(self._process)
-            if self._process.stdout is not None:
-                self._process.stdout.close()
-            self._process = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()

@@ -1,9 +1,10 @@
-"""Servers and commands that tests start: free ports, waiting and killing."""
+"""Commands that tests start: waiting and killing."""
 
 import contextlib
+import os
 import signal
-import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,33 @@ from pathlib import Path
 import psutil
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def free_ports(count: int) -> list[int]:
-    """Return free ports of loopback."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+
+def command(
+    *words: str, cwd: Path, status: int = 0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of ours to its end, ``train.py ring``, and check its exit status.
+
+    It leads a process group of its own, which a test's fault may kill.
+    """
+    done = subprocess.run(
+        program(*words),
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def program(name: str, *words: str) -> list[str]:
+    """Return the command line of a program of ours."""
+    folder = "data_prep" if name in ("build.py", "verify.py") else "pipelines"
+    return [sys.executable, str(ROOT / folder / name), *words]
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:

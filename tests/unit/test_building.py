@@ -4,7 +4,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from datasets import files_of
 
@@ -14,48 +13,7 @@ from data_prep.building import build, make_plan, write_shard
 from data_prep.verify import verify
 from ivegan import storage
 from ivegan.data.manifest import read_manifest
-from ivegan.data.tars import Sample, read_tar
 from ivegan.errors import UserError
-
-
-def samples_of(out: Path | str, split: str) -> list[Sample]:
-    manifest = read_manifest(str(out))
-    parts = [storage.read_bytes(storage.join(out, s.key)) for s in manifest.of_split(split)]
-    return [sample for part in parts for sample in read_tar(part)]
-
-
-# Digits
-
-
-def test_digits_keep_their_counts_and_every_class_its_share(digits_dataset, tmp_path):
-    manifest = read_manifest(digits_dataset)
-    assert manifest.splits == {"train": 1347, "valid": 150, "test": 300}
-    assert manifest.image_shape == (1, 16, 16)
-    seen = []
-    whole = np.bincount(
-        [s.meta["label"] for split in manifest.splits for s in samples_of(digits_dataset, split)]
-    )
-    for split, count in manifest.splits.items():
-        samples = samples_of(digits_dataset, split)
-        seen += [s.meta["source"] for s in samples]
-        share = np.bincount([s.meta["label"] for s in samples], minlength=10)
-        assert np.abs(share - whole * count / 1797).max() <= 1
-    assert len(set(seen)) == 1797
-
-
-def test_digits_use_the_whole_range_and_look_like_their_originals(digits_dataset):
-    from sklearn.datasets import load_digits
-
-    originals, labels = load_digits(return_X_y=True)
-    for sample in samples_of(digits_dataset, "valid")[:20]:
-        place = int(sample.meta["source"].partition("#")[2])
-        assert sample.meta["label"] == labels[place]
-        small = sample.image[0].reshape(8, 2, 8, 2).mean(axis=(1, 3)) / 255 * 16
-        assert np.corrcoef(small.ravel(), originals[place])[0, 1] > 0.9
-    images = np.stack([s.image for s in samples_of(digits_dataset, "valid")])
-    assert images.min() == 0
-    assert images.max() > 250
-
 
 # The build itself
 
@@ -141,13 +99,11 @@ def test_a_shard_that_cannot_be_seen_from_here_is_reported(idx_folder, tmp_path,
     [
         ("digits", "build.py needs --out, a folder or s3:// URI for the data set."),
         ("digits --out x --source y", "The digits come with scikit-learn: leave --so"),
-        ("digits --out x --workers -1", "--workers is -1, but must be 0 or more."),
         ("digits --out x --shard-size 0", "--shard-size is 0, but must be at least 1"),
         ("mnist --out x --limit 3", "--limit means nothing for mnist: leave it out."),
         ("mnist --out x", "mnist needs --source: the folder or s3:// URI of the four IDX "),
         ("mnist --out x --source /no/where", "There is no train-images-idx3-ubyte.gz"),
         ("celeba --out x", "celeba needs --source: the folder or s3:// URI that holds img_"),
-        ("digits --out ftp://x", "ftp://x has an unknown scheme: give a local path, file:"),
     ],
 )
 def test_a_wrong_argument_ends_with_its_sentence(

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
+from datasets import write_faces
 from PIL import Image
 
 from data_prep import celeba
@@ -134,8 +135,8 @@ def test_resizing_is_antialiased():
 
 
 @pytest.mark.parametrize("to", ["img_align_celeba", ""])
-def test_a_folder_gives_the_samples_of_the_zip(faces, tmp_path, to):
-    zipped = faces(tmp_path / "zip")
+def test_a_folder_gives_the_samples_of_the_zip(tmp_path, to):
+    zipped = write_faces(tmp_path / "zip")
     wanted = celeba.describe(str(zipped), "celeba"), tar(zipped), tar(zipped, "test", 2)
     folder = unzip(zipped.rename(tmp_path / "folder"), to)
     (folder / to / "below").mkdir()
@@ -150,54 +151,26 @@ def test_a_folder_gives_the_samples_of_the_zip(faces, tmp_path, to):
     assert celeba.describe(str(folder), "celeba").sources[images] != about.sources[images]
 
 
-def test_line_ends_of_windows_are_accepted(face_folder):
-    about, wanted = celeba.describe(str(face_folder), "celeba"), tar(face_folder)
-    for name in (ATTRIBUTES, PARTITION, IDENTITY):
-        path = face_folder / name
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    again = celeba.describe(str(face_folder), "celeba")
-    assert (again.splits, again.label_names) == (about.splits, about.label_names)
-    assert tar(face_folder) == wanted
-
-
 # What is wrong
 
 
-SWAPPED = "000005.jpg 0\n000004.jpg 0\n"
 SPOILT: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: (f / ATTRIBUTES).unlink(), "There is no list_attr_celeba.txt in .*faces .*: it"),
     (lambda f: (f / IDENTITY).write_bytes(b"\xc3\xa9"), f"{IDENTITY} is no text file"),
-    (lambda f: (f / ATTRIBUTES).write_text(""), f"{ATTRIBUTES} must start with the number"),
-    (lambda f: (f / ATTRIBUTES).write_text("0\na b\n"), f"{ATTRIBUTES} must start with the num"),
     (lambda f: edit(f / ATTRIBUTES, "10\n", "12\n"), "but has 10 rows of them below '12'"),
     (lambda f: edit(f / ATTRIBUTES, "_3 ", "_4 "), "names 39 attributes instead of 40"),
     (lambda f: edit(f / ATTRIBUTES, " -1\n", " 0\n"), "row of 000001.jpg in .* has not 40 values"),
-    (lambda f: edit(f / ATTRIBUTES, " -1\n", "\n"), "row of 000001.jpg in .* has not 40 values"),
-    (
-        lambda f: edit(f / ATTRIBUTES, "000003", "000002"),
-        "has '000002.jpg' in row 3, where the nam",
-    ),
+    (lambda f: edit(f / ATTRIBUTES, "000003", "000002"), "has '000002.jpg' in row 3, where the"),
     (lambda f: edit(f / ATTRIBUTES, "000002", "../2"), r"has '../2.jpg' in row 2, where the name"),
-    (lambda f: edit(f / ATTRIBUTES, "000002.jpg", "\n"), "must start with .* but has 11 rows"),
-    (lambda f: (f / PARTITION).write_text("\n"), f"{PARTITION} has the row '' where '000001.jpg'"),
     (lambda f: edit(f / PARTITION, "000010.jpg 2\n", ""), "has the row '' where '000010.jpg'"),
-    (lambda f: edit(f / PARTITION, "000004.jpg 0\n000005.jpg 0\n", SWAPPED), "where '000004.jpg'"),
     (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg 7"), "row '000002.jpg 7' where"),
     (lambda f: edit(f / PARTITION, "000010.jpg 2", "000010.jpg 2\nx 1"), "row 'x 1' where 'no im"),
-    (
-        lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"),
-        f"{IDENTITY} has the row '00000",
-    ),
+    (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"), f"{IDENTITY} has the row '00"),
     (lambda f: (f / celeba.ZIP).unlink(), "There is no img_align_celeba.zip and there are no JPEG"),
     (lambda f: (f / celeba.ZIP).write_bytes(b"PK" * 99), "img_align_celeba.zip is damaged"),
     (lambda f: rezip(f, {FIRST: None}), "zip has no image 000001.jpg, which list_eval_partition"),
     (lambda f: rezip(f, {"x/0.JPG": b""}), "zip has an image '0.JPG', which list_eval_partition"),
     (lambda f: rezip(f, {"x/000001.jpg": b""}), "zip holds two images named '000001.jpg'"),
-    (
-        lambda f: (unzip(f) / "000001.jpg").unlink(),
-        "faces has no image 000001.jpg, which list_eval",
-    ),
-    (lambda f: (unzip(f) / "0.jpeg").touch(), "faces has an image '0.jpeg', which list_eval_parti"),
 ]
 
 
@@ -212,19 +185,14 @@ def test_a_wrong_source_is_reported_before_anything_is_built(face_folder, spoil,
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (jpeg()[:600], "Truncated File Read"),
         (jpeg()[:-200], "truncated"),
-        (b"<html>not found</html>", "it is no JPEG"),
         (jpeg(kind="png"), "it is no JPEG"),
         (jpeg((200, 300)), r"it has \(200, 300\) pixels instead of \(178, 218\)"),
         (claiming(60_000, 60_000), "it is no JPEG of an aligned image"),  # where Pillow raises
     ],
 )
-@pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_a_wrong_image_is_reported_with_its_name(face_folder, kind, content, sentence):
+def test_a_wrong_image_is_reported_with_its_name(face_folder, content, sentence):
     rezip(face_folder, {FIRST: content})
-    if kind == "folder":
-        unzip(face_folder)
     sentence = rf"The image 000001.jpg in .*faces.* cannot be used \(.*({sentence})"
     with pytest.raises(UserError, match=sentence) as error:
         tar(face_folder)
@@ -236,7 +204,6 @@ def test_a_wrong_image_is_reported_with_its_name(face_folder, kind, content, sen
     [
         (lambda f: flip(f, b"JFIF"), r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"),
         (lambda f: rezip(f, {FIRST: None}), "zip has no image 000001.jpg, which list_eval_part"),
-        (lambda f: patch(f, 8, b"\1"), "000001.jpg in .*zip is damaged .*encrypted"),
     ],
 )
 def test_an_image_damaged_or_missing_in_the_zip_is_reported(face_folder, spoil, sentence):
@@ -330,17 +297,6 @@ def test_real_faces_are_read(test_data, tmp_path):
     assert verify(out) == []
 
 
-def test_zip_and_folder_in_a_bucket_give_the_same(s3, face_folder):
-    about, wanted = celeba.describe(str(face_folder), "celeba"), tar(face_folder)
-    storage.upload_folder(face_folder, f"{s3}/zip")
-    assert celeba.describe(f"{s3}/zip", "celeba") == about
-    assert (tar(f"{s3}/zip"), tar(f"{s3}/zip")) == (wanted, wanted)
-    unzip(face_folder, "img_align_celeba")
-    storage.upload_folder(face_folder, f"{s3}/folder")
-    assert celeba.describe(f"{s3}/folder", "celeba") == celeba.describe(str(face_folder), "celeba")
-    assert tar(f"{s3}/folder") == wanted
-
-
 def kaggle(folder: Path) -> None:
     """Change a release to Kaggle's layout: CSV lists, a nested folder, no identities."""
     unzip(folder, "images").joinpath("images").rename(folder / "img_align_celeba")
@@ -380,9 +336,18 @@ def byte_order_mark(folder: Path) -> None:
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes() + b"\n \n")
 
 
-@pytest.mark.parametrize(
-    "change", [kaggle, official_drive, torchvision, left_by_systems, byte_order_mark]
+def line_ends_of_windows(folder: Path) -> None:
+    for name in (ATTRIBUTES, PARTITION):
+        (folder / name).write_bytes((folder / name).read_bytes().replace(b"\n", b"\r\n"))
+
+
+CHANGES = (
+    *(kaggle, official_drive, torchvision),
+    *(left_by_systems, byte_order_mark, line_ends_of_windows),
 )
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_public_copies_give_the_same_samples(change, face_folder):
     (face_folder / IDENTITY).unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import flip
 from test_step import batches, tiny, weights
 
 from ivegan import checkpoint
@@ -19,7 +20,7 @@ def trained(name="digits", images=64, **changes):
     return state
 
 
-@pytest.mark.parametrize("name", ["ring", "digits", "mnist"])
+@pytest.mark.parametrize("name", ["ring", "mnist"])
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(name, tmp_path):
     unbroken = trained(name, 128, optim__ema=0.9)
     half = trained(name, 64, optim__ema=0.9)
@@ -82,16 +83,6 @@ def test_nothing_there_is_a_sentence(tmp_path):
         checkpoint.read_metadata(str(tmp_path))
 
 
-def test_a_configuration_of_another_version_is_a_sentence(tmp_path):
-    uri = checkpoint.save(trained(), str(tmp_path), {})
-    path = Path(uri) / "config.json"
-    metadata = json.loads(path.read_text())
-    metadata["config"]["optim"]["momentum"] = 0.9
-    path.write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match="momentum"):
-        checkpoint.load_networks(uri)
-
-
 def test_a_checkpoint_holds_no_pickle(tmp_path):
     uri = checkpoint.save(trained(), str(tmp_path), {})
     files = {p.name for p in Path(uri).iterdir()}
@@ -104,10 +95,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(name, tmp_path
     first = checkpoint.save(state, str(tmp_path), {})
     state.step += 1
     second = checkpoint.save(state, str(tmp_path), {})
-    content = bytearray((Path(second) / name).read_bytes())
-    content[-1] ^= 1
-    (Path(second) / name).write_bytes(content)
-
+    flip(Path(second) / name)
     with pytest.raises(UserError, match=f"{name} is not what was saved"):
         checkpoint.restore(create_state(state.config), second)
     assert checkpoint.latest(str(tmp_path)) == first

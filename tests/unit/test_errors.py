@@ -10,7 +10,7 @@ from ivegan.errors import UserError, public
     [
         ("postgresql://me:secret@host:5432/db", "postgresql://host:5432/db"),
         ("postgresql://me:sec/ret@host/db", "postgresql://host/db"),
-        ("http://me:s@cret@host", "http://host"),
+        ("http://me:s@cret@host/x@y", "http://host/x@y"),
         ("http://token@host/x", "http://host/x"),
         ("http://host:5000/api", "http://host:5000/api"),
         ("s3://bucket/key@2", "s3://bucket/key@2"),

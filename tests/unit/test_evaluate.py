@@ -81,7 +81,7 @@ def run(uri: str, out: Path, cache: Path, data: str | None = None) -> dict:
 
 @pytest.fixture(scope="module")
 def digits_checkpoint(tmp_path_factory: pytest.TempPathFactory, digits_dataset: str) -> str:
-    return saved(tmp_path_factory.mktemp("digits-run"), "digits", digits_dataset, model__z_dim=3)
+    return saved(tmp_path_factory.mktemp("digits-run"), "digits", digits_dataset, model__z_dim=5)
 
 
 @pytest.fixture(scope="module")
@@ -262,15 +262,6 @@ def test_the_density_shows_the_checkpoints_of_the_run_up_to_this_one(tmp_path):
     assert [name for name, _ in panels] == ["1.02 k samples", "2.05 k samples"]
 
 
-def test_codes_of_many_dimensions_are_projected(tmp_path):
-    rng = np.random.default_rng(0)
-    labels = rng.integers(2, size=40)
-    (figure,) = pictures.latent(labels, rng.standard_normal((40, 5)), ["a", "b"], seed=0)
-    (again,) = pictures.latent(labels, rng.standard_normal((40, 2)), ["a", "b"], seed=0)
-    assert figure.image.size == again.image.size
-    assert np.asarray(figure.image).std() > 5
-
-
 def test_a_picture_of_originals_takes_the_classes_in_turn():
     labels = np.array([2, 2, 2, 0, 1, 1, 0, 2])
     assert pictures.one_of_each(labels, 6).tolist() == [3, 4, 0, 6, 5, 1]
@@ -285,14 +276,11 @@ def test_attributes_are_coloured_by_the_first_that_is_on():
 
 
 def test_what_cannot_be_evaluated_is_refused(digits_dataset, tmp_path):
+    shape = r"\(1, 16, 16\), but the checkpoint's networks"
     for uri, data, sentence in (
         (str(tmp_path / "nowhere"), None, "no checkpoint at"),
         (saved(tmp_path / "a", "digits"), None, "give --data"),
-        (
-            saved(tmp_path / "b", "mnist"),
-            digits_dataset,
-            r"\(1, 16, 16\), but the checkpoint's networks",
-        ),
+        (saved(tmp_path / "b", "mnist"), digits_dataset, shape),
     ):
         with pytest.raises(UserError, match=sentence):
             run(uri, tmp_path / "out", tmp_path, data)
@@ -300,16 +288,14 @@ def test_what_cannot_be_evaluated_is_refused(digits_dataset, tmp_path):
         evaluate.evaluate("any", None, tmp_path, cache_dir=tmp_path, limit=1)
 
 
-@pytest.mark.parametrize(("name", "half"), [("ring", "encoder"), ("digits", "generator")])
-def test_networks_that_diverged_are_named(name, half, digits_dataset, cache, tmp_path):
-    state = create_state(override(preset(name), {"model.width": 0.25}))
+@pytest.mark.parametrize("half", ["encoder", "generator"])
+def test_networks_that_diverged_are_named(half, cache, tmp_path):
+    state = create_state(override(preset("ring"), {"model.width": 0.25}))
     with torch.no_grad():
-        for networks in (state.encoder_generator, state.average):
-            if networks is not None:
-                next(getattr(networks, half).parameters()).fill_(float("nan"))
+        next(getattr(state.encoder_generator, half).parameters()).fill_(float("nan"))
     uri = checkpoint.save(state, str(tmp_path / "run"), {})
     with pytest.raises(UserError, match=f"{half} of this checkpoint diverged"):
-        run(uri, tmp_path / "out", cache, digits_dataset)
+        run(uri, tmp_path / "out", cache)
 
 
 def test_another_seed_draws_other_samples(tmp_path):
@@ -350,16 +336,10 @@ def test_the_command_prints_every_number_and_where_the_page_is(tmp_path, capsys,
     assert len(result["figures"]) == 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"out": None}, "needs --out"),
-        ({"device": "gpu"}, "must be cpu or cuda"),
-    ],
-)
-def test_the_command_refuses_what_it_cannot_do(changes, sentence, tmp_path):
+def test_the_command_refuses_what_it_cannot_do(tmp_path):
     from pipelines.evaluate import Evaluate, main
 
-    options = {"checkpoint": saved(tmp_path, "ring"), "out": str(tmp_path), **changes}
-    with pytest.raises(UserError, match=sentence):
-        main(Evaluate(**options))
+    with pytest.raises(UserError, match="needs --out"):
+        main(Evaluate(checkpoint="any"))
+    with pytest.raises(UserError, match="must be cpu or cuda"):
+        main(Evaluate(checkpoint="any", out=str(tmp_path), device="gpu"))

@@ -42,14 +42,6 @@ def test_a_sample_grid_shows_every_image_crisp_and_once(channels):
         assert contains(page, pixels.repeat(4, axis=0).repeat(4, axis=1)) == 1
 
 
-def test_titles_and_notes_are_written_and_fit():
-    plain = figures.sample_grid(images(2), "", columns=2)
-    titled = figures.sample_grid(images(2), "A title that is longer than two images", columns=2)
-    assert titled.width > plain.width
-    assert np.ptp(opened(titled)[:56]) > 150
-    assert np.ptp(opened(plain)[:56]) == 0
-
-
 def test_reconstruction_rows_stand_under_their_originals():
     x = images(3)
     page = opened(figures.reconstruction_rows(x, x[None], np.stack([x] * 2), "Rows"))
@@ -89,14 +81,6 @@ def test_a_scatter_shows_every_class_in_its_colour(dims):
     for colour in figures.PALETTE[:4]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(page.astype(int) - wanted).max(axis=2) < 8).sum() > 20, colour
-
-
-def test_a_closeup_states_how_much_of_the_points_it_shows():
-    near, far = np.zeros((50, 2)), np.full((50, 2), 100.0)
-    one = opened(plots.closeup([("near", near)], "Closeup"))
-    other = opened(plots.closeup([("near", far)], "Closeup"))
-    assert one.shape == other.shape
-    assert not np.array_equal(one[-40:], other[-40:])  # "100% shown" and "0% shown"
 
 
 def small(name: str) -> tuple[EncoderGenerator, Config, np.ndarray | None]:

@@ -50,17 +50,15 @@ def test_a_fast_layer_is_torchs_own(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_in_training_precision_too(case, precision):
+def test_in_bfloat16_too(case):
     torch.manual_seed(0)
     layer, shape = copy.deepcopy(CASES[case][0]), CASES[case][1]
     own = torchs_own(layer)
     x = torch.randn(shape)
-    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = layer(x), own(x)
     assert ours.dtype == theirs.dtype
-    near = 1e-5 if precision == torch.float32 else 2e-2
-    torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +69,9 @@ def test_in_training_precision_too(case, precision):
     ],
     ids=["2d", "1d"],
 )
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_batch_norm_over_ranks_is_batch_norm_over_the_whole_batch(
-    layer, own, shape, world, tmp_path
-):
+def test_batch_norm_over_ranks_is_batch_norm_over_the_whole_batch(layer, own, shape, tmp_path):
     torch.manual_seed(0)
+    world = 2
     layer, own = copy.deepcopy((layer, own))
     x = torch.randn(shape, dtype=torch.float64) * 3 + 5
     own.load_state_dict(layer.state_dict())

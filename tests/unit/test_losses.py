@@ -1,7 +1,5 @@
 """The objective's terms against closed forms and an independent reference."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
@@ -14,13 +12,6 @@ from ivegan.losses import (
 )
 
 LOSSES = ["nonsaturating", "minimax", "relativistic"]
-
-
-@pytest.mark.parametrize("loss", ["nonsaturating", "minimax"])
-def test_a_blind_discriminator_loses_two_log_two(loss):
-    blind = torch.zeros(5, dtype=torch.float64)
-    value = discriminator_loss(blind, blind, loss)
-    torch.testing.assert_close(value, torch.tensor(2 * math.log(2), dtype=torch.float64))
 
 
 def test_discriminator_loss_is_cross_entropy_on_logits():
@@ -54,13 +45,6 @@ def test_losses_and_gradients_are_finite_at_extreme_logits(loss):
     assert real.grad.isfinite().all()
     assert fake.grad is not None
     assert fake.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_agree_with_finite_differences(loss):
-    real, fake = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda a, b: discriminator_loss(a, b, loss), (real, fake))
-    assert torch.autograd.gradcheck(lambda a, b: generator_loss(a, b, loss), (real, fake))
 
 
 def test_gradient_penalty_of_a_linear_function_is_half_its_squared_slope():

@@ -13,16 +13,6 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def with_moments(
-    rng: np.random.Generator, n: int, mean: np.ndarray, covariance: np.ndarray
-) -> np.ndarray:
-    """Return n samples whose sample mean and covariance are exactly these."""
-    x = rng.standard_normal((n, len(mean)))
-    x -= x.mean(axis=0)
-    white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
-    return mean + white @ np.linalg.cholesky(covariance).T
-
-
 # --- Fréchet distance ---------------------------------------------------------------------------
 
 
@@ -30,14 +20,6 @@ def with_moments(
 def test_frechet_distance_of_a_set_to_itself_is_zero(rng, n, d):
     x = 100 * rng.standard_normal((n, d)) + 1000
     assert metrics.frechet_distance(x, x.copy()) == pytest.approx(0, abs=1e-6 * d)
-
-
-def test_frechet_distance_of_axis_aligned_gaussians_is_the_closed_form(rng):
-    std_a, std_b, shift = np.array([1.0, 2, 3]), np.array([2.0, 2, 0.5]), np.array([1.0, 0, -2])
-    a = with_moments(rng, 50, np.zeros(3), np.diag(std_a**2))
-    b = with_moments(rng, 90, shift, np.diag(std_b**2))
-    expected = np.square(shift).sum() + np.square(std_a - std_b).sum()
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_agrees_with_a_matrix_square_root(rng):
@@ -78,13 +60,8 @@ def test_attribute_agreement_gives_no_credit_for_always_saying_no():
     never = np.zeros((3, 5, 2), dtype=np.int64)
     assert metrics.attribute_agreement(attributes, never) == (0.5, 0.5)
     assert metrics.attribute_agreement(attributes, attributes[None])[0] == 1.0
-
-
-def test_attribute_agreement_leaves_constant_attributes_out():
-    attributes = np.array([[1, 1], [0, 1]])
-    assert metrics.attribute_agreement(attributes, 1 - attributes[None])[0] == 0.0
     with pytest.raises(UserError, match="No attribute differs"):
-        metrics.attribute_agreement(attributes[:, 1:], attributes[None, :, 1:])
+        metrics.attribute_agreement(attributes[1:2], attributes[None, 1:2])
 
 
 def test_variation_ratio_is_a_ratio_of_stds(rng):
@@ -102,14 +79,6 @@ def test_variation_ratio_is_a_ratio_of_stds(rng):
 def blobs(rng: np.random.Generator, per_class: int) -> tuple[np.ndarray, np.ndarray]:
     labels = np.repeat(np.arange(4), per_class)
     return 10 * np.eye(4)[labels] + 0.1 * rng.standard_normal((len(labels), 4)), labels
-
-
-def test_nearest_neighbour_accuracy_agrees_with_a_plain_search(rng):
-    train, test = rng.standard_normal((60, 3)), rng.standard_normal((40, 3))
-    train_labels, labels = rng.integers(4, size=60), rng.integers(4, size=40)
-    nearest = np.square(test[:, None] - train[None]).sum(axis=2).argmin(axis=1)
-    found = metrics.nearest_neighbour_accuracy(train, train_labels, test, labels)
-    assert found == np.mean(train_labels[nearest] == labels)
 
 
 def test_linear_probe_separates_what_a_plane_separates(rng):

@@ -25,14 +25,6 @@ def sample_mixture(
     return means[rng.integers(len(means), size=n)] + scale * std * rng.standard_normal((n, 2))
 
 
-@pytest.mark.parametrize(("dataset", "count"), [("ring", 8), ("grid", 25)])
-def test_modes_are_distinct(dataset, count):
-    means, std = modes(dataset)
-    gaps = np.linalg.norm(means[:, None] - means[None], axis=2) + 1e9 * np.eye(len(means))
-    assert len(means) == count
-    assert gaps.min() > 20 * std
-
-
 @pytest.mark.parametrize(
     ("dataset", "mean_kl", "high_kl"), [("ring", 0.0014, 0.0028), ("grid", 0.0048, 0.0075)]
 )
@@ -73,7 +65,7 @@ def test_points_far_from_everything_score_the_worst_there_is():
     assert found["reverse_kl"] == pytest.approx(np.log(8))
 
 
-@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5**0.5])
+@pytest.mark.parametrize("scale", [0.25, 1.5**0.5])
 def test_std_ratio_is_the_spread_over_the_data_s(rng, scale):
     found = mixtures.mixture(sample_mixture(rng, "ring", 40_000, scale), "ring")
     assert found["std_ratio"] == pytest.approx(scale, rel=0.01)

@@ -126,7 +126,4 @@ def test_every_lane_has_a_shard_and_whole_pairs():
         assert 1 <= lanes <= num_shards
         assert batch_size % (2 * lanes) == 0
         assert lanes & (lanes - 1) == 0
-
-
-def test_large_batches_have_more_lanes():
     assert [order.num_lanes(1000, n) for n in (64, 100, 512, 1024)] == [8, 2, 16, 32]

@@ -34,4 +34,5 @@ def test_addresses_of_sqlite_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sqlite_path("sqlite:////a/b%20c.db?timeout=5") == Path("/a/b c.db")
     assert sqlite_path("sqlite+pysqlite:///runs/mlflow.db") == tmp_path / "runs" / "mlflow.db"
-    assert sqlite_path("postgresql://host/db") is None
+    for uri in ("postgresql://host/db", "http://host:5000", "databricks"):
+        assert sqlite_path(uri) is None

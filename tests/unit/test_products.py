@@ -1,12 +1,8 @@
 """What a build leaves for people, and who may write where."""
 
-import functools
-import gzip
 import io
 import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,6 @@ import pytest
 from datasets import files_of
 from PIL import Image
 
-from data_prep import build as build_command
 from data_prep import building
 from data_prep.building import build, make_plan
 from data_prep.products import Written, table
@@ -84,15 +79,6 @@ def test_a_build_that_an_equal_one_overtakes_ends_with_its_manifest(tmp_path, mo
         build("digits", None, str(tmp_path / "alone"))
 
 
-def test_another_build_is_refused_from_the_first_moment(tmp_path):
-    out = str(tmp_path / "set")
-    building._claim(make_plan("digits", None, out))
-    with pytest.raises(UserError, match="holds an unfinished build with other settings"):
-        build("digits", None, out, shard_size=50)
-    assert set(files_of(tmp_path / "set")) == {".unfinished/plan.json"}
-    assert build("digits", None, out)["skipped"] == 0
-
-
 def test_a_claim_that_a_careless_store_let_another_take_ends_the_build(tmp_path, monkeypatch):
     """Conditional writes are not atomic everywhere: both may think that they were first."""
     out = str(tmp_path / "set")
@@ -132,29 +118,3 @@ def test_attributes_become_columns():
     assert [row["Smiling"] for row in rows] == [True, True]
     assert [row["identity"] for row in rows] == [7, 8]
     assert json.dumps(rows[0]["shard"]) == '"k0"'
-
-
-def test_mnist_is_downloaded_built_and_not_fetched_again(idx_folder, tmp_path, capsys):
-    """From a server as a user has it behind a firewall; the files stay beside the data set."""
-    for path in idx_folder.iterdir():
-        if path.suffix != ".gz":
-            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(idx_folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        out = str(tmp_path / "set")
-        options = build_command.Build(dataset="mnist", source=url, out=out, workers=0, dry_run=True)
-        assert build_command.main(options) == {"source": url, "out": out}
-        assert f"{url} would first be downloaded to {out}-raw" in capsys.readouterr().out
-        assert not (tmp_path / "set-raw").exists()
-        assert build("mnist", url, out)["samples"] == 34
-        before = files_of(tmp_path / "set")
-        assert build("mnist", url, out)["skipped"] == 3
-        server.shutdown()
-    assert len(files_of(tmp_path / "set-raw")) == 4
-    assert build("mnist", f"{out}-raw", out)["skipped"] == 3
-    assert files_of(tmp_path / "set") == before
-    with pytest.raises(UserError, match=r"cannot be downloaded .*name their folder with --source"):
-        build("mnist", url, str(tmp_path / "other"))
-    assert not (tmp_path / "other").exists()

@@ -33,8 +33,8 @@ def moved(images: np.ndarray, draws: torch.Tensor, t: Transform) -> np.ndarray:
 
 @pytest.mark.parametrize(("t", "side", "channels"), [(MNIST, 32, 1), (FACES, 128, 3)])
 def test_a_transformation_is_found_again(t, side, channels):
-    x = strokes(16, side, channels)
-    draws = torch.rand(16, 7, generator=torch.Generator().manual_seed(1))
+    x = strokes(8, side, channels)
+    draws = torch.rand(8, 7, generator=torch.Generator().manual_seed(1))
     draws[:, 3] = 0.9  # not mirrored
     places, errors = register(x, moved(x, draws, replace(t, brightness=0.0)), t)
     wanted = (2 * draws[:, :3] - 1).numpy()
@@ -52,14 +52,6 @@ def test_a_mirrored_image_is_recognised_only_where_t_mirrors():
     mirrored = np.ascontiguousarray(x[..., ::-1])
     assert register(x, mirrored, replace(MNIST, flip=True))[1].max() == 0
     assert register(x, mirrored, MNIST)[1].mean() > 0.001
-
-
-def test_a_rotation_alone_is_found_without_a_shift():
-    x, t = strokes(8), Transform(shift=0.0, rotate=20.0)
-    draws = torch.rand(8, 7, generator=torch.Generator().manual_seed(1))
-    places, errors = register(x, moved(x, draws, t), t)
-    assert np.abs(places[:, 2] - (2 * draws[:, 2] - 1).numpy()).mean() < 0.06
-    assert errors.mean() < 1e-3
 
 
 def test_explained_variance_is_one_for_what_z_prime_sets_and_zero_for_the_rest():

@@ -7,7 +7,6 @@ from typing import Literal
 
 import pytest
 
-from ivegan.config import PRESETS, Config, to_dict
 from ivegan.errors import UserError
 from ivegan.storage import schema
 
@@ -38,8 +37,6 @@ def read(text: str) -> Example:
 def test_what_was_written_is_read() -> None:
     assert read(json.dumps(dataclasses.asdict(GOOD))) == GOOD
     assert read('{"kind": "b", "ratio": 1}') == Example("b", 1.0)
-    for preset in PRESETS.values():
-        assert schema.check(to_dict(preset), Config, "preset") == preset
 
 
 @pytest.mark.parametrize(
@@ -48,9 +45,7 @@ def test_what_was_written_is_read() -> None:
         ("", "Expecting value"),
         (json.dumps(dataclasses.asdict(GOOD))[:40], "Unterminated|delimiter|Expecting"),
         ("[" * 3000, "recursion"),
-        ('{"a":' * 3000, "recursion"),
         ("[]", "it is list, not an object"),
-        ("null", "not an object"),
         ('{"kind": "a"}', "ratio is missing"),
         ('{"kind": "c", "ratio": 1}', 'kind is "c", not'),
         ('{"kind": "a", "ratio": NaN}', "NaN"),

@@ -42,7 +42,7 @@ def weights(state: State) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for n in networks for p in n.parameters()])
 
 
-@pytest.mark.parametrize("name", ["ring", "digits", "mnist", "celeba"])
+@pytest.mark.parametrize("name", ["digits", "celeba"])
 def test_a_step_changes_every_network(name):
     config = tiny(name)
     state = create_state(config)
@@ -54,26 +54,9 @@ def test_a_step_changes_every_network(name):
     assert all(v.isfinite() for v in metrics.values())
 
 
-def test_each_phase_gives_gradients_to_its_own_networks_alone():
-    config = tiny("digits")
-    state = create_state(config)
-    seen = {}
-    for name in ("d", "g"):
-        optimizer = getattr(state, f"optimizer_{name}")
-
-        def record(opt, args, kwargs, name=name):
-            grads = [p.grad for p in state.encoder_generator.parameters()]
-            frozen = [p.requires_grad for p in state.discriminators.parameters()]
-            seen[name] = (any(g is not None for g in grads), any(frozen))
-
-        optimizer.register_step_pre_hook(record)
-    train_step(state, *next(batches(config)))
-    assert seen == {"d": (False, True), "g": (True, False)}
-
-
-@pytest.mark.parametrize("name", ["ring", "digits", "mnist"])
+@pytest.mark.parametrize("name", ["ring", "mnist"])
 def test_steps_are_equation_3_written_out_plainly(name):
-    """In float64, twenty steps give the gradients and weights of a loop with a forward per use."""
+    """In float64, eight steps give the gradients and weights of a loop with a forward per use."""
     from torch.nn.functional import logsigmoid
 
     from ivegan.transforms import transform
@@ -99,7 +82,7 @@ def test_steps_are_equation_3_written_out_plainly(name):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10)
 
-    for x, draws in itertools.islice(batches(config), 20):
+    for x, draws in itertools.islice(batches(config), 8):
         x, draws = x.double(), order.Draws(*(d.double() for d in draws))
         train_step(state, x, draws)
 
@@ -178,7 +161,7 @@ def test_what_is_annealed_falls_geometrically_for_four_fifths_of_the_run():
     assert factors == pytest.approx([1, 0.01**0.25, 0.1, 0.01, 0.01])
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist", "celeba"])
+@pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32_weights(name):
     # Fresh networks draw nearly equal images, whose small differences a norm would multiply, the
     # roundings of bfloat16 among them.
@@ -203,18 +186,6 @@ def test_the_average_follows_slowly():
     new, present = next(state.average.parameters()), next(state.encoder_generator.parameters())
     keep = 0.5 ** (16 / 1000)
     torch.testing.assert_close(new, keep * old + (1 - keep) * present)
-
-
-def test_two_runs_are_bit_for_bit_equal_and_another_seed_is_not():
-    def run(seed):
-        state = create_state(tiny("digits", seed=seed))
-        progress = list(train(state, batches(state.config), 16))
-        return weights(state), [p.metrics for p in progress]
-
-    one, two, other = run(0), run(0), run(1)
-    assert torch.equal(one[0], two[0])
-    assert one[1] == two[1]
-    assert not torch.equal(one[0], other[0])
 
 
 def test_progress_counts_images_and_ends_with_the_run():
@@ -290,19 +261,14 @@ def test_the_cosine_schedule_rises_then_falls():
     assert np.all(np.diff(rates[2:]) < 0)
 
 
-@pytest.mark.parametrize("name", ["ring", "digits"])
-def test_micro_batches_give_the_gradients_of_the_batch(name):
+def test_micro_batches_give_the_gradients_of_the_batch():
     """Without batch norm, gradients are means over samples, however they are grouped."""
-    config = tiny(name, model__norm="none", optim__ema=0.0)
+    config = tiny("digits", model__norm="none", optim__ema=0.0)
     whole, split = create_state(config), create_state(config)
     split.micro_batches = 4
-    for network in (
-        whole.generator_side,
-        whole.discriminator_side,
-        split.generator_side,
-        split.discriminator_side,
-    ):
-        network.double()
+    for state in (whole, split):
+        state.generator_side.double()
+        state.discriminator_side.double()
     for x, draws in itertools.islice(batches(config), 5):
         x, draws = x.double(), order.Draws(*(part.double() for part in draws))
         one, other = train_step(whole, x, draws), train_step(split, x, draws)
@@ -320,20 +286,14 @@ def _train_rank(rank: int, world: int, config: Config, micro_batches: int, out: 
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "world", "micro_batches", "invariance"),
-    [
-        ("ring", "none", 2, 1, 0.0),
-        ("digits", "none", 2, 2, 0.0),
-        ("digits", "none", 4, 1, 0.1),
-        ("digits", "sync", 4, 1, 0.0),
-    ],
+    ("norm", "micro_batches", "invariance"), [("none", 2, 0.0), ("sync", 1, 0.1)]
 )
-def test_several_ranks_train_like_one(name, norm, world, micro_batches, invariance, tmp_path: Path):
+def test_several_ranks_train_like_one(norm, micro_batches, invariance, tmp_path: Path):
     """Gradients are means over the global batch, so only the order of additions differs."""
     changes = {"model__norm": norm, "objective__invariance": invariance}
-    config = tiny(name, total_images=16 * 8, **changes)
+    config = tiny("digits", total_images=16 * 8, **changes)
     out = str(tmp_path / "rank0.pt")
-    in_ranks(world, _train_rank, config, micro_batches, out)
+    in_ranks(2, _train_rank, config, micro_batches, out)
     several = torch.load(out, weights_only=True)
     state = create_state(config)
     progress = list(train(state, batches(config), 16))

