@@ -6,10 +6,9 @@ without keys, and Ray works through the same client. Files appear whole or not a
 """
 
 import io
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ivegan.errors import UserError
 from ivegan.storage import local, objects
 from ivegan.storage.errors import Unavailable, local_sentences, patiently, sentences
 from ivegan.storage.objects import environment, s3_client
@@ -22,7 +21,6 @@ __all__ = [
     "Unavailable",
     "absolute",
     "delete_folder",
-    "download_folder",
     "environment",
     "exists",
     "filesystem",
@@ -154,28 +152,6 @@ def upload_folder(source: str | Path, uri: str | Path, last: str | None = None) 
             path = source / name
             with sentences(join(uri, name)), local_sentences(path), path.open("rb") as file:
                 objects.upload((bucket, f"{key}/{name}"), file)
-
-
-def download_folder(uri: str | Path, target: str | Path) -> None:
-    """Copy all files below the URI into a local folder.
-
-    Raises:
-        UserError: there are none.
-    """
-    place, target = parse(uri), Path(target)
-    names = list_files(uri)
-    if not names:
-        raise UserError(f"There is no folder {uri}, or it is empty: correct the URI.")
-    for name in names:
-        # Other programs chose the keys: they must not lead out of the target.
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{uri} holds {name!r}, which is no name for a file: remove it.")
-        path, source = target / name, join(uri, name)
-        with sentences(source), local_sentences(path), local.new_file(path) as file:
-            if isinstance(place, Path):
-                file.write((place / name).read_bytes())
-            else:
-                objects.download((place[0], f"{place[1]}/{name}"), file)
 
 
 def delete_folder(uri: str | Path, first: str | None = None) -> None:
