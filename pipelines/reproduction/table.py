@@ -1,14 +1,17 @@
 """Tables of cells, in Markdown: the floor, raw pixels, each row's mean ± std, published numbers."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ivegan.evaluation.report import MEANINGS
 from pipelines.reproduction.cells import Result
-from pipelines.reproduction.published import PUBLISHED
 from pipelines.reproduction.tasks import Table
 
+PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text("utf-8"))["rows"]
+"""Numbers of other work: tasks, method, source, and metrics as text."""
 # Of columns whose floor has no name of its own.
 _FLOORS = {
     "same_class": "classifier_accuracy",
@@ -42,9 +45,9 @@ def render(task: Table, results: Mapping[str, Sequence[Result]]) -> str:
     for name, row in task.rows.items():
         if results.get(name):
             lines.append(_row(task, row.title, results[name]))
-    for published in PUBLISHED.get(task.name, []):
-        title = f"*published: {published.method} ({published.source})*"
-        lines.append([title, "", *(published.metrics.get(n, "") for n in task.metrics), ""])
+    for row in (row for row in PUBLISHED if task.name in row["tasks"]):
+        title = f"*published: {row['method']} ({row['source']})*"
+        lines.append([title, "", *(row["metrics"].get(n, "") for n in task.metrics), ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
