@@ -1,8 +1,8 @@
 """Layers of torch that compute the same, in ways that train faster; each says why.
 
 Names, weights and results are those of the class that each derives from. All of it is for CPUs, but
-for the bias of convolutions; elsewhere torch's own way is taken. ``benchmarks/layers.py`` measures
-each alone. Batch norm over ranks is the exception: it is here for what torch's own cannot do.
+for the bias of convolutions; elsewhere torch's own way is taken. Batch norm over ranks is the
+exception: it is here for what torch's own cannot do.
 """
 
 import contextlib
