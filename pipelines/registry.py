@@ -155,6 +155,7 @@ def main_sync(options: Sync) -> dict[str, Any]:
         return _print({"waiting": waiting(uri)})
     result = {"delivered": sync(uri)}
     print(f"{sum(result['delivered'].values())} files copied")
+    print(f"Runs: {mlflow_place()}")
     return result
 
 

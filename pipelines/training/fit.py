@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ivegan import storage
 from ivegan.config import config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
@@ -56,10 +57,10 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
     """
     log_line = (lambda line: show({"line": line})) if show else log.info
     record = new_record(plan, check_data(plan))
-    first = not records.exists(plan.run_uri) and plan.run.parent_run is None
-    if records.exists(plan.run_uri):
+    resumed = records.exists(plan.run_uri)
+    if resumed:
         _check_resumable(plan, record.dataset_hash)
-    asked = started(functools.partial(_open_tracking, plan, check=first))
+    asked = started(functools.partial(_open_tracking, plan, resumed))
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if plan.run.resume else 0.0
         ownership = stack.enter_context(claimed(plan.run_uri, patience, log_line))
@@ -121,17 +122,23 @@ def recorded(
             mirror.close()
 
 
-def _open_tracking(plan: Plan, *, check: bool) -> None:
-    """Import MLflow, which takes seconds, and check that its store takes the run if asked to.
+def _open_tracking(plan: Plan, resumed: bool) -> None:
+    """Import MLflow, which takes seconds, and check that its store takes the run.
+
+    A resumed run does not need it at once, and of a sweep's trials the sweep has checked.
 
     Raises:
-        UserError: it does not answer, or does not take the run.
+        UserError: it refuses the run, or does not answer at the run's first start.
     """
     import pipelines.tracking.mirror  # noqa: F401
     from pipelines.tracking import client
 
-    if check:
-        client.check(plan.tracking_uri, plan.experiment)
+    if plan.run.parent_run is None:
+        try:
+            client.check(plan.tracking_uri, plan.experiment)
+        except storage.Unavailable:
+            if not resumed:
+                raise
 
 
 def new_record(plan: Plan, dataset_hash: str, **own: Any) -> RunRecord:

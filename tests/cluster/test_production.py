@@ -19,10 +19,13 @@ from mlflow import MlflowClient
 from servers import check_delivered
 
 from ivegan import checkpoint, storage
+from ivegan.config import preset
 from ivegan.errors import UserError
 from pipelines import record as records
 from pipelines.tracking import client as tracking
 from pipelines.tracking.mirror import sync
+from pipelines.training import fit
+from pipelines.training import plan as planning
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -111,6 +114,9 @@ def test_an_account_that_may_only_read_is_refused_before_it_trains(state, cluste
     with pytest.raises(UserError, match=r"reader may not add runs .* choose another with --exp"):
         tracking.check(cluster.url("mlflow"), "ivegan-digits")
     tracking.check(cluster.url("mlflow"), "of-the-reader")
+    plan = planning.resolve("digits", preset("digits"), planning.Run(workers=0))
+    with pytest.raises(UserError, match="reader may not add runs"):  # nor is one resumed untracked
+        fit._open_tracking(plan, resumed=True)
 
 
 def test_no_secret_stands_in_logs_states_jobs_or_records(cluster):
