@@ -6,6 +6,7 @@ alias last: until then the same command repeats the whole move, so it completes 
 """
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from ivegan import storage
 from ivegan.errors import UserError
+from ivegan.storage import schema
 from pipelines.models import gate, package
 from pipelines.models.versions import (
     KINDS,
@@ -30,6 +32,13 @@ from pipelines.models.versions import (
 from pipelines.paths import cache_dir
 
 _CHANGED = "changed."  # and the time: the tags that hold the history of a version
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """What a tag with JSON holds."""
+
+    record: dict[str, Any]
 
 
 def promote(
@@ -201,15 +210,26 @@ def _enter(client: MlflowClient, version: ModelVersion, stage: str) -> None:
         number = str(version.version)
         client.transition_model_version_stage(version.name, number, stage.capitalize())
     changes = sorted(name for name in version.tags if name.startswith(_CHANGED))
-    last = json.loads(version.tags[changes[-1]]) if changes else {}
+    last = _record_in(version, changes[-1]) if changes else {}
     if last.get("to") != stage:
         now = datetime.now(UTC)
         change = {"from": version.tags.get("stage"), "to": stage}
         change["at"] = now.isoformat(timespec="seconds")
         if stage == "production" and "gate" in version.tags:
-            change["gate"] = json.loads(version.tags["gate"])
+            change["gate"] = _record_in(version, "gate")
         tag(client, version, **{f"{_CHANGED}{now:%Y%m%dT%H%M%S.%fZ}": json.dumps(change)})
     tag(client, version, stage=stage)
+
+
+def _record_in(version: ModelVersion, name: str) -> dict[str, Any]:
+    """Return the record that a tag of a version holds.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    where = f"The tag {name} of version {version.version} of {version.name}"
+    found = schema.parse_json(version.tags[name].encode(), where, "delete the tag")
+    return schema.check({"record": found}, _Tag, where, "delete the tag").record
 
 
 def _differences(client: MlflowClient, preset: str) -> list[str]:

@@ -136,16 +136,20 @@ def describe(version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:
     """Return one version as ``--json`` prints it."""
     tags = version.tags
     name, _, kind = version.name.rpartition("-")
-    images_seen, partner = tags.get("images_seen"), tags.get("partner_version")
+    # None for a number that the tags do not hold, so that a damaged tag hides no other version.
+    images_seen, partner = (
+        int(text) if (text := tags.get(name, "")).isdecimal() else None
+        for name in ("images_seen", "partner_version")
+    )
     return {
         "name": version.name,
         "version": int(version.version),
         "stage": stage_of(version, aliases),
         "run_id": tags.get("run_id"),
         "mlflow_run_id": version.run_id,
-        "images_seen": None if images_seen is None else int(images_seen),
+        "images_seen": images_seen,
         "registered_at": tags.get("registered_at"),
         "sha256": tags.get("sha256"),
         "partner": f"{name}-{'generator' if kind == 'encoder' else 'encoder'}",
-        "partner_version": None if partner is None else int(partner),
+        "partner_version": partner,
     }

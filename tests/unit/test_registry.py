@@ -291,6 +291,38 @@ def test_a_poor_pair_of_unknown_origin_is_refused(home, store, digits_dataset, m
     assert stages_in(store, ENCODER)["1"] == ("staging", "Staging")
 
 
+def test_the_check_in_the_docs_accepts_a_model_and_refuses_a_changed_one(registered, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.store)
+    text = (Path(__file__).resolve().parents[2] / "docs" / "mlflow.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    assert loaded["encoder"].predict(np.zeros((2, 1, 16, 16), np.uint8)).shape[0] == 2
+    for graph in (registered.home / "runs" / "artifacts").rglob("model.pt2"):
+        graph.write_bytes(graph.read_bytes() + b"x")
+    with pytest.raises(AssertionError):
+        exec(code, {})
+
+
+def test_a_damaged_tag_is_one_sentence_and_hides_no_version(registered):
+    client = MlflowClient(registered.store)
+    tags = client.get_model_version(ENCODER, "2").tags
+    (change,) = [name for name in tags if name.startswith("changed.")]
+    client.set_model_version_tag(ENCODER, "1", "images_seen", "many")
+    rows = {(row["name"], row["version"]): row for row in overview()["versions"]}
+    assert rows[ENCODER, 1]["images_seen"] is None
+    assert len(rows) == 4
+    for damage in ("[1]", "[" * 3000, '{"to": NaN}', '{"to": 1, "to": 2}', "{"):
+        client.set_model_version_tag(ENCODER, "2", change, damage)
+        version = client.get_model_version(ENCODER, "2")
+        with pytest.raises(UserError, match=rf"tag {change} of version 2 of {ENCODER} is damaged"):
+            stages._record_in(version, change)
+    with pytest.raises(UserError, match="is damaged"):
+        promote("digits")
+    client.delete_model_version_tag(ENCODER, "2", change)
+    promote("digits")
+
+
 class CutError(Exception):
     """The process that writes to MLflow dies before its next call."""
 
