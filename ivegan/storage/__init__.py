@@ -24,6 +24,7 @@ __all__ = [
     "environment",
     "exists",
     "filesystem",
+    "is_inside",
     "is_local",
     "join",
     "list_files",
@@ -60,6 +61,14 @@ def exists(uri: str | Path) -> bool:
             return True
         prefix = f"{key}/" if key else ""
         return s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)["KeyCount"] > 0
+
+
+def is_inside(folder: str | Path, name: str) -> bool:
+    """Return whether a name below a folder stays there, links of this machine followed."""
+    place, file = parse(folder), parse(join(folder, name))
+    if isinstance(place, Path) and isinstance(file, Path):
+        return file.resolve().is_relative_to(place.resolve())
+    return True
 
 
 def read_bytes(uri: str | Path) -> bytes:

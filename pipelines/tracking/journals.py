@@ -158,7 +158,9 @@ def _send(tracked: MlflowClient, run_id: str, entry: _Entry, stem: str) -> None:
     if points or tags:
         tracked.log_batch(run_id, metrics=points, tags=tags)
     file = entry.file
-    if file and storage.exists(storage.join(stem, file)):
+    if file and not storage.is_inside(stem, file):
+        log.warning("%s leads out of %s: left out", file, stem)
+    elif file and storage.exists(storage.join(stem, file)):
         with TemporaryDirectory() as tmp:
             path = Path(tmp, PurePosixPath(file).name)
             path.write_bytes(storage.read_bytes(storage.join(stem, file)))

@@ -208,6 +208,9 @@ def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[s
 def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: list[str]) -> None:
     """Copy figures, and files of an evaluation with its numbers; leave out what is refused."""
     for name in names:
+        if not storage.is_inside(run_uri, name):
+            log.warning("%s leads out of %s: left out", name, run_uri)
+            continue
         content = storage.read_bytes(storage.join(run_uri, name))
         if name.endswith("/metrics.json"):
             _copy_evaluation(tracked, run_id, name, storage.join(run_uri, name))

@@ -52,18 +52,20 @@ def test_a_journal_of_version_0_1_is_delivered_once(home, store, mlflow_runs):
         {"start": start, "timestamp": 1000},
         {"metrics": {"loss/D": 1.5}, "step": 64, "timestamp": 2000},
         {"file": "figures/samples-0000000064.png", "timestamp": 2000},
+        {"file": "figures/password.png", "timestamp": 2000},
         {"tags": {"best": "x"}, "timestamp": 3000},
         {"status": "FINISHED", "timestamp": 4000},
     ]
     folder = home / "runs" / "journal"
     (folder / "old" / "figures").mkdir(parents=True)
     (folder / "old" / "figures" / "samples-0000000064.png").write_bytes(b"png")
+    (folder / "old" / "figures" / "password.png").symlink_to("/etc/passwd")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "old.jsonl").write_text(text + '{"cut')
     (home / "runs" / "checkpoints").mkdir()
-    assert journals.waiting(folder) == {"old-0123456789ab": 5}
+    assert journals.waiting(folder) == {"old-0123456789ab": 6}
     ((run_id, count),) = sync(home / "runs" / "checkpoints").items()
-    assert count == 5
+    assert count == 6
     assert sync(home / "runs" / "checkpoints") == journals.waiting(folder) == {}
     (run,) = mlflow_runs(store)
     assert run.info.run_id == run_id

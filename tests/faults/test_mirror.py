@@ -65,6 +65,16 @@ def test_a_run_is_copied_once_however_often_it_is_mirrored(store, home, mlflow_r
     assert waiting(home / "runs") == {}
 
 
+def test_a_figure_that_is_a_link_out_of_its_folder_is_left_out(store, home, mlflow_runs, caplog):
+    run_uri = run_folder(home / "runs")
+    Path(run_uri, "figures", "password.png").symlink_to("/etc/passwd")
+    sync(home / "runs")
+    (run,) = mlflow_runs(store)
+    files = MlflowClient(store).list_artifacts(run.info.run_id, "figures")
+    assert [file.path for file in files] == ["figures/samples-0000000192.png"]
+    assert "figures/password.png leads out of" in caplog.text
+
+
 def test_a_point_is_never_rewritten(home):
     run_uri = run_folder(home)
     before = records.read_metrics(run_uri)
