@@ -289,12 +289,13 @@ def _lists(source: str) -> _Lists:
         """Return the values of a list that must have a row for each image, in the same order."""
         uri, values = storage.join(source, name), []
         for row, image in itertools.zip_longest(rows(name), attributes, fillvalue=""):
-            if not re.fullmatch(rf"{re.escape(image)}\s+({value})\s*", row):
+            found = re.fullmatch(rf"{re.escape(image)}\s+({value})\s*", row)
+            if not image or found is None:
                 raise UserError(
                     f"{uri} has the row {row[:80]!r} where {image or 'no image'!r}, as in "
                     f"{ATTRIBUTES}, and {meaning} are expected: take both from the same release."
                 )
-            values.append(int(row.split()[1]))
+            values.append(int(found[1]))
         return values
 
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}

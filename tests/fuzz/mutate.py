@@ -2,7 +2,7 @@
 
 A reader may refuse a damaged file with a sentence (UserError), or return what was written. Anything
 else is a failure: a traceback, other data where a digest exists, a file written outside, or a case
-that takes longer than it may.
+that takes longer, or more memory, than it may.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep import building, mnist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from datasets import write_faces
+
+from data_prep import building, celeba, mnist
 from data_prep.build import build
 from ivegan import checkpoint, storage
 from ivegan.config import from_dict, override, preset, to_dict
@@ -44,6 +48,7 @@ from pipelines.tracking import journals, mirror
 from pipelines.training.plan import Run
 
 LONGEST = 20.0  # seconds of one case
+LARGEST = 4 << 30  # bytes of memory, the libraries included
 EVALUATION = "evaluation-0000000016/metrics.json"
 
 Read = Callable[[Path], Any]
@@ -144,6 +149,7 @@ def targets(root: Path) -> list[Target]:
     record.write_record(str(root / "run"), own)
     record.write_points(str(root / "run"), 16, {"loss/D": 1.0})
     _write_idx(root / "idx")
+    write_faces(root / "faces")
     evaluation = {"metrics": {"eval/a": 1.0}, "metadata": {"config": to_dict(config)}}
     (root / "run" / EVALUATION).parent.mkdir()
     (root / "run" / EVALUATION).write_text(json.dumps(evaluation))
@@ -199,6 +205,10 @@ def targets(root: Path) -> list[Target]:
         samples = read_shard(str(folder), valid, manifest.image_shape)
         return [np.stack([s.image for s in samples]), [s.meta for s in samples]]
 
+    def faces(folder: Path) -> Any:
+        source = celeba.describe(str(folder), "celeba")
+        return [s.image for s in celeba.read(str(folder), "test", 0, source.splits["test"])]
+
     def idx(folder: Path) -> Any:
         source = mnist.describe(str(folder), "mnist")
         return [s.image for s in mnist.read(str(folder), "test", 0, source.splits["test"])]
@@ -217,6 +227,7 @@ def targets(root: Path) -> list[Target]:
         Target("run.json", root / "run", ("run.json",), _record, False),
         Target("points", root / "run", (metrics,), _points, False),
         Target("idx", root / "idx", raw, idx, False),
+        Target("celeba", root / "faces", _names(root / "faces"), faces, False),
         Target("evaluation", root / "run", (EVALUATION,), _evaluation, False),
         Target("mlflow.json", root / "run", ("mlflow.json",), _note, False),
         Target("claim", root / "claim", ("claim-0000000001.json",), _claim, False),
@@ -356,6 +367,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this time")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    resource.setrlimit(resource.RLIMIT_DATA, (LARGEST, LARGEST))
     numbers, wrong = fuzz(options.cases, options.seed, options.seconds)
-    print(f"{sum(numbers.values())} cases, {len(wrong)} failures: {dict(numbers)}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"{sum(numbers.values())} cases, {len(wrong)} failures, {peak} MiB: {dict(numbers)}")
     sys.exit(1 if wrong else 0)

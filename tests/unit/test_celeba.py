@@ -165,6 +165,7 @@ SPOILT: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: edit(f / PARTITION, "000010.jpg 2\n", ""), "has the row '' where '000010.jpg'"),
     (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg 7"), "row '000002.jpg 7' where"),
     (lambda f: edit(f / PARTITION, "000010.jpg 2", "000010.jpg 2\nx 1"), "row 'x 1' where 'no im"),
+    (lambda f: edit(f / PARTITION, "000010.jpg 2", "000010.jpg 2\n 1"), "row ' 1' where 'no im"),
     (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"), f"{IDENTITY} has the row '00"),
     (lambda f: (f / celeba.ZIP).unlink(), "There is no img_align_celeba.zip and there are no JPEG"),
     (lambda f: (f / celeba.ZIP).write_bytes(b"PK" * 99), "img_align_celeba.zip is damaged"),
