@@ -3,10 +3,11 @@
     python benchmarks/chaos.py --minutes 30
 
 One configuration is trained again and again, with two workers of Ray, checkpoints in S3 and metrics
-in MLflow, all real servers on loopback. Every time but the first a rank, the raylet, the driver,
-the S3 server or the MLflow server is killed every few seconds; servers start again after a while,
-and a training that ended is started again with --resume. At the end weights and history must be
-equal to those of the first, and MLflow must hold each point once.
+in MLflow, all real servers on loopback. Every time but the first a rank, Ray's raylet or GCS, the
+driver, the S3 server or the MLflow server is killed every few seconds; servers start again after a
+while, and a training that ended is started again with --resume. Half of the starts are left alone
+until they have trained, so that a run advances. At the end weights and history must be equal to
+those of the first, and MLflow must hold each point once.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ sys.path.insert(0, str(ROOT / "infra"))
 import local_cluster  # noqa: E402
 from local_cluster import Cluster, environment_of  # noqa: E402
 
-VICTIMS = ("rank", "raylet", "driver", "s3", "mlflow")
+PROCESSES = {"rank": "RayTrainWorker", "raylet": "raylet/raylet", "gcs": "gcs/gcs_server"}
+VICTIMS = (*PROCESSES, "driver", "s3", "mlflow")
 BATCH = 64
 _PAUSE = 5.0, 40.0  # seconds between two faults
 _DOWN = 0.0, 20.0  # seconds that a server is away
@@ -40,7 +42,11 @@ class Round:
     """What happened in one round."""
 
     number: int
-    faults: Counter[str]
+    faults: Counter[str] = field(default_factory=Counter)
+    endings: Counter[str] = field(default_factory=Counter)
+    """Faults after which the training ended before the next one, and was started again."""
+    after_steps: int = 0
+    """Faults before which steps had been computed since the last start."""
     restarts: int = 0
     problems: tuple[str, ...] = ()
 
@@ -66,10 +72,15 @@ class Trial:
 
     def start(self) -> None:
         """Start it, or continue it."""
+        self._start = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._words, cwd=self._folder, env=self._environment, stdout=log, stderr=log
             )
+
+    def has_trained(self) -> bool:
+        """Return whether steps have been computed since the last start."""
+        return b"\nimages " in self.log.read_bytes()[self._start :]
 
     def kill(self, victim: str, draws: random.Random) -> bool:
         """Kill one of its processes; return whether there was one."""
@@ -80,8 +91,7 @@ class Trial:
         if victim == "driver":
             self.process.kill()
             return True
-        names = {"rank": "RayTrainWorker", "raylet": "raylet/raylet"}
-        found = [p for p in family if names[victim] in _command(p)]
+        found = [p for p in family if PROCESSES[victim] in _command(p)]
         if found:
             draws.choice(found).kill()
         return bool(found)
@@ -96,10 +106,11 @@ def _command(process: psutil.Process) -> str:
 
 def broken(trial: Trial, cluster: Cluster, draws: random.Random, deadline: float) -> Round:
     """Kill processes until the training ends with 0, starting it again where it ended otherwise."""
-    outcome = Round(int(trial.run_id.rpartition("-")[2]), Counter())
+    outcome = Round(int(trial.run_id.rpartition("-")[2]))
     away: dict[str, float] = {}  # server -> when it comes back
     victims: list[str] = []
-    last_restart = time.monotonic()
+    last = ""  # the fault since which the training has not been started again
+    last_restart, spared = time.monotonic(), True
     while True:
         wait = draws.uniform(*_PAUSE)
         try:
@@ -114,7 +125,9 @@ def broken(trial: Trial, cluster: Cluster, draws: random.Random, deadline: float
         if status is not None:
             trial.start()
             outcome.restarts += 1
-            last_restart = time.monotonic()
+            outcome.endings.update([last] if last else [])
+            last = ""
+            last_restart, spared = time.monotonic(), draws.random() < 0.5
             continue
         if time.monotonic() - last_restart > _HANGS:
             outcome.problems += ("a training hangs",)
@@ -122,6 +135,9 @@ def broken(trial: Trial, cluster: Cluster, draws: random.Random, deadline: float
             break
         if time.monotonic() > deadline:
             continue  # it ends in peace
+        trained = trial.has_trained()
+        if spared and not trained:
+            continue
         if not victims:
             victims = draws.sample(VICTIMS, len(VICTIMS))
         for victim in victims:  # the first that is there
@@ -132,6 +148,9 @@ def broken(trial: Trial, cluster: Cluster, draws: random.Random, deadline: float
                 continue
             victims.remove(victim)
             outcome.faults[victim] += 1
+            outcome.after_steps += trained
+            last = victim
+            print(f"{trial.run_id}: {victim} killed", flush=True)
             break
     for server in away:
         _start(cluster, server)
@@ -228,12 +247,26 @@ def main() -> None:
                 flush=True,
             )
             rounds.append(outcome)
-    total = sum((one.faults for one in rounds), Counter[str]())
+    print(summary(rounds))
+    sys.exit(any(one.problems for one in rounds))
+
+
+def summary(rounds: list[Round]) -> str:
+    """Return a line for each victim, and one for all rounds."""
+    lines = []
+    for victim in (*VICTIMS, "all"):
+        names = VICTIMS if victim == "all" else (victim,)
+        numbers = [sum(one.faults[n] for n in names) for one in rounds]
+        survived = sum(n for n, one in zip(numbers, rounds, strict=True) if not one.problems)
+        endings = sum(one.endings[n] for one in rounds for n in names)
+        lines.append(
+            f"{victim}: {sum(numbers)} faults, {survived} survived, {endings} of them by --resume"
+        )
+    lines.append(f"after steps since the last start: {sum(one.after_steps for one in rounds)}")
     failed = [one.number for one in rounds if one.problems]
-    print(
-        f"{len(rounds)} rounds, {total.total()} faults {dict(total)}, rounds that differ: {failed}"
-    )
-    sys.exit(1 if failed else 0)
+    equal = "weights and history of all equal the unbroken run's, each point once in MLflow"
+    ending = f"rounds that differ: {failed}" if failed else equal
+    return "\n".join([*lines, f"{len(rounds)} rounds: {ending}"])
 
 
 if __name__ == "__main__":
