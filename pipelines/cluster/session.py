@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from types import FrameType
@@ -61,7 +61,13 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
             quiet["_temp_dir"] = f"/tmp/ivegan-ray-{os.getuid()}"
         if " " in sys.executable:  # Ray 2.60 puts it into a shell's command as it is
             quiet["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
-        ray.init(address="local", include_dashboard=dashboard, **quiet)
+        try:
+            ray.init(address="local", include_dashboard=dashboard, **quiet)
+        except Exception as error:  # Ray raises that class where its processes do not answer
+            raise UserError(
+                f"Ray did not start on this machine ({' '.join(str(error).split())}): start the "
+                "command again when less runs here, or give --workers 0."
+            ) from error
     try:
         yield
     finally:
@@ -127,29 +133,33 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 def require_resources(
-    workers: int, each: dict[str, float], patience: float, log_line: Callable[[str], None]
-) -> None:
-    """Return once the cluster can hold the workers.
+    sizes: Sequence[int], each: dict[str, float], patience: float, log_line: Callable[[str], None]
+) -> int:
+    """Return the largest number of workers that the cluster can hold.
 
     Args:
-        workers: their number.
-        each: resources of one.
-        patience: seconds to wait for an autoscaler to add nodes.
+        sizes: numbers to choose from, the largest first.
+        each: resources of one worker.
+        patience: seconds to wait for an autoscaler to add nodes for the largest.
         log_line: called with each line about the waiting.
 
     Raises:
-        UserError: it cannot, and nothing can add what is missing in time.
+        UserError: it can hold none of them, and nothing can add what is missing in time.
     """
     from ray.autoscaler.sdk import request_resources
 
     deadline = time.monotonic() + patience
+    workers, least = sizes[0], sizes[-1]
     asked = 0  # times
     try:
         while (room := _room(each)) < workers:
             if not os.environ.get("RAY_ADDRESS") or time.monotonic() >= deadline:
+                if fitting := [size for size in sizes if size <= room]:
+                    log_line(f"{fitting[0]} workers instead of {workers}: the cluster has no room.")
+                    return fitting[0]
                 waited = f" after waiting {patience:g} s" if asked else ""
                 raise UserError(
-                    f"{workers} workers of {_words(each)} each were asked for, but the cluster has "
+                    f"{least} workers of {_words(each)} each were asked for, but the cluster has "
                     f"room for {room}{waited}; lower --workers or --threads, or add nodes"
                     + ("." if waited else " (--wait-for-nodes waits for an autoscaler).")
                 )
@@ -158,6 +168,7 @@ def require_resources(
                 log_line(_missing(room, workers, each))
             asked += 1
             threading.Event().wait(_LOOK)  # the autoscaler offers nothing to wait on
+        return workers
     finally:
         if asked:  # taken back, or the autoscaler would hold the nodes indefinitely
             request_resources(bundles=[])

@@ -153,7 +153,7 @@ def _search(plan: Plan, definition: Definition, options: Sweep) -> Any:
     # With its dashboard: without it, a stopped trial's resources are never given back.
     with ray_session(dashboard=True), terminated_by_signal():
         each, patience = options.worker_resources, options.wait_for_nodes
-        require_resources(options.workers, each, patience, print)
+        require_resources([options.workers], each, patience, print)
         tuner = _tuner(plan, definition, options)
         # In the main thread Tune would handle Ctrl-C and return as if it had finished.
         ScorePrinter.cut.clear()

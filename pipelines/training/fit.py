@@ -25,7 +25,7 @@ from pipelines.cluster.session import (
 )
 from pipelines.record import RunRecord
 from pipelines.training.follow import Follower, Measure, Show, following
-from pipelines.training.plan import Plan, check_data, check_same_data, git_commit
+from pipelines.training.plan import Plan, check_data, check_same_data, git_commit, sizes_of
 from pipelines.training.ray_backend import fit_ray
 from pipelines.training.worker import work
 
@@ -64,12 +64,13 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if plan.run.resume else 0.0
         ownership = stack.enter_context(claimed(plan.run_uri, patience, log_line))
-        record = new_record(plan, record.dataset_hash)
+        sizes, each = sizes_of(plan.config, plan.run), plan.run.worker_resources
+        room = functools.partial(require_resources, sizes, each, plan.run.wait_for_nodes, log_line)
         if plan.run.workers:  # Ray starts while MLflow is asked
             stack.enter_context(ray_session())
-            each = plan.run.worker_resources
-            require_resources(plan.run.workers, each, plan.run.wait_for_nodes, log_line)
-            stack.enter_context(missing_nodes_logged(plan.run.workers, each, log_line))
+            plan = plan.of_size(room())
+            stack.enter_context(missing_nodes_logged(sizes[-1], each, log_line))
+        record = new_record(plan, record.dataset_hash)
         answer_of(asked)
         asked_to_end = stack.enter_context(terminated_by_signal(0 if plan.run.workers else GRACE))
         stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri, ownership))
@@ -77,7 +78,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         metadata = _metadata(record)
         if plan.run.workers:
             with following(follower):
-                result = fit_ray(plan, metadata, record.key)
+                result = fit_ray(plan, metadata, record.key, room if len(sizes) > 1 else None)
         else:
             noticed = False
 
@@ -194,5 +195,5 @@ def _check_resumable(plan: Plan, dataset_hash: str) -> None:
 
 def _metadata(record: RunRecord) -> dict[str, Any]:
     """Return what a checkpoint's ``config.json`` holds beside the configuration."""
-    names = ["preset", "run_id", "data", "dataset_hash", "config_hash", "git_commit", "world_size"]
+    names = ["preset", "run_id", "data", "dataset_hash", "config_hash", "git_commit"]
     return {name: getattr(record, name) for name in (*names, "threads", "versions", *HOW)}

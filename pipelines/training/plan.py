@@ -10,7 +10,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ivegan import storage
 from ivegan.config import Config, to_dict
@@ -37,6 +37,40 @@ def default_workers() -> int:
         return 2
     log.warning("This machine has one CPU: one worker by default instead of two.")
     return 1
+
+
+class Workers(int):
+    """The most workers of a run, with the ``least`` that it starts or continues with."""
+
+    least: int
+
+    @classmethod
+    def parse(cls, words: list[str]) -> "Workers":
+        """Return the numbers of ``N`` or ``MIN:MAX``.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        least, colon, most = words[0].rpartition(":")
+        with contextlib.suppress(ValueError):
+            workers = cls(most)
+            workers.least = int(least) if colon else workers
+            if not colon or 1 <= workers.least <= workers:
+                return workers
+        raise ValueError(f"{words[0]} is neither N nor MIN:MAX with 1 <= MIN <= MAX.")
+
+    @classmethod
+    def flag(cls) -> Any:
+        """Return how tyro, imported by commands alone, reads this option."""
+        from tyro.constructors import PrimitiveConstructorSpec
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="N|MIN:MAX",
+            instance_from_str=cls.parse,
+            is_instance=lambda value: isinstance(value, int),
+            str_from_instance=lambda value: [str(value)],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +135,10 @@ class Run(Execution):
 
     run_id: str | None = None
     """Name of the run, its folder in storage; made from preset and time by default."""
+    workers: "Annotated[int, Workers.flag()]" = dataclasses.field(default_factory=default_workers)
+    """DDP workers of Ray Train, 1 by default where this machine has one CPU; 0 is the plain loop in
+    this process, without Ray. MIN:MAX starts, and continues when a node is lost, with as many as
+    divide the batch and find room."""
     resume: bool = False
     """Continue the run id from its last checkpoint if it has one, start it otherwise."""
     log_every: int = 0
@@ -116,6 +154,13 @@ class Run(Execution):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(log_every=0, save_every=0, keep=0)
+
+
+def sizes_of(config: Config, run: Run) -> list[int]:
+    """Return the numbers of workers that can share a batch, largest first; one unless elastic."""
+    least, unit = getattr(run.workers, "least", run.workers), 2 * run.accumulate
+    sizes = range(run.workers, least - 1, -1)
+    return [n for n in sizes if config.batch_size % (unit * max(1, n)) == 0]
 
 
 def run_of(execution: Execution, **own: Any) -> Run:
@@ -150,6 +195,10 @@ class Plan:
         """Name of the MLflow experiment."""
         return self.run.experiment or f"ivegan-{self.config.dataset}"
 
+    def of_size(self, workers: int) -> "Plan":
+        """Return this plan with so many workers."""
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, workers=workers))
+
     @property
     def images(self) -> int:
         """Images that are seen when the run is finished: whole batches of them."""
@@ -157,13 +206,14 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``--dry-run``."""
+        sizes = sizes_of(self.config, self.run)
         return {
             "preset": self.preset,
             "run_id": self.run_id,
             "run_uri": self.run_uri,
             "data": self.data_uri,
             "tracking_uri": public(self.tracking_uri),
-            "workers": self.run.workers,
+            "workers": self.run.workers if len(sizes) == 1 else sizes,
             "gpu": self.run.gpu,
             "steps": self.config.total_steps,
             "config": to_dict(self.config),
@@ -176,13 +226,13 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
     Raises:
         UserError: settings that cannot work together, or a place that is missing.
     """
-    share = max(1, run.workers)
-    if config.batch_size % (2 * share):
+    sizes, share = sizes_of(config, run), max(1, run.workers)
+    if not sizes and config.batch_size % (2 * share):
         raise UserError(
             f"batch_size {config.batch_size} cannot be cut into {share} equal, even shares; "
             f"choose a multiple of {2 * share}, or other --workers."
         )
-    if config.batch_size % (2 * share * run.accumulate):
+    if not sizes:
         raise UserError(
             f"A worker's {config.batch_size // share} samples of a batch cannot be cut into "
             f"{run.accumulate} equal, even parts; choose another --accumulate."
@@ -242,7 +292,8 @@ def check_data(plan: Plan) -> str:
     if manifest.splits.get("train", 0) < 2:
         raise UserError(f"{plan.data_uri} has no train samples: build the data set again.")
     if plan.run.stream:
-        stream_of(plan, manifest).check(plan.config, max(1, plan.run.workers))
+        for workers in sizes_of(plan.config, plan.run):
+            stream_of(plan, manifest).check(plan.config, max(1, workers))
     return manifest.hash
 
 

@@ -1,11 +1,13 @@
 """Ray Train as the back end of a training: its ranks, their outcome and their failures."""
 
+import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
-from ivegan import storage
+from ivegan import checkpoint, storage
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
 from pipelines import record as records
@@ -13,19 +15,54 @@ from pipelines.cluster.session import in_a_thread
 from pipelines.training.plan import Plan
 from pipelines.training.worker import work
 
+log = logging.getLogger(__name__)
 
-def fit_ray(plan: Plan, metadata: dict[str, Any], key: str) -> dict[str, Any]:
-    """Train with Ray's workers and return rank 0's outcome; ``key`` is that of the run's record.
+_FAILURES = 3  # of workers that a run continues after
+
+
+def fit_ray(
+    plan: Plan, metadata: dict[str, Any], key: str, room: Callable[[], int] | None = None
+) -> dict[str, Any]:
+    """Train with Ray's workers and return rank 0's outcome.
+
+    Args:
+        plan, metadata: of the run, and of its checkpoints.
+        key: of the run's record.
+        room: returns how many workers an elastic run continues with after a failure.
 
     Raises:
         UserError: a worker raised it, or the workers do not see the driver's storage.
         NonFiniteLossError: training diverged.
     """
-    import ray.train
+    from ray.train import TrainingFailedError
+
+    failures = 0
+    while True:
+        last = checkpoint.latest(plan.run_uri)
+        try:
+            outcome = _fit(plan, metadata, key, elastic=room is not None)
+            break
+        except TrainingFailedError as error:
+            cause = _cause(error)
+            failures = failures + 1 if checkpoint.latest(plan.run_uri) == last else 1
+            if room is None or failures > _FAILURES or isinstance(cause, UserError):
+                raise cause from error
+            log.warning("The workers failed; the run continues from its last checkpoint.")
+            plan = plan.of_size(room())
+    if "refused" in outcome:
+        raise UserError(outcome["refused"])
+    if "diverged" in outcome:
+        raise NonFiniteLossError(outcome["diverged"])
+    return outcome
+
+
+def _fit(plan: Plan, metadata: dict[str, Any], key: str, *, elastic: bool) -> dict[str, Any]:
+    """Run one of Ray's trainers; an elastic run starts another, with other workers, if it fails."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    again = 0 if elastic else -1
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = TorchTrainer(
         _ray_worker,
@@ -39,19 +76,16 @@ def fit_ray(plan: Plan, metadata: dict[str, Any], key: str) -> dict[str, Any]:
             name=plan.run_id,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(
+                max_failures=0 if elastic else _FAILURES,
+                max_preemption_failures=again,
+                controller_failure_limit=again,
+            ),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
-        outcome = in_a_thread(trainer.fit).return_value
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
+    outcome = in_a_thread(trainer.fit).return_value
     assert isinstance(outcome, dict), "rank 0 returns the outcome"
-    if "refused" in outcome:
-        raise UserError(outcome["refused"])
-    if "diverged" in outcome:
-        raise NonFiniteLossError(outcome["diverged"])
     return outcome
 
 

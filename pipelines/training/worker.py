@@ -50,6 +50,7 @@ def work(
     """
     run, config = plan.run, plan.config
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    metadata = {**metadata, "world_size": world_size}
     state, saved = _state(plan)
     source = _training_data(plan)
     pictured = first_images(source, 10) if source is not None and rank == 0 else None

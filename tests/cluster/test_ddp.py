@@ -1,6 +1,7 @@
 """Training on Ray: two workers compute what one process does, and outlive a killed one."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
@@ -16,8 +18,9 @@ from data_prep.building import build
 from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError
+from pipelines.cluster.session import ray_session
 from pipelines.training.fit import fit
-from pipelines.training.plan import Run, resolve
+from pipelines.training.plan import Run, Workers, resolve
 
 
 def weights_of(result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -49,6 +52,17 @@ def test_a_ray_of_its_own_leaves_no_process_behind(home):
         assert psutil.Process(int(done.stdout)).status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_ray_that_does_not_start_is_a_sentence(home, monkeypatch):
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=r"Ray did not start .*timed out.*--workers 0"):
+        ray_session().__enter__()
+
+
 def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
     """Same data, same draws: only the order of additions differs."""
     images = 64 * 40
@@ -76,6 +90,22 @@ def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     _, encoder, _, metadata = checkpoint.load_networks(result["checkpoint"])
     assert metadata["data"] == f"{s3}/digits"
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
+
+
+def test_an_elastic_run_takes_the_workers_that_find_room(home, ray_cluster, ring):
+    """Of four, two and one, which divide the batch: two, and one when each wants both CPUs."""
+    elastic = Workers.parse(["1:4"])
+    _, plain = ring()("plain")
+    result, _ = ring(workers=elastic, images=64 * 10)("a")
+    assert result["world_size"] == 2
+    assert checkpoint.read_metadata(result["checkpoint"])["world_size"] == 2
+    result, losses = ring(workers=elastic)("a", resume=True, threads=2)
+    assert result["world_size"] == 1
+    assert len(losses) == len(plain) == 20
+    for a, b in zip(plain, losses, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    with pytest.raises(UserError, match=r"4 workers of 1 CPU each.*room for 2"):
+        ring(workers=Workers.parse(["3:4"]))("b")
 
 
 @pytest.mark.slow

@@ -183,6 +183,24 @@ def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(state, 
     each_metric_once("broken")
 
 
+def test_an_elastic_run_continues_on_the_node_that_is_left(state, cluster):
+    elastic = (*TRAINING, "--run-id", "elastic", "--workers", "1:2", "--keep", "0")
+    job = local_demo.submit(cluster, *elastic, wait=False)
+    until(f"{RUNS}/elastic/checkpoint-0000001280/config.json")
+    local_cluster.end(cluster, "node-1", kill=True)
+    local_demo.finish(cluster, job)
+    local_cluster.start_node(cluster, "node-1")
+    cluster.save(state)
+    sizes = {
+        checkpoint.read_metadata(uri)["world_size"]
+        for uri in checkpoint.checkpoints(f"{RUNS}/elastic")
+    }
+    assert sizes == {1, 2}
+    seen = [point.images_seen for point in records.read_metrics(f"{RUNS}/elastic")]
+    assert seen == list(range(640, 7680 + 1, 640))
+    each_metric_once("elastic")
+
+
 def test_a_sweep_goes_through_an_outage_of_mlflow_and_s3(state, cluster):
     words = ["pipelines/tune.py", "digits", "--data", DATA, "--storage", RUNS, "--sweep-id", "s"]
     words += ["--samples", "2", "--scores", "2", "--total-images", "6400", "--score-images", "200"]

@@ -251,3 +251,17 @@ def test_where_one_cpu_is_there_one_worker_is_the_default(
     assert caplog.text.count("one CPU: one worker by default instead of two") == 2 - workers
     assert plan.Run(workers=2).workers == 2
     plan.default_workers.cache_clear()
+
+
+def test_numbers_of_workers_are_those_that_divide_the_batch(capsys):
+    for words, sizes in (("1:4", [4, 2, 1]), ("3:6", [6, 4, 3]), ("2", [2]), ("0", [0])):
+        argv = ["--workers", words, "--batch-size", "24" if words == "3:6" else "64"]
+        _, config, run = cli.parse_preset(argv, PRESETS, plan.Run, default="digits")
+        assert plan.sizes_of(config, run) == sizes
+    for words in ("0:2", "4:1", "x:2", ":3", "1:", "1:2:3", "1.5"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.parse_preset(["--workers", words], PRESETS, plan.Run, default="digits")
+        assert words in capsys.readouterr().err
+    _, config, run = cli.parse_preset(["--workers", "3:3"], PRESETS, plan.Run, default="digits")
+    with pytest.raises(UserError, match="cannot be cut into 3 equal, even shares"):
+        plan.resolve("digits", config, run)
