@@ -18,6 +18,7 @@ from ivegan.errors import UserError
 from pipelines import options as cli
 from pipelines import record
 from pipelines.training import plan
+from pipelines.training.plan import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +29,6 @@ class Bake(cli.Options):
     """Which cake."""
     oven_heat: int = 180
     """Degrees."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run(cli.Options):
-    """Train one model."""
-
-    data: str | None = None
-    """Where the data are."""
-    workers: int = 2
-    """How many."""
-    gpu: bool = False
-    """With GPUs."""
-    run_id: str | None = None
-    """Name of the run."""
 
 
 def bake(options: Bake) -> dict[str, Any]:
@@ -150,7 +137,7 @@ def test_help_of_a_preset_shows_its_own_defaults(capsys):
     argv = ["celeba", "--help"]
     code, out, _ = exit_of(capsys, cli.run_preset, train, Run, PRESETS, default="digits", argv=argv)
     assert code == 0
-    for word in ("--model.z-dim INT", "1024", "--run-id", "Train one model."):
+    for word in ("--model.z-dim INT", "1024", "--run-id", "Train one preset of IVE-GAN."):
         assert word in out
 
 

@@ -15,6 +15,7 @@ from pipelines.reproduction import cells as store
 from pipelines.reproduction import tasks as plan
 from pipelines.reproduction.table import PUBLISHED, render
 from pipelines.reproduction.tasks import TASKS, Cell, Table, Variant
+from pipelines.training.plan import Run
 
 TINY = Table(
     name="tiny",
@@ -41,24 +42,8 @@ def run(*tasks: str, **options: Any) -> dict[str, Any]:
     return main(Reproduce(tasks=tasks or ("tiny",), **options))
 
 
-def result_of(cell: Cell, **changes: Any) -> store.Result:
-    result = store.Result(
-        task=cell.task,
-        row=cell.row,
-        method=cell.method,
-        seed=cell.config.seed,
-        config_hash=cell.hash,
-        config=cell.settings,
-        preset=cell.preset,
-        images_seen=64,
-        precision="float32",
-        hardware="a machine",
-        train_seconds=10.0,
-        commit="abc",
-        torch="2",
-        metrics={},
-    )
-    return dataclasses.replace(result, **changes)
+def result_of(cell: Cell, **metrics: float) -> store.Result:
+    return store._result(cell, Run(), 10.0, 64, metrics)
 
 
 def test_only_missing_cells_are_computed(tiny: str, home: Path) -> None:
@@ -145,7 +130,7 @@ def test_a_table_has_floor_mean_spread_and_published_numbers() -> None:
     for row, values in {"paper": (0.90, 0.94), "gan": (0.5,)}.items():
         own = plan.cells(task, tuple(range(len(values))), (row,))
         rows[row] = [
-            result_of(cell, metrics={"modes": 8.0, "high_quality": v, "high_quality_floor": 0.9889})
+            result_of(cell, modes=8.0, high_quality=v, high_quality_floor=0.9889)
             for cell, v in zip(own, values, strict=True)
         ]
     lines = render(task, rows).splitlines()
