@@ -114,6 +114,7 @@ def test_what_waits_is_delivered_from_the_store_when_the_node_is_gone(cluster, h
     check_delivered(MlflowClient(cluster.url("mlflow")), run, f"{runs}/b")
 
 
+@pytest.mark.timeout(1800)
 def test_a_sweep_continues_without_its_mlflow_server(cluster, home, mlflow_runs):
     """Trials begin and end while the server is away, and so does the sweep."""
     folder = f"s3://{BUCKET}/sweep"

@@ -1,5 +1,6 @@
 """A workflow whose MLflow server is away for a moment: the step is tried again, and that is all."""
 
+import pytest
 from cards import pictures_of
 from fault_proxy import Fault, FaultProxy, Request, times
 from mlflow import MlflowClient
@@ -7,6 +8,7 @@ from processes import command
 from servers import all_servers
 
 
+@pytest.mark.timeout(1800)
 def test_a_step_is_tried_again_when_mlflow_was_away_and_prints_no_password(home, monkeypatch):
     """The first look of the training and of the registration at the server get no answer."""
     plans = [
