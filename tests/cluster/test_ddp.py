@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
 from data_prep.building import build
@@ -19,8 +20,9 @@ from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError
 from pipelines.cluster.session import ray_session
+from pipelines.training import ray_backend
 from pipelines.training.fit import fit
-from pipelines.training.plan import Run, Workers, resolve
+from pipelines.training.plan import Plan, Run, Workers, resolve
 
 
 def weights_of(result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -32,6 +34,7 @@ def test_a_ray_of_its_own_leaves_no_process_behind(home):
     script = """
         import atexit, os, threading
         from pipelines.cluster.session import ray_session
+from pipelines.training import ray_backend
 
         class Stuck:
             def begin(self):
@@ -106,6 +109,26 @@ def test_an_elastic_run_takes_the_workers_that_find_room(home, ray_cluster, ring
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
     with pytest.raises(UserError, match=r"4 workers of 1 CPU each.*room for 2"):
         ring(workers=Workers.parse(["3:4"]))("b")
+
+
+def test_an_elastic_run_continues_with_the_workers_that_are_left(home, monkeypatch):
+    sizes: list[int] = []
+
+    def fit_with(plan: Plan, *_: Any, elastic: bool) -> dict[str, Any]:
+        sizes.append(plan.run.workers)
+        if elastic and len(sizes) in ends:
+            return {"world_size": plan.run.workers}
+        raise WorkerGroupError("a node was lost", {1: RuntimeError("lost")})
+
+    monkeypatch.setattr(ray_backend, "_fit", fit_with)
+    plan, ends = resolve("ring", preset("ring"), Run(workers=2)), {2}
+    assert ray_backend.fit_ray(plan, {}, "", lambda: 1) == {"world_size": 1}
+    assert sizes == [2, 1]
+    for room, tried in ((lambda: 1, [2, 1, 1, 1]), (None, [2])):  # without a new checkpoint
+        sizes, ends = [], set()
+        with pytest.raises(WorkerGroupError, match="a node was lost"):
+            ray_backend.fit_ray(plan, {}, "", room)
+        assert sizes == tried
 
 
 @pytest.mark.slow
