@@ -34,7 +34,6 @@ def test_a_ray_of_its_own_leaves_no_process_behind(home):
     script = """
         import atexit, os, threading
         from pipelines.cluster.session import ray_session
-from pipelines.training import ray_backend
 
         class Stuck:
             def begin(self):
@@ -95,6 +94,7 @@ def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     assert encoder(torch.rand(2, 1, 16, 16)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_an_elastic_run_takes_the_workers_that_find_room(home, ray_cluster, ring):
     """Of four, two and one, which divide the batch: two, and one when each wants both CPUs."""
     elastic = Workers.parse(["1:4"])
