@@ -255,4 +255,5 @@ def user() -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, shortened, with credentials masked."""
-    return textwrap.shorten(public(str(error).partition("\n")[0]), 300, placeholder=" …")
+    line = public(str(error).partition("\n")[0]) or type(error).__name__
+    return textwrap.shorten(line, 300, placeholder=" …")

@@ -74,3 +74,8 @@ def test_a_journal_of_version_0_1_is_delivered_once(home, store, mlflow_runs):
     assert [(p.step, p.value, p.timestamp) for p in history] == [(64, 1.5, 2000)]
     paths = [file.path for file in MlflowClient(store).list_artifacts(run_id, "figures")]
     assert paths == ["figures/samples-0000000064.png"]
+
+
+def test_an_error_without_a_text_is_named_by_its_kind():
+    assert tracking.first_line(TimeoutError()) == "TimeoutError"
+    assert tracking.first_line(OSError("http://u:p@a/x is away\nmore")) == "http://a/x is away"
