@@ -44,7 +44,7 @@ def test_what_was_written_is_read() -> None:
     [
         ("", "Expecting value"),
         (json.dumps(dataclasses.asdict(GOOD))[:40], "Unterminated|delimiter|Expecting"),
-        ("[" * 3000, "recursion"),
+        ("[" * 3000, "recursion|Expecting value"),  # Python 3.13 reads so deep
         ("[]", "it is list, not an object"),
         ('{"kind": "a"}', "ratio is missing"),
         ('{"kind": "c", "ratio": 1}', 'kind is "c", not'),
