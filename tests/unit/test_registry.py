@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-import mlflow
 import numpy as np
 import pytest
 from datasets import flip
-from mlflow import MlflowClient
+from mlflow import MlflowClient, set_tracking_uri
 
 from ivegan import checkpoint, storage
 from ivegan.config import override, preset, to_dict
@@ -292,7 +291,7 @@ def test_a_poor_pair_of_unknown_origin_is_refused(home, store, digits_dataset, m
 
 
 def test_the_check_in_the_docs_accepts_a_model_and_refuses_a_changed_one(registered):
-    mlflow.set_tracking_uri(registered.store)  # stronger than the variable
+    set_tracking_uri(registered.store)  # stronger than the variable
     text = (Path(__file__).resolve().parents[2] / "docs" / "mlflow.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(code, {})
