@@ -6,7 +6,6 @@ alias last: until then the same command repeats the whole move, so it completes 
 """
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,13 +31,6 @@ from pipelines.models.versions import (
 from pipelines.paths import cache_dir
 
 _CHANGED = "changed."  # and the time: the tags that hold the history of a version
-
-
-@dataclass(frozen=True)
-class _Tag:
-    """What a tag with JSON holds."""
-
-    record: dict[str, Any]
 
 
 def promote(
@@ -228,8 +220,7 @@ def _record_in(version: ModelVersion, name: str) -> dict[str, Any]:
         UserError: it is damaged.
     """
     where = f"The tag {name} of version {version.version} of {version.name}"
-    found = schema.parse_json(version.tags[name].encode(), where, "delete the tag")
-    return schema.check({"record": found}, _Tag, where, "delete the tag").record
+    return schema.read(version.tags[name].encode(), dict, where, "delete the tag")
 
 
 def _differences(client: MlflowClient, preset: str) -> list[str]:

@@ -15,7 +15,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.store.db import utils as databases
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from ivegan import storage
@@ -66,9 +65,8 @@ def client(uri: str) -> MlflowClient:
     # They log each attempt, and with a traceback what they raise as well.
     for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    databases.MAX_RETRY_COUNT = 7  # 12 s; MLflow's 10 attempts take 102 s
-    if "%" in mlflow.__file__:
-        _escape_percent()
+    if not uri.startswith("http"):
+        _adapt_databases()
     path = sqlite_path(uri)
     if path is not None:
         try:
@@ -96,10 +94,14 @@ def client(uri: str) -> MlflowClient:
         raise refusal(uri, error) from error
 
 
-def _escape_percent() -> None:
-    """Let alembic read MLflow's own folder as it is, which takes a % for an interpolation."""
-    folder = str(Path(mlflow.__file__).parent).replace("%", "%%")
-    databases._get_package_dir = lambda: folder
+def _adapt_databases() -> None:
+    """Let MLflow give up on a dead database sooner, and find its tables below a folder with a %."""
+    from mlflow.store.db import utils  # takes a second, for nothing where a server is asked
+
+    utils.MAX_RETRY_COUNT = 7  # 12 s; its 10 attempts take 102 s
+    folder = str(Path(mlflow.__file__).parent)
+    if "%" in folder:  # alembic would take it for an interpolation
+        utils._get_package_dir = lambda: folder.replace("%", "%%")
 
 
 def _move_artifacts(path: Path) -> None:

@@ -36,16 +36,18 @@ def fit_ray(
     """
     from ray.train import TrainingFailedError
 
-    failures = 0
+    failures, last = 0, None
     while True:
-        last = checkpoint.latest(plan.run_uri)
         try:
             outcome = _fit(plan, metadata, key, elastic=room is not None)
             break
         except TrainingFailedError as error:
             cause = _cause(error)
-            failures = failures + 1 if checkpoint.latest(plan.run_uri) == last else 1
-            if room is None or failures > _FAILURES or isinstance(cause, UserError):
+            if room is None or isinstance(cause, UserError):
+                raise cause from error
+            before, last = last, checkpoint.latest(plan.run_uri)
+            failures = failures + 1 if last == before else 1
+            if failures > _FAILURES:
                 raise cause from error
             log.warning("The workers failed; the run continues from its last checkpoint.")
             plan = plan.of_size(room())
