@@ -252,7 +252,8 @@ def start_head(cluster: Cluster) -> None:
 def start_node(cluster: Cluster, name: str) -> None:
     """Start a node with one CPU; what it keeps is its own, as on another machine."""
     since = time.time()  # a node that was killed counts as alive for some seconds
-    _start_ray(cluster, name, ["--address", f"{HOST}:{cluster.ports['ray']}", "--num-cpus", "1"])
+    words = ["--address", f"{HOST}:{cluster.ports['ray']}", "--num-cpus", "1", "--node-name", name]
+    _start_ray(cluster, name, words)
     _wait(cluster, name, lambda: _nodes(cluster, since) == 1)
 
 

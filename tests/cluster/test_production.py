@@ -5,6 +5,7 @@ One cluster for all tests, in their order: each takes minutes on two cores.
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,12 @@ def each_metric_once(run_id: str) -> None:
     assert run.info.status == "FINISHED"
     assert "system/cpu_utilization_percentage" in run.data.metrics
     check_delivered(client, run, storage.join(RUNS, run_id))
+
+
+def weights(run_id: str) -> bytes:
+    """Return the weights of a run's newest checkpoint."""
+    newest = checkpoint.find(f"{RUNS}/{run_id}")
+    return storage.read_bytes(storage.join(newest, "weights.safetensors"))
 
 
 def test_the_whole_way(state, cluster):
@@ -174,13 +181,31 @@ def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(state, 
     local_cluster.start_node(cluster, "node-1")
     cluster.save(state)
     local_demo.finish(cluster, job)
-    weights = [
-        storage.read_bytes(storage.join(checkpoint.find(f"{RUNS}/{name}"), "weights.safetensors"))
-        for name in ("unbroken", "broken")
-    ]
-    assert weights[0] == weights[1]
+    assert weights("broken") == weights("unbroken")
     each_metric_once("unbroken")
     each_metric_once("broken")
+
+
+def test_a_node_whose_end_is_announced_saves_a_checkpoint_first(state, cluster):
+    noticed = (*TRAINING, "--run-id", "noticed", "--save-every", "7680", "--wait-for-nodes", "600")
+    job = local_demo.submit(cluster, *noticed, wait=False)
+    until(f"{RUNS}/noticed/metrics")
+    listing = local_cluster.ask_ray(cluster, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
+    (leaving,) = [n for n in listing if (n["node_name"], n["state"]) == ("node-1", "ALIVE")]
+    words = ["--node-id", leaving["node_id"], "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    words += ["--reason-message", "a spot node", "--deadline-remaining-seconds", "120"]
+    words += ["--address", f"{local_cluster.HOST}:{cluster.ports['ray']}"]
+    command = [local_cluster.program("ray"), "drain-node", *words]
+    subprocess.run(command, env=local_cluster.environment_of(cluster), check=True)
+    while not (saved := checkpoint.checkpoints(f"{RUNS}/noticed")):
+        time.sleep(0.5)  # between two looks; the test's timeout ends them
+    local_cluster.end(cluster, "node-1", kill=True)
+    local_cluster.start_node(cluster, "node-1")
+    cluster.save(state)
+    local_demo.finish(cluster, job)
+    assert not saved[0].endswith("0000007680")  # the only one that was due
+    assert weights("noticed") == weights("unbroken")
+    each_metric_once("noticed")
 
 
 def test_an_elastic_run_continues_on_the_node_that_is_left(state, cluster):
