@@ -29,10 +29,14 @@ def runs_dir() -> Path:
     return here / "runs"
 
 
-def cache_dir() -> Path:
-    """Return this node's folder for decoded images and trained classifiers."""
-    if os.environ.get("IVEGAN_CACHE"):
-        return Path(os.environ["IVEGAN_CACHE"])
+def cache_dir(drivers: str | None = None) -> Path:
+    """Return this node's folder for decoded images and trained classifiers.
+
+    Args:
+        drivers: the folder of the driver, for nodes whose environment names none.
+    """
+    if own := os.environ.get("IVEGAN_CACHE") or drivers:
+        return Path(own)
     with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
         return runs_dir() / "cache"
     return Path(tempfile.gettempdir()) / f"ivegan-cache-{os.getuid()}"

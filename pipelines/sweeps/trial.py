@@ -1,7 +1,6 @@
 """One trial of a sweep: a training run in a Tune function, scored at each checkpoint."""
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from ivegan import checkpoint
 from ivegan.config import override
 from ivegan.step import NonFiniteLossError
+from pipelines.paths import cache_dir
 from pipelines.sweeps.space import SearchObjective
 from pipelines.training.fit import fit
 from pipelines.training.follow import Event
@@ -80,7 +80,7 @@ def score(plan: Plan, checkpoint_uri: str, device: torch.device, limit: int) -> 
         encoder.to(device),
         generator.to(device),
         plan.data_uri,
-        Path(plan.cache_dir),
+        cache_dir(plan.cache_dir),
         seed=SEED,
         limit=limit or None,
     )

@@ -186,6 +186,7 @@ class Plan:
     run_uri: str
     data_uri: str | None
     cache_dir: str
+    """Of the driver; a node whose environment names another uses that."""
     tracking_uri: str = dataclasses.field(repr=False)  # it may hold a password
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
     """Of its MLflow run, beside those that every run has."""

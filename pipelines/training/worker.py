@@ -23,6 +23,7 @@ from ivegan.evaluation.figures import progress_figures
 from ivegan.layers.fast import keep_freed_memory
 from ivegan.speed.graph import fastest_update
 from ivegan.step import State, create_state, distribute, train
+from pipelines.paths import cache_dir
 from pipelines.record import MetricsWriter
 from pipelines.training.plan import Plan, Run, stream_of
 
@@ -155,7 +156,7 @@ def _training_data(plan: Plan) -> Split | Stream | None:
     return load_split(
         plan.data_uri,
         "train",
-        plan.cache_dir,
+        cache_dir(plan.cache_dir),
         skip_bad=run.skip_bad,
         limit=int(run.cache_gb * 1e9),
     )
