@@ -8,13 +8,14 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+from cuts import CutError, Fragile, copied
 from datasets import flip
 from mlflow import MlflowClient, set_tracking_uri
 
@@ -316,32 +317,6 @@ def test_a_damaged_tag_is_one_sentence_and_hides_no_version(registered):
         promote("digits")
 
 
-class CutError(Exception):
-    """The process that writes to MLflow dies before its next call."""
-
-
-class Fragile:
-    """Cuts the calls that write to MLflow's registry, after so many of them."""
-
-    WRITING = re.compile("^(set_|delete_|transition_|create_|log_|finalize_)")
-
-    def __init__(self, patch: pytest.MonkeyPatch, calls: int) -> None:
-        self.left = calls
-        self.was_cut = False
-        for name in filter(self.WRITING.match, dir(MlflowClient)):
-            patch.setattr(MlflowClient, name, self._counted(getattr(MlflowClient, name)))
-
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if self.left == 0:
-                self.was_cut = True
-                raise CutError
-            self.left -= 1
-            return call(*args, **kwargs)
-
-        return counted
-
-
 @pytest.mark.parametrize("verb", ["promote", "register"])
 def test_the_command_again_completes_a_change_cut_between_any_two_calls(
     registered, monkeypatch, verb
@@ -349,7 +324,9 @@ def test_the_command_again_completes_a_change_cut_between_any_two_calls(
     """The change is tried again and again, cut later each time."""
     home, store, _ = registered
     third = saved(home, "third", seed=3)
-    monkeypatch.setattr(stages, "_check_pair", lambda _: ())  # models are not loaded after each cut
+    # Models are neither exported nor loaded after each cut.
+    monkeypatch.setattr(package, "_write", copied(package._write, home / "models"))
+    monkeypatch.setattr(stages, "_check_pair", lambda _: ())
     monkeypatch.setattr(package, "check", lambda *_: None)
     monkeypatch.setattr(stages, "_measure", lambda *_: {"scores": {"quality": 1.0}})
     original = (home / "runs" / "mlflow.db").read_bytes()
