@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,7 +84,10 @@ def sqlite_path(uri: str) -> Path | None:
 def mlflow_place() -> str:
     """Return where runs and models are shown: a server's address, or what starts one."""
     uri = public(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    return uri if uri.startswith("http") else f"make ui, then {_UI}"
+    if uri.startswith("http"):
+        return uri
+    command = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri else "make ui"
+    return f"{command}, then {_UI}"
 
 
 def new_id(what: str) -> str:

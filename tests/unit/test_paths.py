@@ -13,7 +13,10 @@ from pipelines.paths import mlflow_place, sqlite_path
     [
         ("http://mlflow:5000", "http://mlflow:5000"),
         ("https://me:secret@mlflow.example", "https://mlflow.example"),
-        ("sqlite:////tmp/mlflow.db", "make ui, then http://127.0.0.1:5000/"),
+        (
+            "sqlite:////tmp/a b.db",
+            "mlflow ui --backend-store-uri 'sqlite:////tmp/a b.db', then http://127.0.0.1:5000/",
+        ),
         ("", "make ui, then http://127.0.0.1:5000/"),
     ],
 )
