@@ -85,10 +85,19 @@ class _Upload(io.BytesIO):
         self._path = path
 
     def close(self) -> None:
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             with sentences(f"s3://{self._path}"):
                 objects.upload(_place(self._path), io.BytesIO(self.getbuffer()))  # it is closed
-        super().close()
+        finally:
+            super().close()
+
+    def __del__(self) -> None:
+        """Send nothing: what was not closed is not whole.
+
+        A finalizer may run in the midst of any call, whose locks an upload would wait for.
+        """
 
 
 def _info(path: str) -> FileInfo:
