@@ -71,6 +71,8 @@ class Ownership:
 def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> Iterator[Ownership]:
     """Own a run's folder while the block runs; SIGTERM ends this process if it loses the folder.
 
+    Meanwhile an outage of the object store is waited for.
+
     Args:
         run_uri: the folder.
         patience: seconds to wait for another owner to end.
@@ -97,7 +99,7 @@ def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> I
             log.warning("the claim on %s cannot be renewed (%s)", run_uri, error)
 
     try:
-        with repeated(renew, _RENEWAL, "claim"):
+        with storage.patient(), repeated(renew, _RENEWAL, "claim"):
             yield ownership
     finally:
         if not ownership.lost:

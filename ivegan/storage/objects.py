@@ -4,12 +4,13 @@ Uploads carry a SHA-256 for the store to check. The same digest is among the obj
 where reads of the whole object check it again: not every store does.
 """
 
+import contextlib
 import errno
 import functools
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from ivegan.storage.places import Object
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5  # of each request, with botocore's exponential back-off between them
+_RETRIES = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "14"}  # for 57 s or more, usually 95
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
 READ_AHEAD = 1 << 20
 _DIGEST = "sha256"  # key of the metadata
@@ -36,6 +38,22 @@ def s3_client() -> Any:
     return _client(_variables(), os.getpid(), ATTEMPTS)
 
 
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Repeat requests for a minute and more while the block runs, in the processes it starts too.
+
+    Other accesses end within seconds, because a command's first one may have a wrong address.
+    Who sets how often botocore repeats a request gets that.
+    """
+    chosen = {} if any(name in os.environ for name in _RETRIES) else _RETRIES
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name in chosen:
+            del os.environ[name]
+
+
 def environment() -> dict[str, str]:
     """Return the variables that lead other programs and nodes to the same store; never its keys.
 
@@ -46,6 +64,7 @@ def environment() -> dict[str, str]:
     except UserError:
         return {}
     variables = {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}
+    variables |= {name: os.environ[name] for name in _RETRIES if name in os.environ}
     if endpoint:
         everything = os.environ.get("AWS_ENDPOINT_URL") == endpoint
         variables["AWS_ENDPOINT_URL" if everything else "AWS_ENDPOINT_URL_S3"] = endpoint
@@ -95,15 +114,16 @@ def _client(variables: tuple[tuple[str, str], ...], process: int, attempts: int)
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        connect_timeout=CONNECT_TIMEOUT,
-        read_timeout=READ_TIMEOUT,
-        # the digest of whole objects is checked here; the transfer manager then needs no HEAD
-        response_checksum_validation="when_required",
-    )
-    _, region, endpoint = _session(variables)
+    session, region, endpoint = _session(variables)
     try:
+        given = session.get_config_variable("max_attempts")
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": given or attempts},
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=READ_TIMEOUT,
+            # the digest of whole objects is checked here; the transfer manager then needs no HEAD
+            response_checksum_validation="when_required",
+        )
         # a session of its own: boto3's default one keeps credentials that have changed since
         return Session().client("s3", region, endpoint_url=endpoint, config=config)
     except (BotoCoreError, ValueError) as error:
