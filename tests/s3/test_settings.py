@@ -170,6 +170,22 @@ def test_a_store_that_refuses_checksum_headers_is_used_without_them(s3, s3_varia
         assert storage.list_files(s3) == {}
 
 
+@pytest.mark.parametrize("own", [None, "3"])
+def test_a_claimed_run_waits_longer_for_its_store_and_hands_that_on(monkeypatch, own):
+    for name in ("AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", own)
+
+    def attempts() -> int:
+        return storage.s3_client().meta.config.retries["total_max_attempts"]
+
+    usual = attempts()
+    with storage.patient():
+        assert attempts() == int(storage.environment()["AWS_MAX_ATTEMPTS"]) == int(own or 14)
+    assert attempts() == usual == int(own or objects.ATTEMPTS)
+
+
 def test_an_authority_of_ones_own_is_trusted_where_it_is_named(
     s3, s3_variables, tmp_path, monkeypatch
 ):
