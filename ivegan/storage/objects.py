@@ -10,7 +10,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 5  # of each request, with botocore's exponential back-off between them
 _RETRIES = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "14"}  # for 57 s or more, usually 95
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
+CONNECT_TIMEOUT, READ_TIMEOUT, _PAUSE = 10, 30, 7.0  # seconds
 READ_AHEAD = 1 << 20
 _DIGEST = "sha256"  # key of the metadata
 _File = io.BytesIO | IO[bytes]
@@ -125,9 +125,26 @@ def _client(variables: tuple[tuple[str, str], ...], process: int, attempts: int)
             response_checksum_validation="when_required",
         )
         # a session of its own: boto3's default one keeps credentials that have changed since
-        return Session().client("s3", region, endpoint_url=endpoint, config=config)
+        client = Session().client("s3", region, endpoint_url=endpoint, config=config)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"The settings of S3 are wrong ({error}): correct them.") from error
+    client.meta.events.register_last("needs-retry.s3", _beyond_quota(int(given or attempts)))
+    return client
+
+
+def _beyond_quota(total: int) -> Callable[..., float | None]:
+    """Return a handler that repeats requests to a store that is away where botocore stops.
+
+    It stops after a hundred repetitions of all threads of a process, which twelve use up in ten
+    seconds.
+    """
+    from botocore import exceptions as aws
+
+    def pause(attempts: int, caught_exception: Exception | None, **_: Any) -> float | None:
+        away = isinstance(caught_exception, aws.ConnectionError | aws.HTTPClientError)
+        return _PAUSE if away and attempts < total else None
+
+    return pause
 
 
 def head(place: Object) -> Mapping[str, Any] | None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
+from botocore.retries.quota import RetryQuota
 from datasets import Mirror
 from fault_proxy import Fault, FaultProxy, Request
+from local_cluster import free_port
 from pyarrow import fs
 
 from ivegan import storage
@@ -184,6 +186,22 @@ def test_a_claimed_run_waits_longer_for_its_store_and_hands_that_on(monkeypatch,
     with storage.patient():
         assert attempts() == int(storage.environment()["AWS_MAX_ATTEMPTS"]) == int(own or 14)
     assert attempts() == usual == int(own or objects.ATTEMPTS)
+
+
+def test_botocores_quota_of_repetitions_ends_no_waiting(s3_variables, monkeypatch):
+    for name, value in s3_variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(RetryQuota, "acquire", lambda *_: False)  # used up
+    monkeypatch.setattr(objects, "_PAUSE", 0.01)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    requests: list[int] = []
+    with storage.patient():
+        storage.s3_client().meta.events.register_first(
+            "before-send.s3", lambda **_: requests.append(1)
+        )
+        with pytest.raises(UserError, match="does not answer"):
+            storage.read_bytes("s3://bucket/key")
+    assert len(requests) == 14
 
 
 def test_an_authority_of_ones_own_is_trusted_where_it_is_named(
