@@ -60,7 +60,10 @@ def tracking_uri(noted: str = "") -> str:
         return noted
     if own:
         return own
-    return "sqlite:///" + str(runs_dir() / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+    path = str(runs_dir() / "mlflow.db")
+    quoted = path.replace("%", "%25").replace("?", "%3F")
+    # With the plain scheme MLflow makes the folders of the path as it is quoted.
+    return f"sqlite{'' if quoted == path else '+pysqlite'}:///{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -59,6 +59,7 @@ def test_a_project_with_any_name_is_moved_and_copied(home: Path, tmp_path: Path)
     command(copy, "registry.py", "sync")
     command(copy, "registry.py", "pull", "ivegan-ring-encoder", "--stage", "2", "--to", "e2")
     assert files(moved) == before
+    assert {path for path in tmp_path.iterdir() if path.name != "t" * 90} == {moved, copy}
 
 
 @pytest.mark.slow
