@@ -40,12 +40,14 @@ def prepare_environment(datastore: str | None) -> None:
         os.environ[f"{_ROOT}_{kind.upper()}"] = place
     if _in_s3() and not os.environ.get(f"{_ROOT}_S3"):
         raise UserError("METAFLOW_DEFAULT_DATASTORE is s3: give --datastore s3://BUCKET/FOLDER.")
+    own = Path(tempfile.gettempdir()) / f"ivegan-{os.getuid()}"
     if f"{_ROOT}_LOCAL" not in os.environ:
         with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
             os.environ[f"{_ROOT}_LOCAL"] = str(runs_dir())
         # With a datastore in S3, Metaflow's local records are not needed later.
-        local = Path(tempfile.gettempdir()) / f"ivegan-{os.getuid()}"
-        os.environ.setdefault(f"{_ROOT}_LOCAL", str(local))
+        os.environ.setdefault(f"{_ROOT}_LOCAL", str(own))
+    # By default one folder of /tmp for all users, of which the first is the owner.
+    os.environ.setdefault("METAFLOW_CLIENT_CACHE_PATH", str(own / "metaflow_client"))
     if not _in_s3():
         # Whatever its value, Metaflow (2.19) then keeps cards with its other records.
         os.environ.setdefault("METAFLOW_CARD_LOCALROOT", os.environ[f"{_ROOT}_LOCAL"])

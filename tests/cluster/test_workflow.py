@@ -125,6 +125,13 @@ def test_the_last_run_is_the_last_resume_that_began(tmp_path, monkeypatch):
     assert runner.latest_run() == "10"
 
 
+def test_metaflows_cache_is_not_shared_with_other_users(home, monkeypatch):
+    """The first user of a machine would own it."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    runner.prepare_environment(None)
+    assert f"/ivegan-{os.getuid()}/" in os.environ["METAFLOW_CLIENT_CACHE_PATH"]
+
+
 @pytest.mark.slow
 def test_metaflow_decorators_apply_to_each_step(home, store):
     """A training of a thousand million images takes longer than 6 s."""
