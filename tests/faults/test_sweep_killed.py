@@ -27,7 +27,7 @@ def weights_of(home: Path, trial: str) -> dict[str, int]:
 
 def test_interrupted_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, mlflow_runs):
     # So long that no trial comes to its end while Ray ends.
-    length = ["--samples", "3", "--total-images", "1280000"]
+    length = ["--samples", "3", "--total-images", "640000"]
     words = [*SWEEP[:-1], *length, "--max-concurrent", "2", "--sweep-id", "cut"]
     status, err = interrupted(program("tune.py", *words), home, "(best ", signal.SIGINT)
     assert status == 128 + signal.SIGINT, err[-3000:]
