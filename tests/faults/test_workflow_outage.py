@@ -13,7 +13,7 @@ def test_a_step_is_tried_again_when_mlflow_was_away_and_prints_no_password(home,
     """The first look of the training and of the registration at the server get no answer."""
     plans = [
         times(1, Fault(drop=True), lambda request, part=part: part in request.path)
-        for part in ("experiments/search", "model-versions/search")
+        for part in ("experiments/get-by-name", "model-versions/search")
     ]
 
     def plan(request: Request) -> Fault | None:
