@@ -111,7 +111,7 @@ def _require_places(config: Config, options: Workflow) -> None:
 def resume(options: Resume) -> dict[str, Any]:
     """Resume the last, or a named, workflow."""
     runner.prepare_environment(options.datastore)
-    origin = options.origin_run_id or runner.latest_run()
+    origin = runner.origin_of(options.origin_run_id)
     if options.dry_run:
         return {"resume": origin}
     result = runner.run(["resume", "--origin-run-id", origin])

@@ -64,8 +64,8 @@ def _in_s3() -> bool:
     return os.environ.get("METAFLOW_DEFAULT_DATASTORE", "local") == "s3"
 
 
-def latest_run() -> str:
-    """Return the id of the last Metaflow run of the datastore.
+def origin_of(run_id: str | None) -> str:
+    """Return the id of a Metaflow run of the datastore: this one, or the last.
 
     Raises:
         UserError: there is none.
@@ -73,13 +73,14 @@ def latest_run() -> str:
     root = os.environ[f"{_ROOT}_S3"] if _in_s3() else f"{os.environ[f'{_ROOT}_LOCAL']}/.metaflow"
     parts = [name.split("/") for name in storage.list_files(storage.join(root, NAME))]
     # Where a run was killed at its very start there is nothing to continue.
-    runs = [run for run, *rest in parts if run.isdigit() and rest[0] == "_parameters"]
-    if not runs:
+    runs = {run for run, *rest in parts if rest[:1] == ["_parameters"]}
+    own = [run for run in runs if run.isdigit()]  # not those of Argo Workflows
+    if run_id not in runs if run_id else not own:
         raise UserError(
-            f"There is no workflow to resume in {root}: start one with run, or give the "
-            "--datastore of its start."
+            f"There is no workflow {run_id or 'to resume'} in {root}: start one with run, or give "
+            "the --datastore of its start."
         )
-    return max(runs, key=int)  # ids are microseconds since 1970
+    return run_id or max(own, key=int)  # ids are microseconds since 1970
 
 
 def call(arguments: list[str]) -> int:

@@ -119,10 +119,20 @@ def test_a_failed_step_leaves_its_sentence_alone(error, status, tmp_path, monkey
 
 def test_the_last_run_is_the_last_resume_that_began(tmp_path, monkeypatch):
     monkeypatch.setenv("METAFLOW_DATASTORE_SYSROOT_LOCAL", str(tmp_path))
-    for name in ("9/_parameters/1/x", "10/_parameters/1/x", "10/start/1/x", "11/_meta/_self.json"):
+    for name in (
+        "9/_parameters/1/x",
+        "10/_parameters/1/x",
+        "10/start/1/x",
+        "11/_meta/_self.json",
+        "argo-x/_parameters/1/x",
+    ):
         storage.write_bytes(tmp_path / ".metaflow" / "IveGanFlow" / name, b"")
     (tmp_path / ".metaflow" / "IveGanFlow" / "latest_run").write_text("9")  # Metaflow's own note
-    assert runner.latest_run() == "10"
+    assert runner.origin_of(None) == "10"
+    for run_id in ("9", "argo-x"):
+        assert runner.origin_of(run_id) == run_id
+    with pytest.raises(UserError, match=f"There is no workflow 11 in {tmp_path}"):
+        runner.origin_of("11")
 
 
 def test_metaflows_cache_is_not_shared_with_other_users(home, monkeypatch):
