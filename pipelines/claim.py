@@ -99,7 +99,7 @@ def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> I
             log.warning("the claim on %s cannot be renewed (%s)", run_uri, error)
 
     try:
-        with storage.patient(), repeated(renew, _RENEWAL, "claim"):
+        with storage.longer_retries(), repeated(renew, _RENEWAL, "claim"):
             yield ownership
     finally:
         if not ownership.lost:

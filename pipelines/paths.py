@@ -30,13 +30,13 @@ def runs_dir() -> Path:
     return here / "runs"
 
 
-def cache_dir(drivers: str | None = None) -> Path:
+def cache_dir(default: str | None = None) -> Path:
     """Return this node's folder for decoded images and trained classifiers.
 
     Args:
-        drivers: the folder of the driver, for nodes whose environment names none.
+        default: the driver's folder, for nodes whose environment names none.
     """
-    if own := os.environ.get("IVEGAN_CACHE") or drivers:
+    if own := os.environ.get("IVEGAN_CACHE") or default:
         return Path(own)
     with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
         return runs_dir() / "cache"

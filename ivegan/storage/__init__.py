@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ivegan.storage import local, objects
 from ivegan.storage.errors import Unavailable, local_sentences, patiently, sentences
-from ivegan.storage.objects import environment, patient, s3_client
+from ivegan.storage.objects import environment, longer_retries, s3_client
 from ivegan.storage.places import absolute, is_local, join, parse
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ __all__ = [
     "join",
     "list_files",
     "list_names",
+    "longer_retries",
     "open_file",
-    "patient",
     "patiently",
     "read_bytes",
     "s3_client",

@@ -39,11 +39,11 @@ def s3_client() -> Any:
 
 
 @contextlib.contextmanager
-def patient() -> Iterator[None]:
+def longer_retries() -> Iterator[None]:
     """Repeat requests for a minute and more while the block runs, in the processes it starts too.
 
     Other accesses end within seconds, because a command's first one may have a wrong address.
-    Who sets how often botocore repeats a request gets that.
+    AWS_MAX_ATTEMPTS and AWS_RETRY_MODE of the user are left as they are.
     """
     chosen = {} if any(name in os.environ for name in _RETRIES) else _RETRIES
     os.environ.update(chosen)
@@ -51,7 +51,7 @@ def patient() -> Iterator[None]:
         yield
     finally:
         for name in chosen:
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 def environment() -> dict[str, str]:

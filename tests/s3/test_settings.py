@@ -183,7 +183,7 @@ def test_a_claimed_run_waits_longer_for_its_store_and_hands_that_on(monkeypatch,
         return storage.s3_client().meta.config.retries["total_max_attempts"]
 
     usual = attempts()
-    with storage.patient():
+    with storage.longer_retries():
         assert attempts() == int(storage.environment()["AWS_MAX_ATTEMPTS"]) == int(own or 14)
     assert attempts() == usual == int(own or objects.ATTEMPTS)
 
@@ -195,7 +195,7 @@ def test_botocores_quota_of_repetitions_ends_no_waiting(s3_variables, monkeypatc
     monkeypatch.setattr(objects, "_PAUSE", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     requests: list[int] = []
-    with storage.patient():
+    with storage.longer_retries():
         storage.s3_client().meta.events.register_first(
             "before-send.s3", lambda **_: requests.append(1)
         )
