@@ -103,14 +103,18 @@ class _Lanes(IterableDataset):
         info = get_worker_info()
         loader, loaders = (0, 1) if info is None else (info.id, info.num_workers)
         share = len(self.rank_lanes) // loaders
-        with ThreadPoolExecutor(2) as pool:
-            lanes = [self._images(lane, pool) for lane in self.rank_lanes[loader * share :][:share]]
-            try:
-                while True:
-                    images = [one for lane in lanes for one in itertools.islice(lane, self.width)]
-                    yield torch.from_numpy(np.stack(images))
-            except UserError as error:
-                yield str(error)
+        pool = ThreadPoolExecutor(2)
+        lanes = [self._images(lane, pool) for lane in self.rank_lanes[loader * share :][:share]]
+        try:
+            while True:
+                images = [one for lane in lanes for one in itertools.islice(lane, self.width)]
+                yield torch.from_numpy(np.stack(images))
+        except UserError as error:
+            yield str(error)
+        finally:
+            # Without waiting: the garbage collector may close an abandoned stream in one of the
+            # pool's own threads, which cannot wait for itself.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _images(self, lane: int, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         """Yield the images of a lane, reading a shard ahead."""

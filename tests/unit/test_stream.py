@@ -1,10 +1,12 @@
 """A stream gives every rank its share of one global batch, exactly, indefinitely, from any step."""
 
 import dataclasses
+import inspect
 import itertools
 import logging
 import os
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from ivegan.config import override, preset
 from ivegan.data.batches import batches
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
-from ivegan.data.stream import Stream
+from ivegan.data.stream import Stream, _Lanes
 from ivegan.data.tars import Sample, read_tar
 from ivegan.errors import UserError
 
@@ -204,3 +206,14 @@ def test_a_full_disk_or_cache_is_found_before_anything_is_decoded(tmp_path, monk
         load_split(uri, "train", tmp_path / "cache")
     monkeypatch.undo()
     assert len(load_split(uri, "train", tmp_path / "cache").images) == 25
+
+
+def test_a_stream_may_be_closed_in_a_thread_that_reads_for_it(tmp_path):
+    """As the garbage collector does with one that was abandoned."""
+    uri = write(tmp_path, [4, 4])
+    config = override(preset("mnist"), {"batch_size": 4})
+    lanes = iter(_Lanes(stream(uri), config, 0, range(2), 2))
+    next(lanes)
+    assert isinstance(lanes, GeneratorType)
+    pool = inspect.getgeneratorlocals(lanes)["pool"]
+    pool.submit(lanes.close).result()
