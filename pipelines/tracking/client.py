@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -72,7 +73,9 @@ def client(uri: str) -> MlflowClient:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Of several first runs at once one makes the tables; MLflow's own attempts collide.
-            with lock(path.with_name(f"{path.name}.lock")):
+            # Where nothing can be written there is no first run.
+            writable = os.access(path.parent, os.W_OK)
+            with lock(path.with_name(f"{path.name}.lock")) if writable else nullcontext():
                 with contextlib.closing(sqlite3.connect(path)) as database:
                     tables = database.execute("SELECT name FROM sqlite_master").fetchall()
                 if ("experiments",) not in tables:
