@@ -99,10 +99,8 @@ def create_state(
 
     ``precision`` is what they compute in: ``torch.bfloat16`` where the device has units for it.
     """
-    generator_side, discriminator_side = (
-        EncoderGenerator(config.model),
-        Discriminators(config.model),
-    )
+    generator_side = EncoderGenerator(config.model)
+    discriminator_side = Discriminators(config.model)
     initialise(generator_side.encoder, order.weights_seed(config.seed, 0))
     initialise(generator_side.generator, order.weights_seed(config.seed, 1))
     initialise(discriminator_side, order.weights_seed(config.seed, 2))
@@ -263,8 +261,11 @@ def _update_generators(
             losses = {"loss/GE_pair": loss_pair, "loss/GE_prior": loss_prior}
             loss = loss_pair + objective.prior_weight * loss_prior
             if fake.z_second is not None:
-                losses["loss/invariance"] = _invariance(fake.z.float(), fake.z_second.float())
-                loss = loss + objective.invariance * losses["loss/invariance"]
+                z, z_second = fake.z.float(), fake.z_second.float()
+                invariance = _invariance(z, z_second)
+                alignment = (z - z_second).square().sum(1).mean()
+                losses |= {"loss/invariance": invariance, "loss/alignment": alignment}
+                loss = loss + objective.invariance * invariance + objective.alignment * alignment
             if fake.z_again is not None:
                 losses["loss/latent"] = (fake.z_again.float() - batch.z_prior).square().mean()
                 loss = loss + state.annealing * objective.latent * losses["loss/latent"]
@@ -286,7 +287,7 @@ def _invariance(z: Tensor, z_second: Tensor) -> Tensor:
 def _generate(state: State, batch: MicroBatch) -> Generated:
     """Return x_hat, x_prior and the codes."""
     objective = state.config.objective
-    second = batch.tx if objective.invariance else None
+    second = batch.tx if objective.invariance or objective.alignment else None
     with _autocast(state):
         return state.generator_side(*batch[2:], second, again=bool(objective.latent))
 

@@ -145,6 +145,7 @@ def _without(name: str) -> dict[str, Variant]:
         "no-norm": _changed("without batch norm in E and G", name, model__norm="none"),
         "no-encoder-t": _changed("E sees x, not T(x)", name, transform__encoder=False),
         "no-invariance": _changed("without the invariance loss", name, objective__invariance=0.0),
+        "no-alignment": _changed("without the alignment loss", name, objective__alignment=0.0),
         "nonsaturating": _changed("not relativistic", name, objective__loss="nonsaturating"),
         "no-penalties": _changed("without R1, R2", name, objective__r1=0.0, objective__r2=0.0),
         "constant-rate": _changed("constant learning rates", name, optim__schedule="constant"),

@@ -120,6 +120,7 @@ def test_steps_are_equation_3_written_out_plainly(name):
         {"transform__condition": True},
         {"transform__encoder": True},
         {"objective__invariance": 0.1},
+        {"objective__alignment": 0.1},
         {"objective__latent": 0.1},
         {"model__norm_d": "group"},
         {"model__pair_features": "difference"},
