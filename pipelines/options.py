@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -178,7 +179,7 @@ def parse_preset(
 def _exit(
     call: Callable[[], tuple[Any, Result | None]], failed: Callable[[Result], bool] | None = None
 ) -> NoReturn:
-    """Run, print the JSON line if asked for, turn a UserError into its message, and exit."""
+    """Run, print the JSON line if asked for, turn a UserError or Ctrl-C into a line, and exit."""
     _ask_this_machine_directly()
     with _unread_output_dropped():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -189,6 +190,9 @@ def _exit(
             sys.stdout.flush()
             print(" ".join(str(error).split()), file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
         result = result or {}
         if options.json:
             print(json.dumps(_plain(result), allow_nan=False, default=str))

@@ -22,6 +22,7 @@ from ivegan import checkpoint, storage
 from ivegan.config import PRESETS, flatten
 from ivegan.errors import UserError
 from pipelines import options as cli
+from pipelines.cluster.session import Terminated, stopped
 from pipelines.paths import runs_dir
 from pipelines.reproduction import cells as store
 from pipelines.reproduction import tasks as plan
@@ -81,7 +82,10 @@ def main(options: Reproduce) -> dict[str, Any]:
     elif not options.only_print:
         for number, cell in enumerate(missing, 1):
             log.info("cell %d of %d: %s", number, len(missing), cell.name)
-            store.write(results, cell, store.compute(cell, _run(options, cell)))
+            try:
+                store.write(results, cell, store.compute(cell, _run(options, cell)))
+            except Terminated as stop:
+                stopped(stop, "the same command")
     return summary | {"tables": {task.name: _print(task, options.seeds, results) for task in tasks}}
 
 

@@ -34,6 +34,8 @@ class Bake(cli.Options):
 def bake(options: Bake) -> dict[str, Any]:
     options.at_least(oven_heat=50)
     print(f"baking {options.cake}")
+    if options.cake == "unwatched":
+        raise KeyboardInterrupt
     if options.cake == "stone":
         raise UserError("A stone cannot be baked:\n  choose a cake.")
     return {"cake": options.cake, "heat": options.oven_heat, "taste": float("nan")}
@@ -80,6 +82,11 @@ def test_the_last_line_of_stdout_is_one_json_object(capsys):
 def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys, argv, message):
     code, _, err = exit_of(capsys, cli.run, bake, Bake, argv=argv)
     assert (code, err) == (2, message)
+
+
+def test_ctrl_c_is_one_line_and_the_status_of_a_shell(capsys):
+    code, _, err = exit_of(capsys, cli.run, bake, Bake, argv=["unwatched"])
+    assert (code, err) == (130, "stopped\n")
 
 
 @pytest.mark.parametrize(
