@@ -12,8 +12,6 @@ from ivegan.storage.digest import digest
 IVE_GAN = "ive-gan"
 # Methods without discriminators take Adam's usual settings instead of the preset's.
 _ADAM = {"optim.lr_g": 1e-3, "optim.beta1": 0.9, "optim.beta2": 0.999}
-# Terms of IVE-GAN's loss that no baseline has: their cells do not depend on them.
-_OTHERS = {"objective.alignment": 0.0}
 
 
 class Variant(NamedTuple):
@@ -105,7 +103,7 @@ def task_of(name: str, quick: bool = False) -> Table:
 def _representations(presets: Mapping[str, str], network: str) -> dict[str, Variant]:
     """Return IVE-GAN of several presets, and all baselines with the networks of ``network``."""
     rows = {name: Variant(f"IVE-GAN, `{key}`", key) for name, key in presets.items()}
-    rows["bigan"] = Variant("BiGAN / ALI", network, "bigan", _OTHERS)
+    rows["bigan"] = Variant("BiGAN / ALI", network, "bigan")
     titles = {
         "autoencoder": "autoencoder",
         "denoising": "autoencoder, T(x) to x",
@@ -113,9 +111,9 @@ def _representations(presets: Mapping[str, str], network: str) -> dict[str, Vari
         "simclr": "SimCLR",
         "vicreg": "VICReg",
     }
-    rows |= {n: Variant(title, network, n, _ADAM | _OTHERS) for n, title in titles.items()}
-    rows["pca"] = Variant("PCA", network, "pca", _OTHERS)
-    rows["random"] = Variant("random encoder", network, "random", _OTHERS)
+    rows |= {name: Variant(title, network, name, _ADAM) for name, title in titles.items()}
+    rows["pca"] = Variant("PCA", network, "pca")
+    rows["random"] = Variant("random encoder", network, "random")
     return rows
 
 
@@ -192,7 +190,7 @@ _FACES = (
 )
 _DIGITS = {"digits": "digits", "plus": "digits-plus"}
 _MNIST = {"paper": "mnist", "plus": "mnist-plus"}
-_LATENT = {"objective__latent": 1.0}
+_LATENT = {"objective__latent": 1.0, "objective__alignment": 0.0}
 _BUDGET = {"model.width": 0.25, "total_images": 600_000}
 
 TASKS = {
