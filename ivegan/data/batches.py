@@ -6,7 +6,6 @@ The position of each sample in a batch is defined in ``order``, the same for cac
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from ivegan import order
 from ivegan.config import Config
 from ivegan.data.cache import Split
-from ivegan.data.stream import Stream
+from ivegan.data.stream import Stream, reading_threads
 from ivegan.data.tars import read_shard
 from ivegan.shapes import UInt8
 from ivegan.transforms import to_float
@@ -83,7 +82,7 @@ def first_images(source: Split | Stream, count: int) -> UInt8[np.ndarray, "n c h
 
 def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
     """Yield indefinite items that another thread makes, ``count`` items ahead."""
-    with ThreadPoolExecutor(1) as pool:
+    with reading_threads(1) as pool:
         pending = deque(pool.submit(next, items) for _ in range(count))
         while True:
             item = pending.popleft().result()

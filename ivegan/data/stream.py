@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,20 @@ from ivegan.data.manifest import Manifest
 from ivegan.data.tars import read_shard
 from ivegan.errors import UserError
 from ivegan.shapes import UInt8
+
+
+@contextmanager
+def reading_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that a generator reads with, and do not wait for them at its end.
+
+    The garbage collector may close an abandoned generator in one of its own threads, which cannot
+    wait for itself.
+    """
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +118,14 @@ class _Lanes(IterableDataset):
         info = get_worker_info()
         loader, loaders = (0, 1) if info is None else (info.id, info.num_workers)
         share = len(self.rank_lanes) // loaders
-        pool = ThreadPoolExecutor(2)
-        lanes = [self._images(lane, pool) for lane in self.rank_lanes[loader * share :][:share]]
-        try:
-            while True:
-                images = [one for lane in lanes for one in itertools.islice(lane, self.width)]
-                yield torch.from_numpy(np.stack(images))
-        except UserError as error:
-            yield str(error)
-        finally:
-            # Without waiting: the garbage collector may close an abandoned stream in one of the
-            # pool's own threads, which cannot wait for itself.
-            pool.shutdown(wait=False, cancel_futures=True)
+        with reading_threads(2) as pool:
+            lanes = [self._images(lane, pool) for lane in self.rank_lanes[loader * share :][:share]]
+            try:
+                while True:
+                    images = [one for lane in lanes for one in itertools.islice(lane, self.width)]
+                    yield torch.from_numpy(np.stack(images))
+            except UserError as error:
+                yield str(error)
 
     def _images(self, lane: int, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         """Yield the images of a lane, reading a shard ahead."""

@@ -15,7 +15,7 @@ import torch
 from datasets import write_dataset
 
 from ivegan.config import override, preset
-from ivegan.data.batches import batches
+from ivegan.data.batches import _ahead, batches
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
 from ivegan.data.stream import Stream, _Lanes
@@ -208,12 +208,13 @@ def test_a_full_disk_or_cache_is_found_before_anything_is_decoded(tmp_path, monk
     assert len(load_split(uri, "train", tmp_path / "cache").images) == 25
 
 
-def test_a_stream_may_be_closed_in_a_thread_that_reads_for_it(tmp_path):
-    """As the garbage collector does with one that was abandoned."""
+def test_readers_may_be_closed_in_a_thread_of_their_own(tmp_path):
+    """As the garbage collector does with those that were abandoned."""
     uri = write(tmp_path, [4, 4])
     config = override(preset("mnist"), {"batch_size": 4})
     lanes = iter(_Lanes(stream(uri), config, 0, range(2), 2))
-    next(lanes)
-    assert isinstance(lanes, GeneratorType)
-    pool = inspect.getgeneratorlocals(lanes)["pool"]
-    pool.submit(lanes.close).result()
+    for reader in (lanes, _ahead(itertools.count(), 2)):
+        next(reader)
+        assert isinstance(reader, GeneratorType)
+        pool = inspect.getgeneratorlocals(reader)["pool"]
+        pool.submit(reader.close).result()
