@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from servers import s3_server
 from servers import s3_variables as variables_of
 
 from ivegan import storage
+from pipelines.cluster.session import this_python
 
 RNG = np.random.default_rng(0)
 # Ray's workers have the nice value 15: they would wait for all other tests.
@@ -84,7 +86,8 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         if importlib.util.find_spec("swift"):
             for name, value in request.getfixturevalue("s3_variables").items():
                 environment.setenv(name, value)
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+        ray.init("local", num_cpus=2, runtime_env=this_python(), **quiet)
     yield
     ray.shutdown()
 

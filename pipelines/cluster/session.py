@@ -59,8 +59,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         if "RAY_TMPDIR" not in os.environ and not _fits_ray(Path(tempfile.gettempdir())):
             quiet["_temp_dir"] = f"/tmp/ivegan-ray-{os.getuid()}"
-        if " " in sys.executable:  # Ray 2.60 puts it into a shell's command as it is
-            quiet["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
+        quiet["runtime_env"] = this_python()
         try:
             ray.init(address="local", include_dashboard=dashboard, **quiet)
         except Exception as error:  # Ray raises that class where its processes do not answer
@@ -74,6 +73,12 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
         workers = _below_raylets() if alone else []
         ray.shutdown()
         _end(workers)
+
+
+def this_python() -> dict[str, str]:
+    """Return the runtime environment of workers below a folder whose name has a space."""
+    # Ray 2.60 puts the path of its Python into a shell's command as it is.
+    return {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
 
 
 def _fits_ray(temporary: Path) -> bool:
