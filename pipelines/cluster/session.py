@@ -51,7 +51,13 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     alone = not os.environ.get("RAY_ADDRESS")
     if not alone:
         _check_ray_address()
-        ray.init(runtime_env={"env_vars": storage.environment()}, **quiet)
+        try:
+            ray.init(runtime_env={"env_vars": storage.environment()}, **quiet)
+        except ConnectionError as error:
+            raise UserError(
+                f"{error}: is it running, and are RAY_AUTH_MODE and RAY_AUTH_TOKEN (or "
+                "RAY_AUTH_TOKEN_PATH) those of the cluster?"
+            ) from error
     else:
         for name, value in {**QUIET, **storage.environment()}.items():
             os.environ.setdefault(name, value)  # its processes inherit them
