@@ -84,7 +84,7 @@ def main(options: Reproduce) -> dict[str, Any]:
             log.info("cell %d of %d: %s", number, len(missing), cell.name)
             try:
                 store.write(results, cell, store.compute(cell, _run(options, cell)))
-            except Terminated as stop:
+            except (KeyboardInterrupt, Terminated) as stop:
                 stopped(stop, "the same command")
     return summary | {"tables": {task.name: _print(task, options.seeds, results) for task in tasks}}
 

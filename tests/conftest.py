@@ -12,7 +12,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -86,8 +85,13 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         if importlib.util.find_spec("swift"):
             for name, value in request.getfixturevalue("s3_variables").items():
                 environment.setenv(name, value)
-        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-        ray.init("local", num_cpus=2, runtime_env=this_python(), **quiet)
+        ray.init(
+            "local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=this_python(),
+        )
     yield
     ray.shutdown()
 

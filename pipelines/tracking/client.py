@@ -6,7 +6,6 @@ import os
 import re
 import sqlite3
 import textwrap
-from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -75,7 +74,10 @@ def client(uri: str) -> MlflowClient:
             # Of several first runs at once one makes the tables; MLflow's own attempts collide.
             # Where nothing can be written there is no first run.
             writable = os.access(path.parent, os.W_OK)
-            with lock(path.with_name(f"{path.name}.lock")) if writable else nullcontext():
+            own = (
+                lock(path.with_name(f"{path.name}.lock")) if writable else contextlib.nullcontext()
+            )
+            with own:
                 with contextlib.closing(sqlite3.connect(path)) as database:
                     tables = database.execute("SELECT name FROM sqlite_master").fetchall()
                 if ("experiments",) not in tables:
