@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep import mnist
-from data_prep.building import Choices, build, existing_manifest, make_plan
+from data_prep.building import build, existing_manifest, make_plan
 from ivegan import storage
 from ivegan.errors import UserError, public
 from pipelines import options as cli
@@ -47,7 +47,7 @@ def main(options: Build) -> dict[str, Any]:
         raise UserError("build.py needs --out, a folder or s3:// URI for the data set.")
     options.at_least(workers=0)
     dataset, source, out = options.dataset, options.source, options.out
-    choices: Choices = {
+    choices: dict[str, Any] = {
         "shard_size": options.shard_size,
         "name": options.name,
         "crop": options.crop,

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from data_prep import celeba, digits, mnist
 from data_prep.products import Written, contact_sheets, table
@@ -38,15 +38,6 @@ log = logging.getLogger(__name__)
 
 DATASETS: dict[str, ModuleType] = {"digits": digits, "mnist": mnist, "celeba": celeba}
 _ADVICE = "choose another --out, or delete the existing files"
-
-
-class Choices(TypedDict, total=False):
-    """Settings of a build, as ``Build`` in ``data_prep/build.py`` explains them."""
-
-    shard_size: int
-    name: str | None
-    crop: str | None
-    limit: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +91,7 @@ class BuildPlan:
 
 
 def build(
-    dataset: str, source: str | None, out: str, workers: int = 0, **choices: Unpack[Choices]
+    dataset: str, source: str | None, out: str, workers: int = 0, **choices: Any
 ) -> dict[str, Any]:
     """Build the data set at ``out`` and return what was done.
 
@@ -109,7 +100,7 @@ def build(
         source: folder or URI of the raw files; mnist also takes what ``mnist.fetched`` does.
         out: folder or URI of the data set.
         workers: shards written at a time by Ray tasks; 0 is a plain loop in this process.
-        choices: see ``Choices``.
+        choices: as for ``make_plan``.
 
     Returns:
         manifest (its URI), shards, samples, bytes, skipped (shards that existed already) and
@@ -125,7 +116,8 @@ def build(
     manifest, skipped = existing_manifest(plan), len(plan.jobs)
     if manifest is None:
         try:
-            manifest, skipped = _write(plan, workers)
+            with storage.longer_retries():
+                manifest, skipped = _write(plan, workers)
         except UserError:
             # An equal build that ended first has cleared away the records this one needed.
             manifest = existing_manifest(plan)
@@ -143,24 +135,35 @@ def build(
     }
 
 
-def make_plan(dataset: str, source: str | None, out: str, **choices: Unpack[Choices]) -> BuildPlan:
+def make_plan(
+    dataset: str,
+    source: str | None,
+    out: str,
+    *,
+    shard_size: int = 1000,
+    name: str | None = None,
+    crop: str | None = None,
+    limit: int | None = None,
+) -> BuildPlan:
     """Return what ``build`` would write, after looking through the source.
+
+    The settings are those that ``Build`` in ``data_prep/build.py`` explains.
 
     Raises:
         UserError: as for ``build``.
     """
-    shard_size = choices.get("shard_size", 1000)
     if shard_size < 1:
         raise UserError(f"--shard-size is {shard_size}, but must be at least 1.")
     module = DATASETS[dataset]
-    options = {key: choices.get(key) for key in ("crop", "limit") if choices.get(key) is not None}
+    given: dict[str, Any] = {"crop": crop, "limit": limit}
+    options = {key: value for key, value in given.items() if value is not None}
     for key in options:
         if key not in module.OPTIONS:
             raise UserError(f"--{key} means nothing for {dataset}: leave it out.")
     if source is not None:
         source = storage.absolute(source)
     out = storage.absolute(out)
-    raw: Source = module.describe(source, choices.get("name") or dataset, **options)
+    raw: Source = module.describe(source, name or dataset, **options)
     if not any(raw.splits.values()):
         raise UserError(f"There are no images in {source}: nothing to build.")
     jobs = tuple(
@@ -218,29 +221,20 @@ def existing_manifest(plan: BuildPlan) -> Manifest | None:
 
 def _write(plan: BuildPlan, workers: int) -> tuple[Manifest, int]:
     """Write what is missing; return the manifest and how many shards existed already."""
-    _claim(plan)
-    finished = _finished(plan)
-    missing, skipped = [job for job in plan.jobs if job.key not in finished], len(finished)
-
-    def write(job: Job) -> Written:
-        return storage.patiently(write_shard, plan, job)  # long work waits for an object store
-
-    written = write_with_ray(write, missing, workers) if workers else map(write, missing)
-    samples = sum(job.stop - job.start for job in missing)
-    finished |= {one.shard.key: one for one in with_progress(written, len(missing), samples)}
-    return storage.patiently(_complete, plan, [finished[job.key] for job in plan.jobs]), skipped
-
-
-def _claim(plan: BuildPlan) -> None:
-    """Mark the place as this plan's, unless it is another's.
-
-    Raises:
-        UserError: a build with other settings or files came first.
-    """
     if storage.create_bytes(plan.marker, plan.identity) != plan.identity:
         raise UserError(
             f"{plan.out} holds an unfinished build with other settings or files: {_ADVICE}."
         )
+    finished = _finished(plan)
+    missing, skipped = [job for job in plan.jobs if job.key not in finished], len(finished)
+
+    def write(job: Job) -> Written:
+        return write_shard(plan, job)
+
+    written = write_with_ray(write, missing, workers) if workers else map(write, missing)
+    samples = sum(job.stop - job.start for job in missing)
+    finished |= {one.shard.key: one for one in with_progress(written, len(missing), samples)}
+    return _complete(plan, [finished[job.key] for job in plan.jobs]), skipped
 
 
 def _finished(plan: BuildPlan) -> dict[str, Written]:
@@ -266,12 +260,7 @@ def _finished(plan: BuildPlan) -> dict[str, Written]:
 
 
 def _complete(plan: BuildPlan, written: list[Written]) -> Manifest:
-    """Write what is for people, then the manifest, and return it.
-
-    Raises:
-        UserError: a shard that another node has written cannot be seen from here, or another build
-            has taken the place.
-    """
+    """Write what is for people, then the manifest, and return it."""
     sizes, raw = storage.list_files(plan.out), plan.raw
     for one in written:
         if sizes.get(one.shard.key) != one.shard.bytes:
@@ -288,10 +277,6 @@ def _complete(plan: BuildPlan, written: list[Written]) -> Manifest:
             # half written when a run was killed: see storage.local.new_file
             if Path(name).name.startswith(".") and Path(name).stem[1:] in ours:
                 (Path(plan.out) / name).unlink(missing_ok=True)
-    # A store may let two builds claim one place: its conditional writes are not always atomic. But
-    # one of the claims stands, and an equal build that was faster has left the manifest instead.
-    if existing_manifest(plan) is None:
-        _claim(plan)
     manifest = Manifest(
         dataset=raw.dataset,
         image_shape=raw.image_shape,

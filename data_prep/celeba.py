@@ -73,11 +73,7 @@ class _Zip:
     """The images in a zip, which stays open as long as this lives."""
 
     def __init__(self, uri: str) -> None:
-        """Open the zip and read its directory.
-
-        Raises:
-            UserError: it is damaged, or holds an image twice.
-        """
+        """Open the zip and read its directory."""
         self.where = uri
         self._file = storage.open_file(uri)
         weakref.finalize(self, self._file.close)
@@ -89,13 +85,11 @@ class _Zip:
         for member in self._archive.infolist():
             # The images' folder differs between releases, so the last part is what counts.
             name = PurePosixPath(member.filename).name
-            litter = is_litter(member.filename)
-            if (
-                not litter
-                and _is_image(name)
-                and self._members.setdefault(name, member) is not member
-            ):
+            if is_litter(member.filename) or not _is_image(name):
+                continue
+            if name in self._members:
                 raise UserError(f"{uri} holds two images named {name!r}: remove the wrong one.")
+            self._members[name] = member
         self.names = self._members.keys()
 
     def sources(self) -> dict[str, str]:
@@ -103,16 +97,9 @@ class _Zip:
         return {ZIP: file_sha256(self._file)}
 
     def read(self, name: str) -> bytes:
-        """Return an image's file.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
-        member = self._members.get(name)
-        if member is None:
-            raise _missing(name, self.where)
+        """Return an image's file."""
         try:
-            with self._archive.open(member) as file:
+            with self._archive.open(self._members[name]) as file:
                 return file.read(_LARGEST)  # without a limit, all would be inflated at once
         except _BROKEN_ZIP as error:
             raise UserError(
@@ -124,11 +111,7 @@ class _Folder:
     """The images in a folder."""
 
     def __init__(self, uri: str) -> None:
-        """List the images.
-
-        Raises:
-            UserError: there are none.
-        """
+        """List the images."""
         self.where = uri
         files = sorted(storage.list_files(uri).items())
         self._sizes = {name: size for name, size in files if _is_image(name)}
@@ -143,11 +126,7 @@ class _Folder:
         return {name: sha256_hex(text.encode())}
 
     def read(self, name: str) -> bytes:
-        """Return an image's file.
-
-        Raises:
-            UserError: it is missing.
-        """
+        """Return an image's file."""
         return storage.read_bytes(storage.join(self.where, name))
 
 
@@ -170,7 +149,10 @@ def describe(
     lists, images = _lists(source), _images(source)
     for file_name in lists.attributes:
         if file_name not in images.names:
-            raise _missing(file_name, images.where)
+            raise UserError(
+                f"{images.where} has no image {file_name}, which {PARTITION} lists: take both from "
+                "the same release."
+            )
     for file_name in images.names:
         if file_name not in lists.attributes:
             raise UserError(
@@ -195,25 +177,20 @@ def read(
     Raises:
         UserError: an image is damaged, or none of the release.
     """
-    lists = _lists(source)
-    try:
-        images = _images(source)
-        for name in lists.splits[split][:limit][start:stop]:
-            jpeg = images.read(name)
-            try:
-                image = cut(jpeg, crop)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"The image {name} in {images.where} cannot be used ({error}): take it from "
-                    "the release again."
-                ) from error
-            meta = {"attributes": list(lists.attributes[name]), "source": name}
-            if lists.identities:
-                meta["identity"] = lists.identities[name]
-            yield Sample(name.removesuffix(".jpg"), image, meta)
-    except Exception:
-        _images.cache_clear()  # the next attempt opens the zip again
-        raise
+    lists, images = _lists(source), _images(source)
+    for name in lists.splits[split][:limit][start:stop]:
+        jpeg = images.read(name)
+        try:
+            image = cut(jpeg, crop)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The image {name} in {images.where} cannot be used ({error}): take it from the "
+                "release again."
+            ) from error
+        meta = {"attributes": list(lists.attributes[name]), "source": name}
+        if lists.identities:
+            meta["identity"] = lists.identities[name]
+        yield Sample(name.removesuffix(".jpg"), image, meta)
 
 
 def cut(jpeg: bytes, crop: str) -> np.ndarray:
@@ -258,11 +235,7 @@ def _find(source: str, name: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _lists(source: str) -> _Lists:
-    """Return the annotations, checked to their ends.
-
-    Raises:
-        UserError: one is missing or damaged, or they are not of one release.
-    """
+    """Return the annotations, checked to their ends."""
     sources: dict[str, str] = {}
 
     def rows(name: str) -> list[str]:
@@ -340,9 +313,3 @@ def _attributes(uri: str, rows: list[str]) -> tuple[tuple[str, ...], dict[str, b
 def _is_image(name: str) -> bool:
     """Return whether a file directly in the folder looks like an image."""
     return "/" not in name and not is_litter(name) and name.lower().endswith((".jpg", ".jpeg"))
-
-
-def _missing(name: str, where: str) -> UserError:
-    return UserError(
-        f"{where} has no image {name}, which {PARTITION} lists: take both from the same release."
-    )

@@ -77,12 +77,10 @@ def describe(source: str | None, name: str) -> Source:
         raise UserError(
             f"{name} needs --source: the folder or s3:// URI of the four IDX files, or {DOWNLOAD}."
         )
-    if _is_file(source):
+    if storage.exists(source) and not storage.list_names(source):
         raise UserError(f"{source} is one file: unpack it, and give the folder of its IDX files.")
     _half.cache_clear()
     train, test = _half(source, "train"), _half(source, "test")
-    if not len(train.images) or not len(test.images):
-        raise UserError(f"{source} holds an IDX file without images: nothing to build.")
     valid = len(train.images) // VALID_SHARE
     first, last = _classes(source)
     return Source(
@@ -129,11 +127,8 @@ def fetched(source: str, out: str) -> str:
     """
     if not is_remote(source):
         return source
-    to = raw_uri(out)
-    if source == DOWNLOAD:
-        download(to, MIRRORS)
-    else:
-        download(to, [source], published=False)
+    to, published = raw_uri(out), source == DOWNLOAD
+    download(to, MIRRORS if published else [source], published=published)
     return to
 
 
@@ -195,7 +190,7 @@ def _half(source: str, half: str) -> _Half:
     images_file, labels_file = FILES[half]
     images, images_source = _read_idx(source, images_file, num_axes=3)
     labels, labels_source = _read_idx(source, labels_file, num_axes=1)
-    if len(images) != len(labels):
+    if not 0 < len(images) == len(labels):
         raise UserError(
             f"{images_file} holds {len(images)} images, but {labels_file} {len(labels)} labels: "
             "download both again."
@@ -223,25 +218,14 @@ def _classes(source: str) -> tuple[int, int]:
 
 
 def _find(source: str, name: str) -> str:
-    """Return the name of an IDX file in the source, or in a folder below it.
-
-    Raises:
-        UserError: there is none, or there are several of different data sets.
-    """
-    for candidate in (f"{name}.gz", name):
-        if _is_file(storage.join(source, candidate)):  # some copies have folders of these names
-            names = [candidate]
-            break
-    else:
-        found = storage.list_files(source)
-        names = [n for n in found if not is_litter(n) and _part(n) == _part(name)]
-        if not names:
-            archives = (n for n in found if not is_litter(n) and n.lower().endswith(_ARCHIVES))
-            archive = next(archives, None)
-            hint = f"{archive} is there: unpack it" if archive else nearest(name, found)
-            raise UserError(
-                f"There is no {name}.gz or {name} in {source} ({hint}): correct --source."
-            )
+    """Return the name of an IDX file in the source, or in a folder below it."""
+    found = [n for n in storage.list_files(source) if not is_litter(n)]
+    names = [n for n in (f"{name}.gz", name) if n in found][:1]
+    names = names or [n for n in found if _part(n) == _part(name)]
+    if not names:
+        archive = next((n for n in found if n.lower().endswith(_ARCHIVES)), None)
+        hint = f"{archive} is there: unpack it" if archive else nearest(name, found)
+        raise UserError(f"There is no {name}.gz or {name} in {source} ({hint}): correct --source.")
     sets = {n.rpartition("/")[2].removesuffix(".gz").replace(".", "-") for n in names}
     if len(sets) > 1:
         raise UserError(
@@ -251,10 +235,6 @@ def _find(source: str, name: str) -> str:
     return min(names, key=lambda n: (n.count("/"), n))
 
 
-def _is_file(uri: str) -> bool:
-    return storage.exists(uri) and not storage.list_names(uri)
-
-
 def _part(name: str) -> tuple[str, str] | None:
     """Return half and kind of an IDX file by its name, whatever its data set; None for others."""
     found = _COPY.fullmatch(name.rpartition("/")[2].lower())
@@ -262,11 +242,7 @@ def _part(name: str) -> tuple[str, str] | None:
 
 
 def _parse_idx(raw: bytes, uri: str, num_axes: int) -> np.ndarray:
-    """Return the array of an IDX file, unpacking no more than its header promises.
-
-    Raises:
-        UserError: it is none, it is damaged, or it promises more than fits into memory.
-    """
+    """Return the array of an IDX file, unpacking no more than its header promises."""
     file = gzip.GzipFile(fileobj=io.BytesIO(raw)) if uri.endswith(".gz") else io.BytesIO(raw)
     # Two zero bytes, the type of the values, the number of axes; then each axis's length.
     magic = bytes([0, 0, _UNSIGNED_BYTES, num_axes])

@@ -6,13 +6,12 @@ ends with status 0 and "OK: 1797 samples in 4 shards"; status 1 means that somet
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ivegan import storage
-from ivegan.data.manifest import MANIFEST, Manifest, Shard, read_manifest
-from ivegan.data.tars import read_tar
+from ivegan.data.manifest import MANIFEST, read_manifest
+from ivegan.data.tars import read_shard
 from ivegan.errors import UserError
 from ivegan.storage.digest import digest, sha256_hex
 from pipelines import options as cli
@@ -46,14 +45,20 @@ def verify(uri: str) -> list[str]:
     for name, expected in manifest.extras.items():
         if name not in present:
             wrong.append(f"{name} is missing.")
-        elif sha256_hex(_read(uri, name)) != expected:
+        elif sha256_hex(storage.read_bytes(storage.join(uri, name))) != expected:
             wrong.append(f"{name} has another sha256 than the manifest says.")
     keys: Counter[str] = Counter()
     for shard in manifest.shards:
         if shard.key not in present:
             wrong.append(f"{shard.key} is missing.")
-        else:
-            wrong += _of_shard(uri, shard, manifest, keys)
+            continue
+        try:
+            samples = read_shard(uri, shard, manifest.image_shape)
+            keys.update(sample.key for sample in samples)
+        except storage.Unavailable:
+            raise
+        except UserError as error:
+            wrong.append(str(error))
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:
         wrong.append(f"{len(repeated)} keys stand in the data set twice, {repeated[0]!r} is one.")
@@ -73,7 +78,8 @@ def main(options: Verify) -> dict[str, Any]:
         for key, value in summary.items():
             print(f"{key:10} {value}")
         return summary | {"wrong": []}
-    wrong = verify(options.uri)
+    with storage.longer_retries():
+        wrong = verify(options.uri)
     for line in wrong:
         print(line)
     if not wrong:
@@ -84,30 +90,6 @@ def main(options: Verify) -> dict[str, Any]:
 def command() -> None:
     """Run as a program."""
     cli.run(main, Verify, failed=lambda result: bool(result["wrong"]))
-
-
-def _read(uri: str, name: str) -> bytes:
-    return storage.patiently(storage.read_bytes, storage.join(uri, name))
-
-
-def _of_shard(uri: str, shard: Shard, manifest: Manifest, keys: Counter[str]) -> Iterator[str]:
-    """Yield what is wrong with one shard, counting its keys."""
-    raw = _read(uri, shard.key)
-    if len(raw) != shard.bytes:
-        yield f"{shard.key} has {len(raw)} bytes, the manifest says {shard.bytes}."
-    if sha256_hex(raw) != shard.sha256:
-        yield f"{shard.key} has another sha256 than the manifest says."
-    try:
-        samples = list(read_tar(raw))
-    except UserError as error:
-        yield f"{shard.key} cannot be read: {error}"
-        return
-    keys.update(sample.key for sample in samples)
-    if len(samples) != shard.samples:
-        yield f"{shard.key} holds {len(samples)} samples, the manifest says {shard.samples}."
-    for shape in {sample.image.shape for sample in samples} - {manifest.image_shape}:
-        right = manifest.image_shape
-        yield f"{shard.key} holds images of shape {shape}, the manifest says {right}."
 
 
 if __name__ == "__main__":

@@ -14,19 +14,12 @@ from torch.nn.utils import get_total_norm
 
 from ivegan.config import Config
 
-_ATTRIBUTES = ("_highest", "_config", "_good_steps", "_start", "found_inf")
 ANNEALED = 0.8  # share of the run after which ``objective.anneal`` is reached
 WARM_UP, FLOOR = 0.02, 0.02  # of the cosine schedule: share of the run, share of the rate
 
 
 class Optimizer(torch.optim.Adam):
-    """Adam of one side, with a learning rate that follows ``optim.schedule``.
-
-    Args:
-        network: its parameters are optimised.
-        lr: the learning rate at its highest.
-        config: of the run.
-    """
+    """Adam of one side, whose learning rate follows ``optim.schedule`` from its highest, ``lr``."""
 
     def __init__(self, network: nn.Module, lr: float, config: Config) -> None:
         o, device = config.optim, next(network.parameters()).device
@@ -44,9 +37,6 @@ class Optimizer(torch.optim.Adam):
         self._good_steps = torch.zeros((), device=device, dtype=torch.float32)  # since ``_start``
         self._start = 0
         self.found_inf = torch.zeros((), device=device, dtype=torch.float32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load moments and steps; rate and kind of the update stay those of this device."""

@@ -262,10 +262,12 @@ def _update_generators(
             loss = loss_pair + objective.prior_weight * loss_prior
             if fake.z_second is not None:
                 z, z_second = fake.z.float(), fake.z_second.float()
-                invariance = _invariance(z, z_second)
-                alignment = (z - z_second).square().sum(1).mean()
-                losses |= {"loss/invariance": invariance, "loss/alignment": alignment}
-                loss = loss + objective.invariance * invariance + objective.alignment * alignment
+                if objective.invariance:
+                    losses["loss/invariance"] = _invariance(z, z_second)
+                    loss = loss + objective.invariance * losses["loss/invariance"]
+                if objective.alignment:
+                    losses["loss/alignment"] = (z - z_second).square().sum(1).mean()
+                    loss = loss + objective.alignment * losses["loss/alignment"]
             if fake.z_again is not None:
                 losses["loss/latent"] = (fake.z_again.float() - batch.z_prior).square().mean()
                 loss = loss + state.annealing * objective.latent * losses["loss/latent"]
@@ -378,11 +380,7 @@ def train(
 
 
 def _means(state: State, sums: dict[str, Tensor], count: int) -> dict[str, float]:
-    """Return the mean of every scalar over the steps and the ranks.
-
-    Raises:
-        NonFiniteLossError: a gradient or a mean is not finite, on any rank.
-    """
+    """Return the mean of every scalar over the steps and the ranks."""
     for networks, optimizer in (("D and D'", state.optimizer_d), ("E and G", state.optimizer_g)):
         if failed := optimizer.first_skipped_step():
             raise NonFiniteLossError(

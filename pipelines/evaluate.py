@@ -73,18 +73,19 @@ def evaluate_checkpoint(
 
     uri = _resolve(uri)
     checkpoint.keep(uri)
-    result = evaluate(
-        uri,
-        data,
-        str(out),
-        cache_dir=cache_dir(),
-        device=device,
-        seed=seed,
-        limit=limit,
-        protocol=protocol,
-    )
-    if limit is None and protocol is None:
-        _record(uri, result)
+    with storage.longer_retries():
+        result = evaluate(
+            uri,
+            data,
+            str(out),
+            cache_dir=cache_dir(),
+            device=device,
+            seed=seed,
+            limit=limit,
+            protocol=protocol,
+        )
+        if limit is None and protocol is None:
+            _record(uri, result)
     return result
 
 
@@ -135,9 +136,9 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
     out = result["report"].rpartition("/")[0]
     try:
         for path in (*result["figures"].values(), result["report"], f"{out}/metrics.json"):
-            data = storage.patiently(storage.read_bytes, path)
+            data = storage.read_bytes(path)
             copy = storage.join(folder, path.rpartition("/")[2])
-            storage.patiently(storage.write_bytes, copy, data)
+            storage.write_bytes(copy, data)
     except UserError as error:  # a run of another owner
         log.warning("The evaluation was not copied to %s: %s", folder, error)
     if not record.exists(run_uri):

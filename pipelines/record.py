@@ -257,7 +257,7 @@ class MetricsWriter:
             self.join()
 
     def _write(self, call: Callable[..., None], *given: Any) -> None:
-        self._writes.append(self._thread.submit(storage.patiently, call, *given))
+        self._writes.append(self._thread.submit(call, *given))
 
 
 def _write_new(uri: str, content: bytes) -> None:

@@ -4,15 +4,13 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
-from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ivegan import storage
@@ -37,33 +35,21 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
         metadata: plain values for ``config.json``: run id, dataset hash, world size, and the like.
     """
     uri = storage.join(run_uri, f"{PREFIX}{state.images_seen:010d}")
-    with _temporary_folder() as folder:
-        save_file(_named_weights(state), folder / _WEIGHTS)
-        optimizers = {name: o.state_dict() for name, o in _optimizers(state).items()}
-        save_file(_named_moments(optimizers), folder / _TRAINING)
-        metadata = {
-            "config": to_dict(state.config),
-            "step": state.step,
-            "images_seen": state.images_seen,
-            "files": {n: sha256_hex((folder / n).read_bytes()) for n in (_WEIGHTS, _TRAINING)},
-            **metadata,
-        }
-        (folder / CONFIG).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
-        storage.patiently(storage.upload_folder, folder, uri, last=CONFIG)
+    optimizers = {name: o.state_dict() for name, o in _optimizers(state).items()}
+    files = {
+        _WEIGHTS: save_safetensors(_named_weights(state)),
+        _TRAINING: save_safetensors(_named_moments(optimizers)),
+    }
+    metadata = {
+        "config": to_dict(state.config),
+        "step": state.step,
+        "images_seen": state.images_seen,
+        "files": {name: sha256_hex(content) for name, content in files.items()},
+        **metadata,
+    }
+    files[CONFIG] = (json.dumps(metadata, indent=2, sort_keys=True) + "\n").encode()
+    storage.write_folder(uri, files, last=CONFIG)
     return uri
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """Yield a folder that is deleted afterwards; raise UserError where it has no room."""
-    with storage.local_sentences(gettempdir()), TemporaryDirectory() as tmp:
-        try:
-            yield Path(tmp)
-        except SafetensorError as error:
-            raise UserError(
-                f"{gettempdir()} does not take the checkpoint ({error}): free some space there, or "
-                "set TMPDIR to another folder."
-            ) from error
 
 
 def restore(state: State, uri: str) -> dict[str, Any]:
@@ -151,7 +137,7 @@ def _read_moments(uri: str, metadata: dict[str, Any]) -> dict[str, Tensor]:
     if "files" in metadata:
         return _read_tensors(uri, _TRAINING, metadata)
     # Version 0.1 wrote torch's own format.
-    raw = storage.patiently(storage.read_bytes, storage.join(uri, "training.pt"))
+    raw = storage.read_bytes(storage.join(uri, "training.pt"))
     with _named_damage(uri):
         saved = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         return _named_moments({name: saved[name] for name in ("optimizer_g", "optimizer_d")})

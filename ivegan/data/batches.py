@@ -37,13 +37,7 @@ def batches(
 
     They are prepared in a thread, some steps ahead, except points on a CPU.
 
-    Args:
-        config: batch size, seed and data set.
-        source: the samples; None for ``ring`` and ``grid``, which are drawn afresh.
-        step: the first step.
-        rank: of this process.
-        world_size: number of ranks.
-        device: of the returned tensors. The copies do not wait for the device.
+    Without a source, points of ``ring`` or ``grid`` are drawn. Copies do not wait for the device.
     """
     pin = device.type == "cuda"
 

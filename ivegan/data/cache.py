@@ -22,7 +22,7 @@ from torch import Tensor
 from ivegan import order
 from ivegan.config import Config
 from ivegan.data.manifest import Manifest, read_split_manifest
-from ivegan.data.tars import Sample, read_shard
+from ivegan.data.tars import read_shard
 from ivegan.errors import UserError
 from ivegan.shapes import Int, UInt8
 from ivegan.storage import local_sentences
@@ -87,9 +87,9 @@ def load_split(
             dataset_folder.mkdir(exist_ok=True)
             # A folder appears by one renaming, so an existing one is complete.
             folder = dataset_folder / split
-            if not _is_sound(folder) and skip_bad:
+            if not is_sound(folder) and skip_bad:
                 folder = dataset_folder / f"{split}-without-bad"
-            if not _is_sound(folder):
+            if not is_sound(folder):
                 bytes_needed = manifest.splits[split] * math.prod(manifest.image_shape)
                 _make_room(root, manifest.hash, bytes_needed, limit)
                 _decode_split(data_uri, manifest, split, folder, skip_bad)
@@ -101,14 +101,6 @@ def load_split(
                 keys=np.load(folder / "keys.npy", mmap_mode="r"),
                 dataset_hash=manifest.hash,
             )
-
-
-def _is_sound(folder: Path) -> bool:
-    """Return whether a folder of arrays is there and undamaged; a damaged one is deleted."""
-    if folder.is_dir() and not is_sound(folder):
-        log.warning("the cache %s is damaged: decoding its data again", folder)
-        shutil.rmtree(folder)
-    return folder.is_dir()
 
 
 @contextmanager
@@ -124,11 +116,7 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _make_room(root: Path, keep: str, needed: int, limit: int) -> None:
-    """Delete the least recently used data sets of a cache until there is room for one more.
-
-    Raises:
-        UserError: the data set is too large for the limit or the disk.
-    """
+    """Delete the least recently used data sets of a cache until there is room for one more."""
     others = [path for path in root.iterdir() if len(path.name) == _HASH_DIGITS and path.is_dir()]
     sizes = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in others}
     others = sorted((p for p in others if p.name != keep), key=lambda path: path.stat().st_mtime)
@@ -166,7 +154,8 @@ def _decode_split(
         samples = read_shard(data_uri, shard, manifest.image_shape, skip_bad=skip_bad)
         for index, sample in enumerate(samples, start=starts[number]):
             images[index] = sample.image
-        labels = [_label(sample, shard.key) for sample in samples]
+        metas = [sample.meta for sample in samples]
+        labels = [meta["label"] if "label" in meta else meta["attributes"] for meta in metas]
         return [sample.key for sample in samples], labels
 
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
@@ -187,11 +176,7 @@ def _decode_split(
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Return a new memory-mapped file of bytes whose space on the disk is allocated.
-
-    Raises:
-        UserError: the disk is full. Without allocation, a later write would raise SIGBUS.
-    """
+    """Return a new memory-mapped file of bytes whose space on the disk is allocated."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     try:
         with path.open("r+b") as file:
@@ -202,12 +187,3 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
             f"({error.strerror}): train with --stream, or set IVEGAN_CACHE to a larger disk."
         ) from error
     return array
-
-
-def _label(sample: Sample, shard: str) -> object:
-    for name in ("label", "attributes"):
-        if name in sample.meta:
-            return sample.meta[name]
-    raise UserError(
-        f"The sample {sample.key} of {shard} has neither a label nor attributes: build it again."
-    )

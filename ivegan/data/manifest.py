@@ -115,10 +115,7 @@ def read_manifest(uri: str) -> Manifest:
             f"{manifest_uri} has schema version {version}, but this program reads version "
             f"{SCHEMA_VERSION}: build the data set again."
         )
-    manifest = check(values, Manifest, manifest_uri, _REMEDY)
-    if not manifest.shards or not any(manifest.splits.values()):
-        raise UserError(f"The data set at {uri} is empty: build it from a source with images.")
-    return manifest
+    return check(values, Manifest, manifest_uri, _REMEDY)
 
 
 def read_split_manifest(data_uri: str, split: str) -> Manifest:

@@ -100,11 +100,8 @@ def read_shard(
 ) -> list[Sample]:
     """Return a shard's samples after checking it against the manifest.
 
-    Args:
-        data_uri: the data set.
-        shard: its entry of the manifest.
-        image_shape: expected of every image.
-        skip_bad: return only the samples with a right checksum, and log the number of the others.
+    With ``skip_bad`` only the samples with a right checksum are returned, and the others counted in
+    the log.
 
     Raises:
         UserError: a wrong digest, count or image shape; the sentence names the shard and the key.
@@ -112,7 +109,7 @@ def read_shard(
     uri = storage.join(data_uri, shard.key)
     raw = b""
     try:
-        raw = storage.patiently(storage.read_bytes, uri)
+        raw = storage.read_bytes(uri)
         return _check_shard(uri, raw, shard, image_shape)
     except storage.Unavailable:
         raise
@@ -182,11 +179,7 @@ def _check_shard(
 
 
 def _pairs(data: bytes) -> Iterator[tuple[str, memoryview, memoryview]]:
-    """Yield each sample's key, image and JSON as they are stored.
-
-    Raises:
-        UserError: the tar is damaged, or holds other files.
-    """
+    """Yield each sample's key, image and JSON as they are stored."""
     entries = _entries(data)
     for name, image in entries:
         key, _, suffix = name.rpartition(".")

@@ -8,7 +8,6 @@ many cores a machine has. Trained once per data set, then kept in the cache.
 """
 
 import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,17 +109,17 @@ def classifier_of(
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Of several processes that want it at once, the trials of a sweep say, one trains it.
         with lock(folder.with_suffix(".lock")):
-            if folder.is_dir() and not is_sound(folder):
-                log.warning("the cached classifier %s is damaged: training it again", folder)
-                shutil.rmtree(folder)
-            if not folder.is_dir():
+            if not is_sound(folder):
                 log.info("training the classifier of the evaluation, once per data set")
                 model = train_classifier(images, labels, settings)
                 # A cache may be shared by nodes whose locks do not reach each other.
                 with TemporaryDirectory(dir=cache_dir, prefix=".classifier-") as unfinished:
-                    (Path(unfinished) / _WEIGHTS).write_bytes(save(model.state_dict()))
-                    write_sums(Path(unfinished))
-                    local.replace_folder(Path(unfinished), folder)
+                    fresh = Path(unfinished) / "new"
+                    fresh.mkdir()
+                    (fresh / _WEIGHTS).write_bytes(save(model.state_dict()))
+                    write_sums(fresh)
+                    local.delete_folder(folder)
+                    fresh.rename(folder)
     model = Classifier(settings, images.shape[1:], labels)
     model.load_state_dict(load_file(folder / _WEIGHTS))
     return model.eval()

@@ -132,7 +132,7 @@ def _write(
     result = {"metrics": metrics, "metadata": metadata}
     files["metrics.json"] = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
     for name, data in files.items():
-        storage.patiently(storage.write_bytes, storage.join(out, name), data)
+        storage.write_bytes(storage.join(out, name), data)
     return {
         **result,
         "figures": {page.name: storage.join(out, f"{page.name}.png") for page in pages},

@@ -15,19 +15,19 @@ class Conv(NamedTuple):
     norm: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The layer table of one experiment."""
 
     shape: tuple[int, ...]
     """Shape of one sample: (channels, height, width), or (2,) for points."""
-    convs: tuple[Conv, ...]
+    convs: tuple[Conv, ...] = ()
     """Convolutions of E and of D_enc; empty for points."""
     trunk_dim: int
     """Units in the last layer of D_enc."""
-    base: tuple[int, int]
+    base: tuple[int, int] = (0, 0)
     """(filters, side) of the feature map that G's dense layer is reshaped to."""
-    deconvs: tuple[Conv, ...]
+    deconvs: tuple[Conv, ...] = ()
     """Transposed convolutions of G; the last one makes the image."""
     pair_head: tuple[int, ...]
     """Hidden units of D's head."""
@@ -42,10 +42,7 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "points": Architecture(
         shape=(2,),
-        convs=(),
         trunk_dim=2,
-        base=(0, 0),
-        deconvs=(),
         pair_head=(128,),
         sample_head=(128,),
         hidden=(128,),
@@ -54,10 +51,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Not in the paper: one hidden layer cannot draw eight narrow modes from a uniform prior.
     "points-deep": Architecture(
         shape=(2,),
-        convs=(),
         trunk_dim=2,
-        base=(0, 0),
-        deconvs=(),
         pair_head=(128, 128),
         sample_head=(128, 128),
         hidden=(128, 128, 128),

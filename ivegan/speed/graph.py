@@ -47,7 +47,7 @@ class _CapturedUpdate:
         # the same time must not share.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        before = _snapshot(state)
+        before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
         with torch.cuda.stream(stream):
             for _ in range(3):
                 update(state, self.x, self.draws)
@@ -73,10 +73,6 @@ def _tensors(state: State) -> dict[tuple[object, ...], Tensor]:
         for p, (_, values) in enumerate(optimizer.state.items()):
             tensors |= {("adam", side, p, k): t for k, t in values.items()}
     return tensors
-
-
-def _snapshot(state: State) -> dict[tuple[object, ...], Tensor]:
-    return {name: tensor.clone() for name, tensor in _tensors(state).items()}
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ without keys, and Ray works through the same client. Files appear whole or not a
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from ivegan.storage import local, objects
-from ivegan.storage.errors import Unavailable, local_sentences, patiently, sentences
+from ivegan.storage.errors import Unavailable, local_sentences, sentences
 from ivegan.storage.objects import environment, longer_retries, s3_client
 from ivegan.storage.places import absolute, is_local, join, parse
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Unavailable",
     "absolute",
+    "create_bytes",
     "delete_folder",
     "environment",
     "exists",
@@ -29,13 +31,13 @@ __all__ = [
     "join",
     "list_files",
     "list_names",
+    "local_sentences",
     "longer_retries",
     "open_file",
-    "patiently",
     "read_bytes",
     "s3_client",
-    "upload_folder",
     "write_bytes",
+    "write_folder",
 ]
 
 
@@ -53,8 +55,7 @@ def filesystem(uri: str | Path) -> "tuple[pyarrow.fs.FileSystem, str]":
 
 def exists(uri: str | Path) -> bool:
     """Return whether there is a file, or a folder that is not empty."""
-    place = parse(uri)
-    with sentences(uri):
+    with sentences(uri) as place:
         if isinstance(place, Path):
             return place.exists()
         bucket, key = place
@@ -78,24 +79,20 @@ def read_bytes(uri: str | Path) -> bytes:
     Raises:
         UserError: no such file, no access to it, or a wrong digest.
     """
-    place = parse(uri)
-    with sentences(uri):
+    with sentences(uri) as place:
         if isinstance(place, Path):
             return place.read_bytes()
-        file = io.BytesIO()
-        objects.download(place, file)
-        return file.getvalue()
+        return objects.download(place)
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Write a file, which holds the old content or the new one at every moment."""
-    place = parse(uri)
-    with sentences(uri):
+    with sentences(uri) as place:
         if isinstance(place, Path):
             with local.new_file(place) as file:
                 file.write(data)
         else:
-            objects.upload(place, io.BytesIO(data))
+            objects.upload(place, data)
 
 
 def create_bytes(uri: str | Path, data: bytes) -> bytes:
@@ -104,8 +101,7 @@ def create_bytes(uri: str | Path, data: bytes) -> bytes:
     Locally, and in a store whose conditional writes are atomic, all who call this at once get the
     same content. Some stores check and write in two steps: compare again before relying on it.
     """
-    place = parse(uri)
-    with sentences(uri):
+    with sentences(uri) as place:
         if isinstance(place, Path):
             local.create(place, data)
         else:
@@ -119,60 +115,44 @@ def open_file(uri: str | Path, buffer_size: int = objects.READ_AHEAD) -> io.Buff
     Raises:
         UserError: no such file, no access to it, or it was replaced while it was read.
     """
-    place = parse(uri)
-    with sentences(uri):
+    with sentences(uri) as place:
         if isinstance(place, Path):
             return place.open("rb")
-        return io.BufferedReader(cast(Any, objects.ObjectFile(place)), buffer_size)
+        return io.BufferedReader(objects.ObjectFile(place), buffer_size)
 
 
 def list_names(uri: str | Path) -> list[str]:
     """Return the names directly below a folder, sorted; none if it does not exist."""
-    place = parse(uri)
-    if isinstance(place, Path):
-        with sentences(uri):
+    with sentences(uri) as place:
+        if isinstance(place, Path):
             return sorted(child.name for child in place.iterdir()) if place.is_dir() else []
     return sorted({name.partition("/")[0] for name in list_files(uri)})
 
 
 def list_files(uri: str | Path) -> dict[str, int]:
     """Return all files below a folder, at any depth: relative name with slashes -> bytes."""
-    place = parse(uri)
-    with sentences(uri):
+    with sentences(uri) as place:
         return local.sizes(place) if isinstance(place, Path) else objects.list_objects(place)
 
 
-def upload_folder(source: str | Path, uri: str | Path, last: str | None = None) -> None:
-    """Copy a local folder to the URI, in place of an existing one.
+def write_folder(uri: str | Path, files: Mapping[str, bytes], last: str) -> None:
+    """Write files, name -> content, as a folder in place of an existing one.
 
-    Args:
-        source: the folder.
-        uri: of the copy; locally it appears by one renaming.
-        last: the file that is uploaded last to an object store, to mark the folder as whole.
+    Locally it appears by one renaming. To an object store the file ``last`` goes last, to mark the
+    folder as whole.
     """
-    place, source = parse(uri), Path(source)
-    with sentences(uri):
+    with sentences(uri) as place:
         if isinstance(place, Path):
-            local.replace_folder(source, place)
+            local.replace_folder(files, place)
             return
-        delete_folder(uri, first=last)
-        bucket, key = place
-        names = [path.relative_to(source).as_posix() for path in local.files(source)]
-        for name in sorted(names, key=lambda name: (name == last, name)):
-            path = source / name
-            with sentences(join(uri, name)), local_sentences(path), path.open("rb") as file:
-                objects.upload((bucket, f"{key}/{name}"), file)
+    delete_folder(uri, first=last)
+    for name in sorted(files, key=lambda name: (name == last, name)):
+        write_bytes(join(uri, name), files[name])
 
 
 def delete_folder(uri: str | Path, first: str | None = None) -> None:
-    """Delete all files below the URI, if there are any.
-
-    Args:
-        uri: the folder.
-        first: the marker file, deleted before all others so that no remainder looks whole.
-    """
-    place = parse(uri)
-    with sentences(uri):
+    """Delete all files below the URI, the marker file first, so that no remainder looks whole."""
+    with sentences(uri) as place:
         if isinstance(place, Path):
             local.delete_folder(place)
         else:

@@ -10,9 +10,9 @@ from typing import Any
 from pyarrow import PythonFile
 from pyarrow.fs import FileInfo, FileSelector, FileSystemHandler, FileType
 
+from ivegan import storage
 from ivegan.storage import objects
 from ivegan.storage.errors import sentences
-from ivegan.storage.places import Object
 
 
 class ObjectFiles(FileSystemHandler):
@@ -35,8 +35,7 @@ class ObjectFiles(FileSystemHandler):
 
     def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
         base = selector.base_dir
-        with sentences(f"s3://{base}"):
-            sizes = objects.list_objects(_place(base))
+        sizes = storage.list_files(f"s3://{base}")
         if not sizes and not selector.allow_not_found:
             raise FileNotFoundError(base)
         folders = {str(p) for name in sizes for p in PurePosixPath(name).parents} - {"."}
@@ -49,27 +48,23 @@ class ObjectFiles(FileSystemHandler):
         """Do nothing: a file's name makes its folders."""
 
     def delete_dir(self, path: str) -> None:
-        with sentences(f"s3://{path}"):
-            objects.delete_objects(_place(path), None)
+        storage.delete_folder(f"s3://{path}")
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         self.delete_dir(path)
 
     def delete_file(self, path: str) -> None:
-        bucket, key = _place(path)
+        bucket, _, key = path.partition("/")
         with sentences(f"s3://{path}"):
             objects.s3_client().delete_object(Bucket=bucket, Key=key)
 
     def open_input_file(self, path: str) -> PythonFile:
-        with sentences(f"s3://{path}"):
-            file = io.BufferedReader(objects.ObjectFile(_place(path)), objects.READ_AHEAD)
-        return PythonFile(file, mode="r")
+        return PythonFile(storage.open_file(f"s3://{path}"), mode="r")
 
-    def open_input_stream(self, path: str) -> PythonFile:
-        return self.open_input_file(path)
+    open_input_stream = open_input_file
 
     def open_output_stream(self, path: str, metadata: Any) -> PythonFile:
-        return PythonFile(_Upload(path), mode="w")
+        return PythonFile(_Upload(f"s3://{path}"), mode="w")
 
     def _refuse(self, *_: Any) -> Any:
         raise NotImplementedError("Ray does not ask for it")
@@ -80,16 +75,15 @@ class ObjectFiles(FileSystemHandler):
 class _Upload(io.BytesIO):
     """A new object, whose content is sent when it is closed."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, uri: str) -> None:
         super().__init__()
-        self._path = path
+        self._uri = uri
 
     def close(self) -> None:
         if self.closed:
             return
         try:
-            with sentences(f"s3://{self._path}"):
-                objects.upload(_place(self._path), io.BytesIO(self.getbuffer()))  # it is closed
+            storage.write_bytes(self._uri, self.getvalue())
         finally:
             super().close()
 
@@ -101,15 +95,10 @@ class _Upload(io.BytesIO):
 
 
 def _info(path: str) -> FileInfo:
-    bucket, key = _place(path)
-    with sentences(f"s3://{path}"):
-        if key and (found := objects.head((bucket, key))) is not None:
-            return FileInfo(path, FileType.File, size=found["ContentLength"])
-        prefix = f"{key}/" if key else ""
-        some = objects.s3_client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-    return FileInfo(path, FileType.Directory if some["KeyCount"] else FileType.NotFound)
-
-
-def _place(path: str) -> Object:
     bucket, _, key = path.strip("/").partition("/")
-    return bucket, key
+    with sentences(f"s3://{path}"):
+        found = objects.head((bucket, key)) if key else None
+    if found is not None:
+        return FileInfo(path, FileType.File, size=found["ContentLength"])
+    kind = FileType.Directory if storage.exists(f"s3://{path}") else FileType.NotFound
+    return FileInfo(path, kind)

@@ -2,32 +2,19 @@
 
 import contextlib
 import hashlib
+import io
 import json
-from dataclasses import dataclass
+import logging
+import shutil
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from ivegan.storage.schema import DamagedError, check, inside, parse_json
+from ivegan.storage.schema import DamagedError, inside, read
+
+log = logging.getLogger(__name__)
 
 _SUMS = "sums.json"
 _PIECE = 1 << 24  # an object store is asked for each
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """The content of ``sums.json``."""
-
-    files: dict[str, tuple[str, int, int]]
-    """Digest, size and time."""
-
-
-@runtime_checkable
-class Readable(Protocol):
-    """An open file of bytes, of this machine or of an object store."""
-
-    def read(self, size: int, /) -> bytes: ...
-
-    def seek(self, offset: int, /) -> int: ...
 
 
 def canonical_json(value: Any) -> bytes:
@@ -45,7 +32,7 @@ def digest(value: Any) -> str:
     return sha256_hex(canonical_json(value))
 
 
-def file_sha256(file: Readable) -> str:
+def file_sha256(file: io.BufferedReader) -> str:
     """Return the sha256 of an open file from its start, read in pieces."""
     file.seek(0)
     found = hashlib.sha256()
@@ -61,19 +48,22 @@ def write_sums(folder: Path) -> None:
 
 
 def is_sound(folder: Path) -> bool:
-    """Return whether a folder's files are those that ``write_sums`` saw.
+    """Return whether a folder is there, with the files that ``write_sums`` saw.
 
-    Files are read again only where their size or time differs from the stored one.
+    Files are read again only where their size or time differs from the stored one. A damaged folder
+    is deleted, to be made again.
     """
+    if not folder.is_dir():
+        return False
     with contextlib.suppress(OSError, ValueError, DamagedError):
-        stored = parse_json((folder / _SUMS).read_bytes(), _SUMS)
-        sums = check({"files": stored}, _Sums, _SUMS).files
+        sums = read((folder / _SUMS).read_bytes(), dict[str, tuple[str, int, int]], _SUMS)
         changed = [n for n, (_, *stamp) in sums.items() if stamp != _stamp(folder / inside(n))]
-        if any(_sum(folder / name)[0] != sums[name][0] for name in changed):
-            return False
-        if changed:  # copied, for example
-            write_sums(folder)
-        return bool(sums)
+        if sums and all(_sum(folder / name)[0] == sums[name][0] for name in changed):
+            if changed:  # copied, for example
+                write_sums(folder)
+            return True
+    log.warning("%s in the cache is damaged: making it again", folder)
+    shutil.rmtree(folder)
     return False
 
 

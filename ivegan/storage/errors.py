@@ -1,25 +1,13 @@
-"""Errors of disks and object stores as sentences, and waiting for a store that is unavailable."""
+"""Errors of disks and object stores as sentences."""
 
 import contextlib
 import errno
-import logging
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from ivegan.errors import UserError
-from ivegan.storage.places import is_local
-
-log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-PATIENCE = 120.0  # seconds that long work waits for a store
-LONGEST_PAUSE = 5.0  # seconds between two attempts
-_jitter = random.SystemRandom()  # not the generator that a training seeds
+from ivegan.storage.places import Object, parse
 
 
 class Unavailable(UserError):  # noqa: N818
@@ -48,10 +36,11 @@ _BUSY = (
     *("ThrottlingException", "TooManyRequests", "busy"),
 )
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
-_REGION = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException",
-           "PermanentRedirect")  # fmt: skip
 _CHANGED = ("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
+_REFUSED = (
+    "The object store at {store} refuses {uri} ({code}: {message}): correct the URI, the region, "
+    "the credentials or this machine's clock."
+)
 _REMOTE: list[tuple[tuple[str, ...], type[UserError], str]] = [
     (("NoSuchBucket",), UserError, "There is no bucket {bucket!r} at {store}: create it or correct "
      "{uri}."),
@@ -60,47 +49,17 @@ _REMOTE: list[tuple[tuple[str, ...], type[UserError], str]] = [
      "again."),
     (_DENIED, UserError, "Access to {uri} at {store} was denied: check AWS_ACCESS_KEY_ID, "
      "AWS_SECRET_ACCESS_KEY and what they may do."),
-    (_EXPIRED, UserError, "The credentials for {uri} at {store} have expired or are of another "
-     "account ({code}): get new ones, for AWS_SESSION_TOKEN too."),
-    (_REGION, UserError, "{uri} is not in the region that was asked at {store} ({code}): set "
-     "AWS_DEFAULT_REGION to the bucket's."),
-    (("InvalidBucketName",), UserError, "{store} takes no bucket named {bucket!r}: correct {uri}."),
-    (("RequestTimeTooSkewed",), UserError, "This machine's clock differs from that of {store}: set "
-     "it."),
     (_CHANGED, Unavailable, "{uri} was changed on its way to {store} ({code}): try again."),
     (_BUSY, Unavailable, "The object store at {store} cannot serve {uri} now ({code}): try later."),
 ]  # fmt: skip
 
 
-def patiently(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return the result of a call, repeated while the store is unavailable.
-
-    For long work that a restart of the store should not end. The first access of a command should
-    fail at once instead: the address may be wrong.
-
-    Raises:
-        Unavailable: for ``PATIENCE`` seconds since the first failure.
-    """
-    first, failures = 0.0, 0
-    while True:
-        try:
-            return call(*args, **kwargs)
-        except Unavailable as error:
-            failures += 1
-            now = time.monotonic()
-            first = first if failures > 1 else now
-            if now - first >= PATIENCE:
-                raise
-            log.warning("%s Trying again: failure %d.", error, failures)
-            # Random, so that workers that failed together do not come back together.
-            time.sleep(min(LONGEST_PAUSE, 0.1 * 2**failures) * _jitter.uniform(0.5, 1))
-
-
 @contextlib.contextmanager
-def sentences(uri: str | Path) -> Iterator[None]:
-    """Turn errors that a user can fix into a UserError that names the place."""
-    with local_sentences(uri) if is_local(uri) else _remote_sentences(str(uri)):
-        yield
+def sentences(uri: str | Path) -> Iterator[Path | Object]:
+    """Yield the place of a URI, and turn errors that a user can fix into a UserError."""
+    place = parse(uri)
+    with local_sentences(uri) if isinstance(place, Path) else _remote_sentences(str(uri)):
+        yield place
 
 
 @contextlib.contextmanager
@@ -117,7 +76,6 @@ def local_sentences(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _remote_sentences(uri: str) -> Iterator[None]:
     from botocore import exceptions as aws
-    from s3transfer.exceptions import RetriesExceededError
 
     from ivegan.storage.objects import s3_client
 
@@ -128,7 +86,7 @@ def _remote_sentences(uri: str) -> Iterator[None]:
         raise UserError(
             f"There are no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         ) from error
-    except (RetriesExceededError, aws.IncompleteReadError) as error:
+    except (aws.ResponseStreamingError, aws.IncompleteReadError) as error:
         raise Unavailable(f"Reading {uri} was cut off again and again: try again later.") from error
     except aws.SSLError as error:
         raise UserError(
@@ -145,22 +103,26 @@ def _remote_sentences(uri: str) -> Iterator[None]:
             f"The object store at {store} does not answer for {uri}: check AWS_ENDPOINT_URL."
         ) from error
     except aws.ClientError as error:
-        sentence = refusal(error, uri, store)
-        if sentence is None:
-            raise
-        raise sentence from error
+        raise refusal(error.response, uri, store) from error
     except aws.BotoCoreError as error:  # of credentials, for example that no role gives
         raise UserError(f"{uri} at {store} cannot be asked for ({error}): correct that.") from error
 
 
-def refusal(error: Any, uri: str, store: str) -> UserError | None:
-    """Return the sentence for botocore's ClientError, or None if no user can fix it."""
-    code = kind = error.response["Error"]["Code"]
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+def refusal(answer: Mapping[str, Any], uri: str, store: str) -> UserError:
+    """Return the sentence for an answer of the store that is an error."""
+    error = answer.get("Error", {})
+    code = kind = error.get("Code", "")
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if (status >= 500 and status != 501) or status == 429:
         kind = "busy"
-    bucket = uri.removeprefix("s3://").partition("/")[0]
+    words = {
+        "uri": uri,
+        "store": store,
+        "code": code,
+        "message": error.get("Message", "").rstrip("."),
+    }
+    words["bucket"] = uri.removeprefix("s3://").partition("/")[0]
     for codes, error_type, sentence in _REMOTE:
         if kind in codes:
-            return error_type(sentence.format(uri=uri, store=store, code=code, bucket=bucket))
-    return None
+            return error_type(sentence.format(**words))
+    return UserError(_REFUSED.format(**words))

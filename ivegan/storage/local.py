@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -41,42 +40,31 @@ def create(path: Path, data: bytes) -> None:
                 fresh.replace(path)
 
 
-def files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted; other processes may delete some meanwhile."""
+def sizes(folder: Path) -> dict[str, int]:
+    """Return all files below a folder: relative name -> bytes; some may be deleted meanwhile."""
 
     def check(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    walked = os.walk(folder, onerror=check)
-    found = (Path(root, name) for root, _, names in walked for name in names)
-    return sorted(path for path in found if path.is_file())
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Return all files below a folder: relative name -> bytes."""
     found = {}
-    for path in files(folder):
-        with contextlib.suppress(FileNotFoundError):  # a temporary file of another process
-            found[path.relative_to(folder).as_posix()] = path.stat().st_size
-    return found
+    for root, _, names in os.walk(folder, onerror=check):
+        for path in (Path(root, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of another process
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return dict(sorted(found.items()))
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Copy beside the target and rename, so that a reader sees a whole folder or none."""
+def replace_folder(files: Mapping[str, bytes], target: Path) -> None:
+    """Write a folder beside the target and rename it, so that a reader sees a whole one or none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-        fresh = Path(beside) / "new"
-        fresh.mkdir()
-        for path in files(source):  # copytree would collect errors without their errno
-            copy = fresh / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            with copy.open("rb") as file:
-                os.fsync(file.fileno())
+        for name, data in files.items():
+            with new_file(Path(beside, "new", name)) as file:
+                file.write(data)
         if target.exists():
-            target.rename(Path(beside) / "old")
-        fresh.rename(target)
+            target.rename(Path(beside, "old"))
+        Path(beside, "new").rename(target)
 
 
 def delete_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Objects in an S3 store, by boto3 and its transfer manager.
+"""Objects in an S3 store, by boto3.
 
 Uploads carry a SHA-256 for the store to check. The same digest is among the object's metadata,
 where reads of the whole object check it again: not every store does.
@@ -11,22 +11,21 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ivegan.errors import UserError
-from ivegan.storage.digest import file_sha256, sha256_hex
-from ivegan.storage.errors import MISSING, Unavailable, sentences
+from ivegan.storage.digest import sha256_hex
+from ivegan.storage.errors import MISSING, Unavailable, refusal, sentences
 from ivegan.storage.places import Object
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # of each request, with botocore's exponential back-off between them
-_RETRIES = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "14"}  # for 57 s or more, usually 95
-CONNECT_TIMEOUT, READ_TIMEOUT, _PAUSE = 10, 30, 7.0  # seconds
+ATTEMPTS = 5  # of each request: three seconds
+_RETRIES = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "22"}  # two minutes
+LONGEST_PAUSE = 7.0  # seconds between two attempts
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
 READ_AHEAD = 1 << 20
 _DIGEST = "sha256"  # key of the metadata
-_File = io.BytesIO | IO[bytes]
 
 
 def s3_client() -> Any:
@@ -40,7 +39,7 @@ def s3_client() -> Any:
 
 @contextlib.contextmanager
 def longer_retries() -> Iterator[None]:
-    """Repeat requests for a minute and more while the block runs, in the processes it starts too.
+    """Repeat requests for two minutes while the block runs, in the processes it starts too.
 
     Other accesses end within seconds, because a command's first one may have a wrong address.
     AWS_MAX_ATTEMPTS and AWS_RETRY_MODE of the user are left as they are.
@@ -91,9 +90,6 @@ def _session(variables: tuple[tuple[str, str], ...]) -> tuple[Any, str, str | No
     given = dict(variables)
     try:
         session = Session()
-        bundle = session.get_config_variable("ca_bundle")
-        if bundle and not Path(bundle).exists():
-            raise UserError(f"AWS_CA_BUNDLE is {bundle}, where there is no file: correct it.")
         region = session.get_config_variable("region") or given.get("AWS_REGION") or "us-east-1"
         found = []
         for ignore in (True, False):  # with a key, or it would be looked for in the network
@@ -116,33 +112,43 @@ def _client(variables: tuple[tuple[str, str], ...], process: int, attempts: int)
 
     session, region, endpoint = _session(variables)
     try:
-        given = session.get_config_variable("max_attempts")
+        total = int(session.get_config_variable("max_attempts") or attempts)
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": given or attempts},
+            retries={"mode": "standard", "total_max_attempts": total},
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=READ_TIMEOUT,
-            # the digest of whole objects is checked here; the transfer manager then needs no HEAD
-            response_checksum_validation="when_required",
+            response_checksum_validation="when_required",  # of whole objects it is checked here
         )
         # a session of its own: boto3's default one keeps credentials that have changed since
         client = Session().client("s3", region, endpoint_url=endpoint, config=config)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"The settings of S3 are wrong ({error}): correct them.") from error
-    client.meta.events.register_last("needs-retry.s3", _beyond_quota(int(given or attempts)))
+    client.meta.events.register_first("needs-retry.s3", _repetition(total))
     return client
 
 
-def _beyond_quota(total: int) -> Callable[..., float | None]:
-    """Return a handler that repeats requests to a store that is away where botocore stops.
+def _repetition(total: int) -> Callable[..., float | None]:
+    """Return a handler that repeats requests to a store that is away, busy, or got wrong bytes.
 
-    It stops after a hundred repetitions of all threads of a process, which twelve use up in ten
-    seconds.
+    Botocore stops after a hundred repetitions of all threads of a process, which twelve use up in
+    ten seconds, and repeats no upload whose bytes were changed on their way.
     """
     from botocore import exceptions as aws
 
-    def pause(attempts: int, caught_exception: Exception | None, **_: Any) -> float | None:
-        away = isinstance(caught_exception, aws.ConnectionError | aws.HTTPClientError)
-        return _PAUSE if away and attempts < total else None
+    def pause(
+        attempts: int, response: Any, caught_exception: Exception | None, endpoint: Any, **_: Any
+    ) -> float | None:
+        if response is None:
+            problem: Any = caught_exception
+            may_pass = isinstance(problem, aws.ConnectionError | aws.HTTPClientError)
+        else:
+            problem = refusal(response[1], "a request", endpoint.host)
+            may_pass = isinstance(problem, Unavailable)
+        if not may_pass or attempts >= total:
+            return None
+        if attempts >= ATTEMPTS:
+            log.warning("Waiting for the object store, attempt %d: %s", attempts, problem)
+        return min(LONGEST_PAUSE, 0.1 * 2**attempts)
 
     return pause
 
@@ -159,20 +165,6 @@ def head(place: Object) -> Mapping[str, Any] | None:
         raise
 
 
-def require(place: Object) -> Mapping[str, Any]:
-    """Return the answer to a HEAD request.
-
-    Raises:
-        UserError: there is no such object.
-    """
-    answer = head(place)
-    if answer is None:
-        # HEAD does not tell a missing bucket from a missing object; a list raises NoSuchBucket.
-        s3_client().list_objects_v2(Bucket=place[0], MaxKeys=1)
-        raise UserError(f"There is no file {_uri(place)}: correct the URI.")
-    return answer
-
-
 def list_objects(place: Object) -> dict[str, int]:
     """Return all objects below a prefix: relative name -> bytes."""
     bucket, key = place
@@ -182,11 +174,10 @@ def list_objects(place: Object) -> dict[str, int]:
     return {item["Key"].removeprefix(prefix): item["Size"] for item in contents}
 
 
-def upload(place: Object, body: _File) -> None:
-    """Upload an open file, in several requests if it is large."""
-    client, digest = s3_client(), file_sha256(body)
-    body.seek(0)
-    client.upload_fileobj(body, *place, ExtraArgs=_extra(client, digest))
+def upload(place: Object, data: bytes) -> None:
+    """Upload an object, in several requests if it is large."""
+    client = s3_client()
+    client.upload_fileobj(io.BytesIO(data), *place, ExtraArgs=_extra(client, data))
 
 
 def create(place: Object, data: bytes) -> None:
@@ -194,43 +185,42 @@ def create(place: Object, data: bytes) -> None:
     from botocore.exceptions import ClientError
 
     client, where = s3_client(), {"Bucket": place[0], "Key": place[1]}
-    extra = _extra(client, sha256_hex(data))
     try:
-        client.put_object(**where, Body=data, IfNoneMatch="*", **extra)
+        client.put_object(**where, Body=data, IfNoneMatch="*", **_extra(client, data))
     except ClientError as error:
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]
         if status == 501 and head(place) is None:  # a store without conditional writes
-            upload(place, io.BytesIO(data))
+            upload(place, data)
         elif status not in (409, 412, 501):  # 409: another client writes it at this moment
             raise
 
 
-def download(place: Object, file: _File) -> None:
-    """Download an object into an empty file and check its digest.
+def download(place: Object) -> bytes:
+    """Return an object's content after checking its digest.
 
     Raises:
-        UserError: there is no such object, or it is not what its digest says.
+        UserError: it is not what its digest says.
     """
-    from boto3.s3.transfer import TransferConfig
-    from s3transfer.exceptions import S3DownloadFailedError
-
-    config = TransferConfig(num_download_attempts=ATTEMPTS)
-    replaced = False
-    for _ in range(max(2, ATTEMPTS)):
-        digest = require(place)["Metadata"].get(_DIGEST)
-        try:
-            s3_client().download_fileobj(*place, file, Config=config)
-            replaced = False
-        except S3DownloadFailedError:
-            replaced = True  # between two requests of the transfer manager
-        if not replaced and digest in (None, file_sha256(file)):
-            return
-        log.info("reading %s again: its bytes differ from its digest", _uri(place))
-        file.seek(0)
-        file.truncate()
-    if replaced:
-        raise Unavailable(f"{_uri(place)} was replaced again while it was read: try later.")
+    for _ in range(2):
+        data, metadata = _read({"Bucket": place[0], "Key": place[1]})
+        if metadata.get(_DIGEST) in (None, sha256_hex(data)):
+            return data
+        log.info("%s differs from its digest", _uri(place))
     raise UserError(f"{_uri(place)} is damaged (wrong sha256): write it again.")
+
+
+def _read(request: dict[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    """Return the bytes and the metadata of the answer to a GET request."""
+    from botocore import exceptions as aws
+
+    for left in reversed(range(ATTEMPTS)):  # botocore does not repeat the reading of a body
+        answer = s3_client().get_object(**request)
+        try:
+            return answer["Body"].read(), answer["Metadata"]
+        except (aws.HTTPClientError, aws.IncompleteReadError):
+            if not left:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 class ObjectFile(io.RawIOBase):
@@ -238,7 +228,11 @@ class ObjectFile(io.RawIOBase):
 
     def __init__(self, place: Object) -> None:
         super().__init__()
-        answer = require(place)
+        answer = head(place)
+        if answer is None:
+            # HEAD does not tell a missing bucket from a missing object; a list raises NoSuchBucket.
+            s3_client().list_objects_v2(Bucket=place[0], MaxKeys=1)
+            raise UserError(f"There is no file {_uri(place)}: correct the URI.")
         self._size = answer["ContentLength"]
         # Only this state of the object is read.
         self._object = {"Bucket": place[0], "Key": place[1], "IfMatch": answer["ETag"]}
@@ -265,24 +259,10 @@ class ObjectFile(io.RawIOBase):
         if stop <= self._position:
             return 0
         with sentences(_uri(self._place)):
-            data = self._read(stop)
+            data, _ = _read(self._object | {"Range": f"bytes={self._position}-{stop - 1}"})
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-    def _read(self, stop: int) -> bytes:
-        from botocore import exceptions as aws
-
-        for attempt in range(1, ATTEMPTS + 1):  # botocore does not repeat the reading of a body
-            try:
-                answer = s3_client().get_object(
-                    **self._object, Range=f"bytes={self._position}-{stop - 1}"
-                )
-                return answer["Body"].read()
-            except (aws.HTTPClientError, aws.IncompleteReadError):
-                if attempt == ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
 
 
 def delete_objects(place: Object, first: str | None) -> None:
@@ -305,10 +285,10 @@ def _takes_checksums(client: Any) -> bool:
     return client.meta.config.request_checksum_calculation != "when_required"
 
 
-def _extra(client: Any, digest: str) -> dict[str, Any]:
+def _extra(client: Any, data: bytes) -> dict[str, Any]:
     """Return the arguments of an upload that let its content be checked."""
     checked = {"ChecksumAlgorithm": "SHA256"} if _takes_checksums(client) else {}
-    return {**checked, "Metadata": {_DIGEST: digest}}
+    return {**checked, "Metadata": {_DIGEST: sha256_hex(data)}}
 
 
 def _uri(place: Object) -> str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from ivegan.errors import UserError, public
+from ivegan.errors import UserError
 
 Object = tuple[str, str]
 """Bucket and key."""
@@ -22,12 +22,10 @@ def parse(uri: str | Path) -> Path | Object:
     if scheme != "s3":
         raise UserError(f"{uri} has an unknown scheme: give a local path, file:// or s3://.")
     bucket, _, key = rest.partition("/")
-    if not bucket:
-        raise UserError(f"{uri} names no bucket: write s3://BUCKET/KEY.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}", bucket):
         raise UserError(
-            f"{public(uri)} names no bucket that can be: a name has 3 or more letters, digits, "
-            "'-', '.' and '_'."
+            f"{uri} names no bucket that can be: write s3://BUCKET/KEY, where BUCKET has 3 or more "
+            "letters, digits, '-', '.' and '_'."
         )
     return bucket, key.strip("/")
 

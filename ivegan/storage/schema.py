@@ -23,38 +23,30 @@ class DamagedError(UserError):
 
 
 def parse_json(content: bytes, name: str, remedy: str = "restore or delete it") -> Any:
-    """Return the value of a JSON file.
-
-    Args:
-        content: of the file.
-        name: of the file, for the message.
-        remedy: what the message advises.
-
-    Raises:
-        DamagedError: not JSON, or JSON with NaN, with a key twice, or nested too deeply.
-    """
+    """Return the value of a JSON file; raise DamagedError as for ``read``."""
     try:
         return json.loads(content, parse_constant=_refuse, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{name} is damaged ({error}): {remedy}.") from error
 
 
-def read(content: bytes, kind: type[T], name: str, remedy: str = "restore or delete it") -> T:
-    """Return the dataclass that a JSON file holds.
-
-    Args:
-        content: of the file.
-        kind: the dataclass; entries that it does not have are refused.
-        name: of the file, for the message.
-        remedy: what the message advises.
+def read(
+    content: bytes,
+    kind: type[T] | types.GenericAlias,
+    name: str,
+    remedy: str = "restore or delete it",
+) -> T:
+    """Return the dataclass, or another type, that a JSON file holds.
 
     Raises:
-        DamagedError: the content is not of this kind.
+        DamagedError: it does not; the sentence has the file's name, the entry and the remedy.
     """
     return check(parse_json(content, name, remedy), kind, name, remedy)
 
 
-def check(value: Any, kind: type[T], name: str, remedy: str = "restore or delete it") -> T:
+def check(
+    value: Any, kind: type[T] | types.GenericAlias, name: str, remedy: str = "restore or delete it"
+) -> T:
     """Return plain values as a dataclass, or another type; as for ``read``."""
     try:
         return cast(T, _convert(value, kind, ""))

@@ -1,17 +1,16 @@
 """Compare the numbers of two checkouts bit for bit: losses, weights, and the files of data sets.
 
-    python tests/golden/compare.py CHECKOUT OTHER [--data FOLDER] [--only losses|builds]
+    python tests/golden/compare.py CHECKOUT OTHER [--data FOLDER]
 
-Each argument is a checkout, or a JSON file that ``--save FILE`` wrote before. Losses are those of
-20 steps in float64, on one rank and on two, cached and streamed. FOLDER holds raw ``mnist/`` and
-``celeba/``; without it only ``ring`` and ``digits`` are compared. Exit status 1 on any difference.
-Only functions that exist in every layout are called, so that old checkouts can be compared too.
+Each argument is a checkout, or a JSON file with the numbers that ``--measure`` prints of one.
+Losses are those of 20 steps in float64, on one rank and on two, cached and streamed. FOLDER holds
+raw ``mnist/`` and ``celeba/``; without it only ``ring`` and ``digits`` are compared. Exit status 1
+on any difference.
 """
 
 import argparse
 import gc
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -21,17 +20,6 @@ from pathlib import Path
 from typing import Any
 
 BATCH, STEPS = 64, 20
-_MODULES = ("batches", "cache", "stream", "manifest", "shards", "tars")
-
-
-def _from_data(name: str) -> Any:
-    """Return a name of the data room, wherever the checkout defines it."""
-    for module in ("ivegan.data", *(f"ivegan.data.{m}" for m in _MODULES), "ivegan.shards"):
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-    raise AttributeError(f"no module of ivegan.data has {name}")
 
 
 def _losses(rank: int, world: int, preset: str, source: str, data: str, out: str) -> None:
@@ -40,6 +28,10 @@ def _losses(rank: int, world: int, preset: str, source: str, data: str, out: str
     import torch.distributed as dist
 
     from ivegan import checkpoint, config, order, step
+    from ivegan.data.batches import batches
+    from ivegan.data.cache import load_split
+    from ivegan.data.manifest import read_manifest
+    from ivegan.data.stream import Stream
 
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -53,12 +45,10 @@ def _losses(rank: int, world: int, preset: str, source: str, data: str, out: str
     step.distribute(state)
     samples = None
     if source == "cached":
-        samples = _from_data("load_split")(data, "train", f"{data}-cache")
+        samples = load_split(data, "train", f"{data}-cache")
     elif source == "streamed":
-        manifest = _from_data("read_manifest")(data)
-        samples = _from_data("Stream")(data_uri=data, manifest=manifest, split="train", loaders=0)
-    batches = _from_data("batches")
-    batches = getattr(batches, "batches", batches)  # a module in some layouts
+        manifest = read_manifest(data)
+        samples = Stream(data_uri=data, manifest=manifest, split="train", loaders=0)
     doubles = (
         (x.double(), order.Draws(*(draw.double() for draw in draws)))
         for x, draws in batches(settings, samples, 0, rank, world, torch.device("cpu"))
@@ -80,7 +70,7 @@ def _sums(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def measure(raw: str | None, only: str | None) -> dict[str, Any]:
+def measure(raw: str | None) -> dict[str, Any]:
     """Return the numbers of the checkout that Python finds first."""
     from torch.multiprocessing.spawn import spawn
 
@@ -90,13 +80,11 @@ def measure(raw: str | None, only: str | None) -> dict[str, Any]:
     sources = {"digits": None} | ({n: f"{raw}/{n}" for n in ("mnist", "celeba")} if raw else {})
     with tempfile.TemporaryDirectory() as tmp:
         for name, source in sources.items():
-            if name == "celeba" and only == "losses":
-                continue
             limit: dict[str, Any] = {"limit": 67} if name == "celeba" else {}
             build(name, source, f"{tmp}/{name}", workers=0, **limit)
             numbers |= {f"build {name} {k}": v for k, v in _sums(Path(tmp, name)).items()}
         runs = {"ring": ("drawn",)} | dict.fromkeys([*sources][:2], ("cached", "streamed"))
-        for preset, ways in runs.items() if only != "builds" else ():
+        for preset, ways in runs.items():
             for way in ways:
                 for world in (1, 2):
                     out = f"{tmp}/{preset}-{way}-{world}"
@@ -108,13 +96,12 @@ def measure(raw: str | None, only: str | None) -> dict[str, Any]:
     return numbers
 
 
-def numbers_of(place: str, raw: str | None, only: str | None) -> dict[str, Any]:
+def numbers_of(place: str, raw: str | None) -> dict[str, Any]:
     """Return the numbers of a checkout or of a JSON file."""
     if place.endswith(".json"):
         return json.loads(Path(place).read_text())
     words = [sys.executable, str(Path(__file__).resolve()), "--measure"]
     words += ["--data", str(Path(raw).resolve())] if raw else []
-    words += ["--only", only] if only else []
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "PYTHONPATH": str(Path(place).resolve()),
@@ -139,20 +126,16 @@ def difference(ours: Any, theirs: Any) -> str:
 def main() -> None:
     """Compare, or with --measure print the numbers of this Python's checkout."""
     parser = argparse.ArgumentParser(description="Compare the numbers of two checkouts.")
-    parser.add_argument("places", nargs="*", help="checkouts or JSON files, two of them")
+    parser.add_argument("places", nargs="*", help="two checkouts or JSON files")
     parser.add_argument("--data", help="folder with raw mnist/ and celeba/")
-    parser.add_argument("--only", choices=["losses", "builds"])
-    parser.add_argument("--save", help="write the numbers of the first place to this JSON file")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure", action="store_true", help="print those of this Python's ivegan"
+    )
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.data, options.only)))
+        print(json.dumps(measure(options.data)))
         return
-    numbers = [numbers_of(place, options.data, options.only) for place in options.places]
-    if options.save:
-        Path(options.save).write_text(json.dumps(numbers[0], indent=0) + "\n")
-    if len(numbers) < 2:
-        return
+    numbers = [numbers_of(place, options.data) for place in options.places]
     names = numbers[0].keys() | numbers[1].keys()
     if any(place.endswith(".json") for place in options.places):
         names = numbers[0].keys() & numbers[1].keys()

@@ -1,17 +1,10 @@
 """The store is the one that botocore finds, for every library and under every account."""
 
-import contextlib
 import json
 import os
 import pickle
-import ssl
-import subprocess
-from pathlib import Path
 
 import pytest
-from botocore.exceptions import ClientError
-from botocore.retries.quota import RetryQuota
-from datasets import Mirror
 from fault_proxy import Fault, FaultProxy, Request
 from local_cluster import free_port
 from pyarrow import fs
@@ -78,32 +71,21 @@ def test_the_store_is_the_one_that_botocore_finds_for_all_libraries(
     assert (there.meta.endpoint_url, there.meta.region_name) == (endpoint, region)
 
 
-@pytest.mark.parametrize("where", ["credentials", "process", "container"])
-def test_keys_are_found_by_all_and_travel_with_none(s3, where, tmp_path, monkeypatch):
-    keys = {n: os.environ[f"AWS_{n}"] for n in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
-    for name in keys:
+def test_keys_of_a_program_are_found_and_travel_with_nothing(s3, tmp_path, monkeypatch):
+    key, secret = (os.environ[f"AWS_{n}"] for n in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.delenv(f"AWS_{name}")
-    file = tmp_path / "file"
-    lines = [f"aws_{name.lower()} = {value}" for name, value in keys.items()]
-    answer = {"Version": 1, "AccessKeyId": keys["ACCESS_KEY_ID"]}
-    answer |= {"SecretAccessKey": keys["SECRET_ACCESS_KEY"], "Token": None}
-    answer |= {"Expiration": "2099-01-01T00:00:00Z"}
+    answer = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": secret}
     (tmp_path / "answer.json").write_text(json.dumps(answer))
-    with contextlib.closing(Mirror(tmp_path)) as role:
-        if where == "process":
-            lines = [f"credential_process = cat {tmp_path}/answer.json"]
-        if where == "container":
-            lines = []
-            monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{role.url}/answer.json")
-        file.write_text("\n".join(["[default]", *lines]))
-        name = "AWS_SHARED_CREDENTIALS_FILE" if where == "credentials" else "AWS_CONFIG_FILE"
-        monkeypatch.setenv(name, str(file))
-        storage.write_bytes(f"{s3}/a/b", b"content")
-        system, path = storage.filesystem(f"{s3}/a")
-        handed = pickle.dumps(system) + repr(storage.environment()).encode()
-        assert keys["SECRET_ACCESS_KEY"].encode() not in handed
-        with pickle.loads(pickle.dumps(system)).open_input_stream(f"{path}/b") as stream:
-            assert stream.read() == b"content"
+    config = tmp_path / "config"
+    config.write_text(f"[default]\ncredential_process = cat {tmp_path}/answer.json")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    storage.write_bytes(f"{s3}/a/b", b"content")
+    system, path = storage.filesystem(f"{s3}/a")
+    handed = pickle.dumps(system) + repr(storage.environment()).encode()
+    assert secret.encode() not in handed
+    with pickle.loads(pickle.dumps(system)).open_input_stream(f"{path}/b") as stream:
+        assert stream.read() == b"content"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +143,7 @@ def test_a_store_that_refuses_checksum_headers_is_used_without_them(s3, s3_varia
 
     with FaultProxy(s3_variables["AWS_ENDPOINT_URL"], refuse) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        with pytest.raises(ClientError):
+        with pytest.raises(UserError, match=r"refuses .*NotImplemented"):
             storage.write_bytes(f"{s3}/a/x", b"old")
         monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         storage.write_bytes(f"{s3}/a/x", b"content")
@@ -184,54 +166,23 @@ def test_a_claimed_run_waits_longer_for_its_store_and_hands_that_on(monkeypatch,
 
     usual = attempts()
     with storage.longer_retries():
-        assert attempts() == int(storage.environment()["AWS_MAX_ATTEMPTS"]) == int(own or 14)
+        assert attempts() == int(storage.environment()["AWS_MAX_ATTEMPTS"]) == int(own or 22)
     assert attempts() == usual == int(own or objects.ATTEMPTS)
 
 
-def test_botocores_quota_of_repetitions_ends_no_waiting(s3_variables, monkeypatch):
+def test_all_attempts_are_made_with_few_pauses_though_botocore_would_stop(
+    s3_variables, monkeypatch, caplog
+):
+    """Its quota for all threads of a process ended the waiting for a store within seconds."""
     for name, value in s3_variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(RetryQuota, "acquire", lambda *_: False)  # used up
-    monkeypatch.setattr(objects, "_PAUSE", 0.01)
+    monkeypatch.setattr("botocore.retries.quota.RetryQuota.acquire", lambda *_: False)  # used up
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    requests: list[int] = []
-    with storage.longer_retries():
-        storage.s3_client().meta.events.register_first(
-            "before-send.s3", lambda **_: requests.append(1)
-        )
-        with pytest.raises(UserError, match="does not answer"):
-            storage.read_bytes("s3://bucket/key")
-    assert len(requests) == 14
-
-
-def test_an_authority_of_ones_own_is_trusted_where_it_is_named(
-    s3, s3_variables, tmp_path, monkeypatch
-):
-    certificate, key = own_certificate(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    monkeypatch.setattr(objects, "ATTEMPTS", 1)
-    # Over TLS a checksum would follow the content, in a chunk that the proxy does not read.
-    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    with FaultProxy(s3_variables["AWS_ENDPOINT_URL"], tls=context) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        with pytest.raises(UserError, match="is not trusted: set AWS_CA_BUNDLE"):
-            storage.write_bytes(f"{s3}/x", b"content")
-        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none"))
-        with pytest.raises(UserError, match=r"AWS_CA_BUNDLE is .*none, where there is no file"):
-            storage.write_bytes(f"{s3}/x", b"content")
-        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
-        storage.write_bytes(f"{s3}/x", b"content")
-        system, path = storage.filesystem(f"{s3}/x")
-        with system.open_input_stream(path) as stream:
-            assert stream.read() == b"content"
-
-
-def own_certificate(folder: Path) -> tuple[Path, Path]:
-    """Return the files of a certificate for loopback that signs itself, and of its key."""
-    files = folder / "certificate.pem", folder / "key.pem"
-    new = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2"
-    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", *new.split(), *names, "-out", files[0], "-keyout", files[1]]
-    subprocess.run(command, check=True, capture_output=True)
-    return files
+    with storage.longer_retries(), pytest.raises(UserError, match="does not answer"):
+        storage.read_bytes("s3://bucket/key")
+    assert len(pauses) == 21
+    assert 110 < sum(pauses) < 130
+    assert max(pauses) == objects.LONGEST_PAUSE
+    assert len(caplog.records) == 22 - objects.ATTEMPTS

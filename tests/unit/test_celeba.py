@@ -5,7 +5,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +165,6 @@ SPOILT: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: edit(f / PARTITION, "000010.jpg 2\n", ""), "has the row '' where '000010.jpg'"),
     (lambda f: edit(f / PARTITION, "000002.jpg 0", "000002.jpg 7"), "row '000002.jpg 7' where"),
     (lambda f: edit(f / PARTITION, "000010.jpg 2", "000010.jpg 2\nx 1"), "row 'x 1' where 'no im"),
-    (lambda f: edit(f / PARTITION, "000010.jpg 2", "000010.jpg 2\n 1"), "row ' 1' where 'no im"),
     (lambda f: edit(f / IDENTITY, "000009.jpg 8", "000009.jpg x"), f"{IDENTITY} has the row '00"),
     (lambda f: (f / celeba.ZIP).unlink(), "There is no img_align_celeba.zip and there are no JPEG"),
     (lambda f: (f / celeba.ZIP).write_bytes(b"PK" * 99), "img_align_celeba.zip is damaged"),
@@ -200,18 +199,11 @@ def test_a_wrong_image_is_reported_with_its_name(face_folder, content, sentence)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (lambda f: flip(f, b"JFIF"), r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"),
-        (lambda f: rezip(f, {FIRST: None}), "zip has no image 000001.jpg, which list_eval_part"),
-    ],
-)
-def test_an_image_damaged_or_missing_in_the_zip_is_reported(face_folder, spoil, sentence):
+def test_an_image_damaged_in_the_zip_is_reported(face_folder):
     celeba.describe(str(face_folder), "celeba")
-    spoil(face_folder)
+    flip(face_folder, b"JFIF")
     celeba._images.cache_clear()  # as in another process
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"):
         tar(face_folder)
 
 
@@ -231,40 +223,16 @@ def test_no_more_is_inflated_than_an_image_may_have(face_folder):
 # Once per process
 
 
-class _Flaky(io.FileIO):
-    """A file whose store goes away for one read."""
-
-    away = False
-
-    def readinto(self, buffer) -> int:
-        if _Flaky.away:
-            _Flaky.away = False
-            raise storage.Unavailable("The object store is away.")
-        return super().readinto(buffer)
-
-
-@pytest.fixture
-def opened(monkeypatch) -> list[IO[bytes]]:
-    """Return a list to which each opened file is added."""
-    files = []
-
-    def open_file(uri: str) -> IO[bytes]:
-        files.append(io.BufferedReader(_Flaky(uri)))
-        return files[-1]
-
-    monkeypatch.setattr(storage, "open_file", open_file)
-    return files
-
-
-def test_lists_and_zip_are_read_once_for_many_shards(face_folder, opened, monkeypatch):
+def test_lists_and_zip_are_read_once_for_many_shards(face_folder, monkeypatch):
     celeba._lists.cache_clear()
     celeba._images.cache_clear()
-    read, times = storage.read_bytes, []
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: times.append(uri) or read(uri))
+    times: list[str] = []
+    for name in ("read_bytes", "open_file"):
+        call = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda uri, call=call: times.append(uri) or call(uri))
     for split in ("train", "valid", "train"):
         assert len(list(celeba.read(str(face_folder), split, 0, 2))) == 2
-    assert len(opened) == 1
-    assert len(times) == 3
+    assert len(times) == 1 + 3
 
 
 def test_a_changed_source_is_described_anew(face_folder):
@@ -274,16 +242,6 @@ def test_a_changed_source_is_described_anew(face_folder):
     after = celeba.describe(str(face_folder), "celeba")
     assert after.splits["train"] == 6
     assert after.sources[celeba.ZIP] != before.sources[celeba.ZIP]
-
-
-def test_after_a_failure_the_zip_is_opened_again(face_folder, opened):
-    celeba.describe(str(face_folder), "celeba")
-    wanted = tar(face_folder)
-    _Flaky.away = True
-    with pytest.raises(storage.Unavailable):
-        tar(face_folder)
-    assert tar(face_folder) == wanted
-    assert [file.closed for file in opened] == [True, False]
 
 
 # Real data, and an object store
@@ -311,18 +269,10 @@ def kaggle(folder: Path) -> None:
         (folder / name).unlink()
 
 
-def moved(folder: Path, *places: str) -> None:
-    for name, place in zip((ATTRIBUTES, PARTITION, celeba.ZIP), places, strict=True):
-        (folder / place).mkdir(exist_ok=True)
-        (folder / name).rename(folder / place / name)
-
-
 def official_drive(folder: Path) -> None:
-    moved(folder, "Anno", "Eval", "Img")
-
-
-def torchvision(folder: Path) -> None:
-    moved(folder, "celeba", "celeba", "celeba")
+    for name, place in ((ATTRIBUTES, "Anno"), (PARTITION, "Eval"), (celeba.ZIP, "Img")):
+        (folder / place).mkdir()
+        (folder / name).rename(folder / place / name)
 
 
 def left_by_systems(folder: Path) -> None:
@@ -332,23 +282,13 @@ def left_by_systems(folder: Path) -> None:
     (folder / ".DS_Store").write_bytes(b"")
 
 
-def byte_order_mark(folder: Path) -> None:
+def written_on_windows(folder: Path) -> None:
     for name in (ATTRIBUTES, PARTITION):
-        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes() + b"\n \n")
+        rows = (folder / name).read_bytes().replace(b"\n", b"\r\n")
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + rows + b"\n \n")
 
 
-def line_ends_of_windows(folder: Path) -> None:
-    for name in (ATTRIBUTES, PARTITION):
-        (folder / name).write_bytes((folder / name).read_bytes().replace(b"\n", b"\r\n"))
-
-
-CHANGES = (
-    *(kaggle, official_drive, torchvision),
-    *(left_by_systems, byte_order_mark, line_ends_of_windows),
-)
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [kaggle, official_drive, left_by_systems, written_on_windows])
 def test_public_copies_give_the_same_samples(change, face_folder):
     (face_folder / IDENTITY).unlink(missing_ok=True)
 

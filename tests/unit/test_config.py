@@ -31,22 +31,18 @@ def test_override_replaces_dotted_fields_and_nothing_else():
     assert changed == {"optim.lr_g": 1e-3, "model.z_dim": 3, "seed": 4}
 
 
-@pytest.mark.parametrize("name", ["optim.lr", "model", "seed.x"])
-def test_an_unknown_setting_is_named(name):
-    with pytest.raises(UserError, match=name):
-        c.override(c.preset("mnist"), {name: 1})
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("optim.lr", 1),
+        ("model", 1),
+        ("seed.x", 1),
         ("batch_size", 0),
-        ("optim.lr_g", -1.0),
         ("model.z_dim", 10**20),
         ("transform.shift", -1.0),
     ],
 )
-def test_a_value_out_of_range_is_named(name, value):
+def test_an_unknown_setting_and_a_value_out_of_range_are_named(name, value):
     with pytest.raises(UserError, match=name):
         c.override(c.preset("mnist"), {name: value})
 
@@ -67,9 +63,3 @@ def test_the_paper_presets_are_tables_1_to_3():
     assert ring.total_steps == 50_000
     assert (mnist.transform.shift, mnist.transform.rotate) == (4, 20)
     assert (celeba.transform.shift, celeba.transform.rotate) == (20, 20)
-
-
-def test_hash_follows_the_settings():
-    base = c.preset("ring")
-    assert c.config_hash(base) == c.config_hash(c.preset("ring"))
-    assert c.config_hash(base) != c.config_hash(c.override(base, {"seed": 1}))

@@ -11,10 +11,8 @@ from ivegan.layers import fast as layers
 
 CASES = {
     "conv": (layers.Conv2d(3, 4, 5, 2, 2), (6, 3, 8, 8)),
-    "conv without bias": (layers.Conv2d(3, 4, 3, 1, 1, bias=False), (6, 3, 8, 8)),
     "grey image": (layers.ImageConv2d(16, 1, 5, padding=2), (3, 16, 8, 12)),
     "colour image": (layers.ImageConv2d(16, 3, 5, padding=2), (3, 16, 8, 12)),
-    "colour image, small kernel": (layers.ImageConv2d(16, 3, 3, padding=1), (3, 16, 4, 4)),
     "grey image of few channels": (layers.ImageConv2d(8, 1, 5, padding=2), (16, 8, 32, 32)),
     "image of an odd side": (layers.ImageConv2d(16, 1, 3, padding=1), (3, 16, 7, 7)),
     "transposed conv": (layers.ConvTranspose2d(4, 3, 5, 2, 2, 1), (6, 4, 5, 5)),
@@ -40,39 +38,22 @@ def penalised(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fast_layer_is_torchs_own(case):
-    torch.manual_seed(0)
-    layer, shape = copy.deepcopy(CASES[case][0]).double(), CASES[case][1]
-    own = torchs_own(layer)
-    x = torch.randn(shape, dtype=torch.float64)
-    for ours, theirs in zip(penalised(layer, x), penalised(own, x), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_in_bfloat16_too(case):
+def test_a_fast_layer_is_torchs_own_in_float64_and_bfloat16(case):
     torch.manual_seed(0)
     layer, shape = copy.deepcopy(CASES[case][0]), CASES[case][1]
     own = torchs_own(layer)
     x = torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = layer(x), own(x)
-    assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(layer(x), own(x), rtol=2e-2, atol=2e-2)
+    x = x.double()
+    for ours, theirs in zip(penalised(layer.double(), x), penalised(own.double(), x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("layer", "own", "shape"),
-    [
-        (layers.SyncBatchNorm2d(3), nn.BatchNorm2d(3), (8, 3, 4, 5)),
-        (layers.SyncBatchNorm1d(6), nn.BatchNorm1d(6), (8, 6)),
-    ],
-    ids=["2d", "1d"],
-)
-def test_batch_norm_over_ranks_is_batch_norm_over_the_whole_batch(layer, own, shape, tmp_path):
+def test_batch_norm_over_ranks_is_batch_norm_over_the_whole_batch(tmp_path):
     torch.manual_seed(0)
-    world = 2
-    layer, own = copy.deepcopy((layer, own))
+    world, shape = 2, (8, 3, 4, 5)
+    layer, own = layers.SyncBatchNorm2d(3), nn.BatchNorm2d(3)
     x = torch.randn(shape, dtype=torch.float64) * 3 + 5
     own.load_state_dict(layer.state_dict())
     own.double().weight.data.copy_(torch.rand(shape[1]) + 1)

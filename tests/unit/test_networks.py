@@ -33,62 +33,49 @@ def test_every_network_maps_its_shapes(name):
     assert all(logit.shape == (4,) for logit in logits)
 
 
-def convolutions(network: nn.Module) -> list[tuple[int, int, int]]:
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    return [
-        (m.kernel_size[0], m.stride[0], m.out_channels)
-        for m in network.modules()
-        if isinstance(m, kinds)
-    ]
+def layers(network: nn.Module) -> list[tuple[int, ...] | int]:
+    """Return kernel, stride and filters of each convolution, and the units of each dense layer."""
+    found: list[tuple[int, ...] | int] = []
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+            found.append((m.kernel_size[0], m.stride[0], m.out_channels))
+        elif isinstance(m, nn.Linear):
+            found.append(m.out_features)
+    return found
 
 
 def norms(network: nn.Module) -> int:
     return sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in network.modules())
 
 
-def linears(network: nn.Module) -> list[int]:
-    return [m.out_features for m in network.modules() if isinstance(m, nn.Linear)]
+BODY2 = [(5, 2, 64), (3, 2, 128), (3, 2, 256), (3, 2, 256), (2, 1, 256)]
+BODY3 = [
+    (5, 2, 128), (5, 2, 128), (5, 2, 256), (3, 2, 256), (3, 2, 512), (3, 2, 512), (2, 1, 1024),
+]  # fmt: skip
+DECONVS3 = [
+    (2, 2, 512), (2, 1, 512), (3, 2, 256), (3, 1, 256), (3, 2, 256), (3, 1, 256),
+    (5, 2, 128), (5, 1, 128), (5, 2, 128), (5, 1, 128), (5, 2, 64), (5, 1, 3),
+]  # fmt: skip
 
 
-def test_the_mnist_networks_are_table_2():
-    model = preset("mnist").model
-    body = [(5, 2, 64), (3, 2, 128), (3, 2, 256), (3, 2, 256), (2, 1, 256)]
-    encoder, generator, discriminators = Encoder(model), Generator(model), Discriminators(model)
-    assert convolutions(encoder) == body
-    assert linears(encoder) == [16]  # z_dim, read with D_enc's 1024 transposed
-    assert convolutions(generator) == [(3, 2, 256), (3, 2, 128), (5, 2, 64), (5, 1, 1)]
-    assert linears(generator) == [4096]
-    assert norms(generator) == 3
-    assert convolutions(discriminators.trunk) == body
-    assert linears(discriminators.trunk) == [1024]
-    assert linears(discriminators.pair_head) == [128, 64, 16, 1]
-    assert linears(discriminators.sample_head) == [64, 1]
-    assert norms(encoder) == norms(discriminators.trunk) == 5
-
-
-def test_the_celeba_networks_are_table_3():
-    model = preset("celeba").model
-    encoder, generator, discriminators = Encoder(model), Generator(model), Discriminators(model)
-    assert convolutions(encoder) == [
-        (5, 2, 128), (5, 2, 128), (5, 2, 256), (3, 2, 256), (3, 2, 512), (3, 2, 512), (2, 1, 1024),
-    ]  # fmt: skip
-    assert linears(encoder) == [1024]
-    assert convolutions(generator) == [
-        (2, 2, 512), (2, 1, 512), (3, 2, 256), (3, 1, 256), (3, 2, 256), (3, 1, 256),
-        (5, 2, 128), (5, 1, 128), (5, 2, 128), (5, 1, 128), (5, 2, 64), (5, 1, 3),
-    ]  # fmt: skip
-    assert linears(generator) == [4096]
-    assert norms(generator) == 10
-    assert linears(discriminators.pair_head) == [1024, 512, 128, 1]
-    assert linears(discriminators.sample_head) == [128, 1]
-
-
-def test_the_ring_networks_are_table_1():
-    model = preset("ring").model
-    assert linears(Encoder(model)) == [128, 2]
-    assert linears(Generator(model)) == [128, 2]
-    discriminators = Discriminators(model)
-    assert linears(discriminators.pair_head) == linears(discriminators.sample_head) == [128, 1]
+@pytest.mark.parametrize(
+    ("name", "encoder", "generator", "trunk", "heads", "num_norms"),
+    [
+        ("ring", [128, 2], [128, 2], [], ([128, 1], [128, 1]), (0, 0)),
+        # z_dim is read with D_enc's 1024 transposed
+        ("mnist", [*BODY2, 16], [4096, (3, 2, 256), (3, 2, 128), (5, 2, 64), (5, 1, 1)],
+         [*BODY2, 1024], ([128, 64, 16, 1], [64, 1]), (5, 3)),
+        ("celeba", [*BODY3, 1024], [4096, *DECONVS3], [*BODY3, 1024],
+         ([1024, 512, 128, 1], [128, 1]), (7, 10)),
+    ],
+)  # fmt: skip
+def test_the_networks_are_tables_1_to_3(name, encoder, generator, trunk, heads, num_norms):
+    model = preset(name).model
+    e, g, d = Encoder(model), Generator(model), Discriminators(model)
+    assert [layers(n) for n in (e, g, d.trunk)] == [encoder, generator, trunk]
+    assert (layers(d.pair_head), layers(d.sample_head)) == heads
+    assert (norms(e), norms(g)) == num_norms
+    assert norms(d.trunk) == norms(e)
 
 
 def test_initialisation_is_he_or_xavier_and_depends_on_the_seed_alone():
@@ -117,9 +104,8 @@ def test_a_signal_keeps_its_size_through_fresh_networks():
     model = override(preset("celeba"), {"model.width": 0.25, "model.norm": "none"}).model
     generator = Generator(model)
     initialise(generator, 0)
-    layers = list(generator.body.children())[:-2]
     signal = torch.randn(8, model.noise_dim + model.z_dim)
-    for layer in layers:
+    for layer in list(generator.body.children())[:-2]:
         signal = layer(signal)
     assert 0.2 < signal.std().item() < 5
 

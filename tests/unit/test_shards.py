@@ -17,8 +17,8 @@ from ivegan.errors import UserError
 from ivegan.storage.digest import digest
 
 
-def samples(count: int = 5, shape: tuple[int, int, int] = (3, 6, 4)) -> list[Sample]:
-    images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+def samples(count: int = 5) -> list[Sample]:
+    images = np.random.default_rng(0).integers(0, 256, (count, 3, 6, 4), dtype=np.uint8)
     return [
         Sample(f"{i:06d}", image, {"source": f"raw#{i}", "label": i})
         for i, image in enumerate(images)
@@ -50,10 +50,9 @@ def tar(files: dict[str, bytes]) -> bytes:
     return into.getvalue()
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 4)])
-def test_samples_come_back_exactly_and_rows_lead_to_them(shape):
-    data, rows = write_tar(samples(shape=shape))
-    for sample, read, row in zip(samples(shape=shape), read_tar(data), rows, strict=True):
+def test_samples_come_back_exactly_and_rows_lead_to_them():
+    data, rows = write_tar(samples())
+    for sample, read, row in zip(samples(), read_tar(data), rows, strict=True):
         assert (read.key, read.meta) == (row.key, row.meta) == (sample.key, sample.meta)
         np.testing.assert_array_equal(read.image, sample.image)
         image = decode(data[row.offset : row.offset + row.bytes])
@@ -90,7 +89,8 @@ def test_a_damaged_tar_gives_back_what_is_whole():
     assert [s.key for s in good] == keys[:3]
     assert len(wrong) == 1
     assert wrong[0].startswith("The tar ")
-    assert salvage_tar(b"")[0] == []
+    with pytest.raises(UserError, match="The tar is damaged or cut off"):
+        list(read_tar(data[:1500]))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it closes late
@@ -102,13 +102,6 @@ def test_webdataset_reads_our_tars(tmp_path):
         assert theirs["__key__"] == ours.key
         assert theirs["json"].items() >= ours.meta.items()
         np.testing.assert_array_equal(theirs["npy"], ours.image)
-
-
-def test_a_damaged_tar_is_refused():
-    data = write_tar(samples())[0]
-    for broken in (data[:1500], b"not a tar at all", data[:520] + b"\xff" + data[521:]):
-        with pytest.raises(UserError, match=r"^(The|An image of the) tar "):
-            list(read_tar(broken))
 
 
 @pytest.mark.parametrize("names", ["a.npy b.json", "a.npy", "a.npy a.exe"])
@@ -128,25 +121,20 @@ def test_the_manifest_comes_back_and_its_hash_is_the_files(tmp_path):
     assert manifest(settings={"other": 1}).hash != manifest().hash
 
 
-def test_no_manifest_is_no_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"There is no data set at .*: build it with data_prep"):
-        read_manifest(str(tmp_path))
-
-
 KNOWN = json.loads(to_json(manifest()))
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "is damaged"),
+        (None, "There is no data set at .*: build it with data_prep"),
         ("{}", "is damaged"),
         (json.dumps(KNOWN | {"colour": "red"}), "is damaged .*colour"),
         (json.dumps(KNOWN | {"schema_version": 1}), "has schema version 1, but this program reads"),
-        (json.dumps(KNOWN | {"shards": [], "splits": {}}), r"The data set at .* is empty"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path, text, sentence):
-    (tmp_path / "manifest.json").write_text(text)
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=sentence):
         read_manifest(str(tmp_path))

@@ -37,21 +37,13 @@ def batches(config: Config, step: int = 0, rank: int = 0, world: int = 1):
         step += 1
 
 
-def weights(state: State) -> torch.Tensor:
+def tensors(state: State) -> list[torch.Tensor]:
     networks = (state.encoder_generator, state.discriminators)
-    return torch.cat([p.detach().flatten() for n in networks for p in n.parameters()])
+    return [p.detach() for network in networks for p in network.parameters()]
 
 
-@pytest.mark.parametrize("name", ["digits", "celeba"])
-def test_a_step_changes_every_network(name):
-    config = tiny(name)
-    state = create_state(config)
-    before = copy.deepcopy((state.encoder_generator, state.discriminators))
-    metrics = train_step(state, *next(batches(config)))
-    for old, new in zip(before, (state.encoder_generator, state.discriminators), strict=True):
-        for (key, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
-            assert not torch.equal(a, b), key
-    assert all(v.isfinite() for v in metrics.values())
+def weights(state: State) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors(state)])
 
 
 @pytest.mark.parametrize("name", ["ring", "mnist"])
@@ -63,10 +55,10 @@ def test_steps_are_equation_3_written_out_plainly(name):
 
     changes: dict = {"model__norm": "none", "objective__mismatched": 0.0, "optim__ema": 0.0}
     config = tiny(name, transform__condition=False, **changes)
-    state = create_state(config)
-    state.generator_side.double()
-    state.discriminator_side.double()
-    plain = copy.deepcopy(state)
+    state, plain = create_state(config), create_state(config)
+    for networks in (state, plain):
+        networks.generator_side.double()
+        networks.discriminator_side.double()
     for network in (plain.generator_side, plain.discriminator_side):
         layers.plain(network)
     E, G = plain.encoder_generator.encoder, plain.encoder_generator.generator
@@ -135,6 +127,8 @@ def test_every_switch_trains_and_matters(changes):
         assert progress.images_seen == 64
     assert weights(state).isfinite().all()
     assert not torch.equal(weights(state)[:100], weights(plain)[:100])
+    fresh = create_state(plain.config)
+    assert not any(torch.equal(a, b) for a, b in zip(tensors(plain), tensors(fresh), strict=True))
 
 
 def test_the_latent_term_teaches_the_encoder_alone():
@@ -187,12 +181,6 @@ def test_the_average_follows_slowly():
     new, present = next(state.average.parameters()), next(state.encoder_generator.parameters())
     keep = 0.5 ** (16 / 1000)
     torch.testing.assert_close(new, keep * old + (1 - keep) * present)
-
-
-def test_progress_counts_images_and_ends_with_the_run():
-    state = create_state(tiny("ring", total_images=16 * 7))
-    seen = [p.images_seen for p in train(state, batches(state.config), 40)]
-    assert seen == [48, 96, 112]
 
 
 @pytest.mark.parametrize(("side", "networks"), [("d", "D and D'"), ("g", "E and G")])
@@ -249,17 +237,18 @@ def test_an_optimizer_keeps_its_own_rate_and_kind_when_a_gpus_state_is_loaded():
     assert isinstance(group["lr"], float)
 
 
-def test_the_cosine_schedule_rises_then_falls():
-    config = tiny("ring", optim__schedule="cosine", total_images=16 * 100)
-    state, rates = create_state(config), []
-    for x, draws in itertools.islice(batches(config), 100):
-        train_step(state, x, draws)
+def test_the_cosine_schedule_rises_then_falls_and_progress_counts_images():
+    config = tiny("ring", optim__schedule="cosine", total_images=16 * 99)
+    state, rates, seen = create_state(config), [], []
+    for progress in train(state, batches(config), 24):
+        seen.append(progress.images_seen)
         rates.append(state.optimizer_g.param_groups[0]["lr"] / config.optim.lr_g)
-    assert rates[0] == pytest.approx(0.05, abs=0.01)
-    assert rates[2] == pytest.approx(1, abs=0.01)
-    assert rates[50] == pytest.approx(0.51, abs=0.01)
-    assert rates[99] == pytest.approx(0.02, abs=0.01)
-    assert np.all(np.diff(rates[2:]) < 0)
+    assert seen == [*range(32, 16 * 99, 32), 16 * 99]
+    assert rates[0] == pytest.approx(0.5, abs=0.01)
+    assert rates[1] == pytest.approx(1, abs=0.01)
+    assert rates[25] == pytest.approx(0.5, abs=0.02)
+    assert rates[49] == pytest.approx(0.02, abs=0.01)
+    assert np.all(np.diff(rates[1:]) < 0)
 
 
 def test_micro_batches_give_the_gradients_of_the_batch():

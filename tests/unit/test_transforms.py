@@ -59,26 +59,11 @@ def test_flip_mirrors_left_and_right_for_half_of_the_draws():
     torch.testing.assert_close(transform(x, draws_at(flip=0.8), t), x, rtol=0, atol=1e-5)
 
 
-def test_flip_and_rotation_keep_an_image_rigid():
-    x = torch.zeros(1, 1, 33, 33)
-    x[0, 0, 16, 4:29] = 1  # a bar through the centre keeps its length and straightness
-    t = Transform(flip=True, rotate=20.0)
-    bar = transform(x, draws_at(flip=0.2, angle=0.9), t)[0, 0]
-    rows, columns = torch.meshgrid(torch.arange(33.0), torch.arange(33.0), indexing="ij")
-    dy, dx = (rows - 16) * bar, (columns - 16) * bar
-    spread = torch.stack((dx, dy)).flatten(1) / bar.sum().sqrt()
-    values = torch.linalg.eigvalsh(spread @ spread.T)
-    assert values[0] < 0.05 * values[1]
-
-
-def test_brightness_scales_all_values():
-    x = 0.5 * torch.rand(1, 3, 8, 8)
+def test_brightness_scales_all_values_and_contrast_keeps_the_mean_grey():
+    x = 0.4 + 0.2 * torch.rand(1, 3, 8, 8)
     lit = transform(x, draws_at(brightness=1.0), Transform(brightness=0.2))
     torch.testing.assert_close(lit, 1.2 * x, rtol=1e-5, atol=1e-6)
-
-
-def test_contrast_keeps_the_mean_grey():
-    x = 0.4 + 0.2 * torch.rand(1, 1, 8, 8)
+    x = x[:, :1]
     harder = transform(x, draws_at(contrast=1.0), Transform(contrast=0.3))
     torch.testing.assert_close(harder.mean(), x.mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(harder.std(), 1.3 * x.std(), rtol=1e-4, atol=1e-5)

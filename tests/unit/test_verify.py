@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -39,13 +40,12 @@ def lie_of_first_shard(dataset: Path, **changes) -> None:
     [
         (
             lambda d: flip(d / TRAIN, 3 * 512 + 60),
-            f"{TRAIN} has another sha256 than the manifest says.",
+            r"is not the one of the manifest \(wrong sha256\)",
         ),
-        (lambda d: (d / TRAIN).write_bytes(b"short"), f"{TRAIN} has 5 bytes, the manifest says "),
-        (lambda d: (d / TRAIN).unlink(), f"{TRAIN} is missing."),
+        (lambda d: (d / TRAIN).write_bytes(b"short"), "is not the one of .*: The tar is damaged"),
+        (lambda d: (d / TRAIN).unlink(), f"^{TRAIN} is missing."),
         (lambda d: (d / "notes").touch(), "notes does not belong to the data set."),
-        (lambda d: lie_of_first_shard(d, samples=999), f"{TRAIN} holds 1000 samples, the manifest"),
-        (lambda d: lie(d, image_shape=(3, 16, 16)), f"{TRAIN} holds images of shape (1, 16, 16)"),
+        (lambda d: lie_of_first_shard(d, samples=999), f"{TRAIN} does not hold 999 images of shap"),
         (lambda d: lie(d, settings={"other": 1}), "manifest.json holds settings of another hash"),
         (lambda d: (d / "samples.parquet").unlink(), "samples.parquet is missing."),
         (lambda d: (d / CONTACT).write_bytes(b"other"), f"{CONTACT} has another sha256 than the"),
@@ -53,7 +53,7 @@ def lie_of_first_shard(dataset: Path, **changes) -> None:
 )
 def test_what_is_wrong_is_named(dataset, spoil, sentence):
     spoil(dataset)
-    assert any(line.startswith(sentence) for line in verify(str(dataset)))
+    assert any(re.search(sentence, line) for line in verify(str(dataset)))
 
 
 def test_a_shard_listed_twice_repeats_keys(dataset):
