@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -107,8 +108,6 @@ def device_name(device: str) -> str:
     """Return the name of the GPU, or the CPU's name and number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((n.partition(": ")[2] for n in names if n.startswith("model name")), "")
-    return f"{cores} cores, {name or platform.machine()}"
+    named = re.search("^model name.*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    name = named[1] if named else platform.machine()
+    return f"{len(os.sched_getaffinity(0))} cores, {name}"

@@ -15,18 +15,11 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    arguments,
-    configured,
-    in_turns,
-    metadata,
-    random_samples,
-    rate,
-    ratio,
-)
+from common import arguments, configured, in_turns, metadata, random_samples, rate, ratio
 from torch import Tensor
 
 from ivegan.config import PRESETS, Config
@@ -59,12 +52,8 @@ def main() -> None:
             loops["stream"] = batches(config, stream, 0, 0, 1, device)
         for running in loops.values():
             stack.callback(running.close)  # pyright: ignore[reportAttributeAccessIssue]
-        turns = {
-            name: functools.partial(
-                steady, loop, config.batch_size, options.seconds, options.device
-            )
-            for name, loop in loops.items()
-        }
+        settings = config.batch_size, options.seconds, options.device
+        turns = {name: functools.partial(steady, one, *settings) for name, one in loops.items()}
         values = in_turns(turns, options.rounds, "")
     report = {
         **metadata(options, config),
@@ -85,10 +74,10 @@ def cached(config: Config, data: str | None, folder: Path) -> Split:
     return Split(images=images, labels=labels, keys=[], dataset_hash="")
 
 
-def steady(loop: Iterator, batch_size: int, seconds: float, device: str) -> float:
+def steady(loop: Iterator, *settings: Any) -> float:
     """Return a loop's rate, without the batches that were prepared during the others' turns."""
     next(loop)
-    return rate(loop, batch_size, seconds, device)
+    return rate(loop, *settings)
 
 
 def trained(state: State, x: Tensor, draws: Draws) -> Iterator[int]:

@@ -12,17 +12,17 @@ object.
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from common import configured, metadata, random_samples
 from torch.multiprocessing.spawn import spawn
 
@@ -38,7 +38,7 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run costs; times in seconds, sizes in bytes, of one rank unless stated."""
+    """Predict the rate of a run; times in seconds, sizes in bytes, of one rank unless stated."""
 
     rate: float
     """Images per second of one GPU."""
@@ -62,6 +62,8 @@ class Job:
     """Images per second that one core decodes."""
     cores: int = 12
     """CPU cores per GPU."""
+    images: float = 2.6e6
+    """Of the whole run."""
 
     def exchange(self, gpus: int) -> float:
         """Return the time to add the gradients of all ranks in a ring."""
@@ -90,7 +92,7 @@ class Job:
         }
 
 
-def table(job: Job, images: float) -> list[dict[str, float | str]]:
+def table(job: Job) -> list[dict[str, float | str]]:
     """Print the prediction for all numbers of GPUs, and return it."""
     rows = [job.predict(gpus) for gpus in GPUS]
     print(f"{'GPUs':>5} {'batch':>7} {'images/s':>10} {'of ideal':>9} {'hours':>7}  bottleneck")
@@ -98,7 +100,7 @@ def table(job: Job, images: float) -> list[dict[str, float | str]]:
         speed = float(row["images_per_second"])
         print(
             f"{row['gpus']:>5} {row['batch']:>7,} {speed:>10,.0f} {row['efficiency']:>9.0%} "
-            f"{images / speed / 3600:>7.2f}  {row['bottleneck']}"
+            f"{job.images / speed / 3600:>7.2f}  {row['bottleneck']}"
         )
     return rows
 
@@ -131,8 +133,8 @@ def exchanges(size: int) -> Iterator[float]:
         yield time.perf_counter() - start
 
 
-def _rank(rank: int, store: str, options: argparse.Namespace, results: Any) -> None:
-    """Measure, on one of two ranks: alone on its share, adding gradients, and training together."""
+def measure(rank: int, store: str, options: argparse.Namespace) -> None:
+    """Compare the prediction with two ranks: alone, adding gradients, and training together."""
     torch.set_num_threads(1)
     keep_freed_memory()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -144,66 +146,40 @@ def _rank(rank: int, store: str, options: argparse.Namespace, results: Any) -> N
         "exchange": exchanges(gradients(config)),
         "together": steps(config, samples, rank, 2),
     }
+    ratios = []
     for _ in range(options.rounds):
+        times = {}
         for name, case in cases.items():
             dist.barrier()  # both compute at a time: they share the caches and the memory
-            times = [next(case) for _ in range(options.steps + 2)][2:]
-            if rank == 0:
-                results.put((name, statistics.median(times)))
+            times[name] = statistics.median([next(case) for _ in range(options.steps + 2)][2:])
+        times["predicted"] = times["alone"] + times["exchange"]
+        ratios.append(times["predicted"] / times["together"])
+        if rank == 0:
+            print("  ".join(f"{k} {v * 1000:,.1f} ms" for k, v in times.items()), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Compare the prediction for two ranks with two ranks, round by round."""
-    results = multiprocessing.get_context("spawn").Queue()
-    store = f"file://{tempfile.mkdtemp()}/store"
-    ranks = spawn(_rank, (store, options, results), nprocs=2, join=False)
-    ratios, times = [], {}
-    for number in range(3 * options.rounds):
-        name, seconds = results.get(timeout=600)
-        times[name] = seconds
-        if number % 3 == 2:
-            predicted = times["alone"] + times["exchange"]
-            ratios.append(predicted / times["together"])
-            print("  ".join(f"{k} {v * 1000:,.1f} ms" for k, v in times.items()), end="")
-            print(f"  predicted {predicted * 1000:,.1f} ms", flush=True)
-    assert ranks is not None
-    ranks.join()
-    config = configured(options)
-    return {
-        **metadata(options, config),
-        "gradient_bytes": gradients(config),
-        "predicted_by_measured": statistics.median(ratios),
-        "range": [min(ratios), max(ratios)],
-    }
+    if rank == 0:
+        report = metadata(options, config) | {"gradient_bytes": gradients(config)}
+        report |= {"predicted_by_measured": statistics.median(ratios)}
+        print(json.dumps(report | {"range": [min(ratios), max(ratios)]}), flush=True)
 
 
 def main() -> None:
     """Print a table or the rounds, and one JSON object."""
-    parser = argparse.ArgumentParser(description="Predict the rate of a run on many GPUs")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    predicted = verbs.add_parser("table", help="the prediction for 1 to 256 GPUs")
-    for field in dataclasses.fields(Job):
-        default = None if field.default is dataclasses.MISSING else field.default
-        kind = int if field.type in (int, "int") else float
-        flag = f"--{field.name.replace('_', '-')}"
-        predicted.add_argument(flag, type=kind, default=default, required=default is None)
-    predicted.add_argument("--images", type=float, default=2.6e6, help="of the whole run")
-    compared = verbs.add_parser("measure", help="two ranks on this CPU")
-    compared.add_argument("preset", choices=list(PRESETS))
-    compared.add_argument("--batch-size", type=int)
-    compared.add_argument("--model.width", dest="width", type=float)
-    compared.add_argument("--steps", type=int, default=10, help="of each measurement")
-    compared.add_argument("--rounds", type=int, default=5)
-    compared.set_defaults(device="cpu", precision="float32")
-    options = parser.parse_args()
-    if options.verb == "measure":
-        print(json.dumps(measure(options)))
+    verb, *words = sys.argv[1:] or ["--help"]
+    if verb == "table":
+        print(json.dumps(table(tyro.cli(Job, args=words))))
         return
-    names = [field.name for field in dataclasses.fields(Job)]
-    job = Job(**{name: getattr(options, name) for name in names})
-    print(json.dumps(table(job, options.images)))
+    parser = argparse.ArgumentParser(usage="scaling.py table --help | measure PRESET [OPTIONS]")
+    parser.add_argument("verb", choices=("table", "measure"))
+    parser.add_argument("preset", choices=list(PRESETS))
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--model.width", dest="width", type=float)
+    parser.add_argument("--steps", type=int, default=10, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.set_defaults(device="cpu", precision="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(measure, (f"file://{folder}/store", parser.parse_args()), nprocs=2)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,21 @@ line is one JSON object.
 import functools
 import json
 import statistics
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from common import arguments, configured, in_turns, metadata, random_samples, rate, ratio
-from flop import peak_rate, step_flop
+from common import arguments, configured, in_turns, metadata, random_samples, rate, ratio, wait
 from textbook import steps as textbook_steps
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ivegan.config import Config
 from ivegan.data.batches import batches
 from ivegan.data.cache import Split
-from ivegan.layers.fast import keep_freed_memory
+from ivegan.layers.fast import keep_freed_memory, plain
+from ivegan.networks import Discriminators, EncoderGenerator, sample_shape
 from ivegan.step import create_state, train_step
 
 WARM_UP = 3  # steps
@@ -41,6 +44,49 @@ def our_steps(config: Config, samples: np.ndarray, device: str, precision: str) 
     for x, draws in batches(config, split, 0, 0, 1, state.device):
         train_step(state, x, draws)
         yield state.step
+
+
+def forward_flop(network: nn.Module, *inputs: Tensor) -> float:
+    """Return multiplications and additions per sample of one forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        plain(network)(*inputs)
+    return counter.get_total_flops() / len(inputs[0])
+
+
+def step_flop(config: Config) -> float:
+    """Return the operations per image of a step, as the mathematics needs them.
+
+    A backward pass costs twice a forward pass, once per operand; once where weights are frozen.
+    The phase of D sees four batches through the trunk and trains it. The phase of E and G sees
+    three of them again, x and the two that G made, and takes gradients through the latter. G makes
+    two batches, E one code.
+    """
+    n, m = 4, config.model
+    generators, discriminators = EncoderGenerator(m).eval(), Discriminators(m).eval()
+    x = torch.rand(n, *sample_shape(m))
+    noise, z = torch.rand(n, m.noise_dim), torch.rand(n, m.z_dim)
+    with torch.no_grad():
+        features = discriminators.trunk(x)
+    E = forward_flop(generators.encoder, x)
+    G = forward_flop(generators.generator, noise, z)
+    trunk = forward_flop(discriminators.trunk, x)
+    heads = forward_flop(discriminators.pair_head, torch.cat((features, features), 1))
+    heads += forward_flop(discriminators.sample_head, features)
+    return 3 * (E + 2 * G) + 3 * (4 * trunk + 2 * heads) + (3 + 2) * trunk + 2 * heads
+
+
+def peak_rate(device: str, precision: torch.dtype) -> float:
+    """Return the machine's best rate of matrix products, in operations per second."""
+    n = 8192 if device == "cuda" else 2048
+    matrix = torch.randn(n, n, device=device, dtype=precision)
+    best = float("inf")
+    for _ in range(7):
+        wait(device)
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ Digits take half a minute on two cores the first time, when the classifier that 
 trained, and less after that.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from ivegan.errors import UserError
 from ivegan.evaluation.evaluate import evaluate
 from ivegan.evaluation.report import rows
 from pipelines import options as cli
-from pipelines.paths import mlflow_place, present
+from pipelines.paths import cache_dir, mlflow_place, present
 
 log = logging.getLogger(__name__)
 
@@ -46,45 +46,26 @@ class Evaluate(cli.Options):
     the protocol that the run was trained for by default."""
 
 
-def evaluate_checkpoint(
-    uri: str,
-    *,
-    data: str | None = None,
-    out: str | Path,
-    device: str = "cpu",
-    seed: int = 0,
-    limit: int | None = None,
-    protocol: str | None = None,
-) -> dict[str, Any]:
+def evaluate_checkpoint(options: Evaluate) -> dict[str, Any]:
     """Measure a checkpoint and return what ``ivegan.evaluation.evaluate.evaluate`` returns.
 
     The run's own numbers, of all held-out samples, are also copied to its folder and to MLflow.
-
-    Args:
-        uri: a checkpoint, a run's folder, or a registered model of either half.
-        data: shards; those that the checkpoint was trained on by default.
-        out: folder or s3:// URI for ``metrics.json``, the figures and ``report.html``.
-        device, seed, limit, protocol: as for ``evaluate``.
-
-    Raises:
-        UserError: as for ``evaluate``.
     """
-    from pipelines.paths import cache_dir
-
-    uri = _resolve(uri)
+    assert options.out is not None, "a place for the report"
+    uri = _resolve(options.checkpoint)
     checkpoint.keep(uri)
     with storage.longer_retries():
         result = evaluate(
             uri,
-            data,
-            str(out),
+            options.data,
+            options.out,
             cache_dir=cache_dir(),
-            device=device,
-            seed=seed,
-            limit=limit,
-            protocol=protocol,
+            device=options.device,
+            seed=options.seed,
+            limit=options.limit,
+            protocol=options.protocol,
         )
-        if limit is None and protocol is None:
+        if options.limit is None and options.protocol is None:
             _record(uri, result)
     return result
 
@@ -96,22 +77,20 @@ def main(options: Evaluate) -> dict[str, Any]:
     _check_device(options.device)
     uri = _resolve(options.checkpoint)
     metadata = checkpoint.read_metadata(uri)
-    data = options.data or present(metadata.get("data") or "") or None
-    plan = {
-        "checkpoint": uri,
-        "images_seen": metadata["images_seen"],
-        "data": None if data is None else storage.absolute(data),
-        "out": storage.absolute(options.out),
-        "device": options.device,
-        "seed": options.seed,
-        "limit": options.limit,
-        "protocol": options.protocol,
-    }
+    data = options.data or present(metadata.get("data") or "")
+    options = dataclasses.replace(
+        options,
+        checkpoint=uri,
+        data=storage.absolute(data) if data else None,
+        out=storage.absolute(options.out),
+    )
+    names = ("checkpoint", "data", "out", "device", "seed", "limit", "protocol")
+    plan = {name: getattr(options, name) for name in names}
+    plan["images_seen"] = metadata["images_seen"]
     if options.dry_run:
         print("\n".join(cli.aligned([(name, str(value)) for name, value in plan.items()])))
         return plan
-    settings = {k: v for k, v in plan.items() if k not in ("checkpoint", "images_seen")}
-    result = evaluate_checkpoint(uri, **settings)
+    result = evaluate_checkpoint(options)
     print("\n".join(cli.aligned([row[:3] for row in rows(result["metrics"])], right=(1,))))
     print(f"\nWhat they mean, with pictures: {result['report']}")
     print(f"Runs: {mlflow_place()}")

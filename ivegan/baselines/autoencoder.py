@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 
 from ivegan import order
-from ivegan.baselines.training import Baseline, Phase
+from ivegan.baselines.training import Baseline
 from ivegan.config import Config
 from ivegan.layers.build import initialise
 from ivegan.networks import Encoder, Generator
@@ -39,9 +39,6 @@ class Autoencoder(Baseline):
         self.encoder = Encoder(config.model)
         self.generator = Decoder(config)
         initialise(self.encoder, order.weights_seed(config.seed, 0))
-
-    def phases(self) -> list[Phase]:
-        return [Phase(self, self.config.optim.lr_g, self.loss)]
 
     def loss(self, x: Tensor, draws: order.Draws) -> Tensor:
         """Return the cross-entropy of pixels, in nats an image."""
@@ -90,9 +87,6 @@ class VariationalAutoencoder(Baseline):
         self.config = config
         self.encoder = VariationalEncoder(config)
         self.generator = VariationalDecoder(config)
-
-    def phases(self) -> list[Phase]:
-        return [Phase(self, self.config.optim.lr_g, self.loss)]
 
     def loss(self, x: Tensor, draws: order.Draws) -> Tensor:
         """Return the negative evidence lower bound, in nats an image."""

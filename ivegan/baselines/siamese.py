@@ -4,12 +4,14 @@ The representation is E(x), of ``z_dim`` entries; the loss is taken after a proj
 thrown away. The losses are written from the papers: the libraries that have them bring a framework.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 from ivegan import order
-from ivegan.baselines.training import Baseline, Phase
+from ivegan.baselines.training import Baseline
 from ivegan.config import Config
 from ivegan.layers.build import dense, initialise, wide
 from ivegan.layers.tables import ARCHITECTURES
@@ -19,20 +21,22 @@ from ivegan.transforms import transform
 
 
 class Siamese(Baseline):
-    """E and a projection of two dense layers, as wide as D's trunk."""
+    """E and a projection of two dense layers, as wide as D's trunk.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: of the run.
+        compare: the loss of two sets of projected views, ``nt_xent`` or ``vicreg``.
+    """
+
+    def __init__(self, config: Config, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compare = config, compare
         self.encoder = Encoder(config.model)
         table = ARCHITECTURES[config.model.architecture]
         width = wide(table.trunk_dim, config.model)
         self.projection = dense([config.model.z_dim, width, width], table.activation)
         initialise(self.encoder, order.weights_seed(config.seed, 0))
         initialise(self.projection, order.weights_seed(config.seed, 1))
-
-    def phases(self) -> list[Phase]:
-        return [Phase(self, self.config.optim.lr_g, self.loss)]
 
     def loss(self, x: Tensor, draws: order.Draws) -> Tensor:
         """Return the loss of two views of x, encoded as one batch."""
@@ -41,29 +45,14 @@ class Siamese(Baseline):
         first, second = self.projection(self.encoder(views)).chunk(2)
         return self.compare(first, second)
 
-    def compare(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the loss of projected views."""
-        raise NotImplementedError
-
-
-class SimCLR(Siamese):
-    """Chen et al. 2020: the two views of an image find each other among all of the batch."""
-
-    def compare(self, first: Tensor, second: Tensor) -> Tensor:
-        return nt_xent(first, second)
-
-
-class VICReg(Siamese):
-    """Bardes et al. 2022: views are equal, entries vary, and are not correlated."""
-
-    def compare(self, first: Tensor, second: Tensor) -> Tensor:
-        return vicreg(first, second)
-
 
 def nt_xent(
     first: Float[Tensor, "n d"], second: Float[Tensor, "n d"], temperature: float = 0.5
 ) -> Float[Tensor, ""]:
-    """Return the normalised, temperature-scaled cross-entropy of SimCLR, Eq. 1."""
+    """Return the normalised, temperature-scaled cross-entropy of SimCLR (Chen et al. 2020, Eq. 1).
+
+    The two views of an image find each other among all of the batch.
+    """
     views = normalize(torch.cat((first, second)))
     similarity = views @ views.T / temperature
     similarity = similarity.masked_fill(
@@ -73,21 +62,17 @@ def nt_xent(
     return cross_entropy(similarity, partners)
 
 
-def vicreg(
-    first: Float[Tensor, "n d"],
-    second: Float[Tensor, "n d"],
-    *,
-    invariance: float = 25.0,
-    variance: float = 25.0,
-    covariance: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Return the loss of VICReg, Eqs. 1 to 6, with the weights of the paper."""
-    loss = invariance * mse_loss(first, second)
+def vicreg(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Return the loss of VICReg (Bardes et al. 2022, Eqs. 1 to 6), with the weights of the paper.
+
+    Views are equal, entries vary, and are not correlated.
+    """
+    loss = 25.0 * mse_loss(first, second)
     for view in (first, second):
         centred = view - view.mean(0)
         spread = (centred.square().sum(0) / (len(view) - 1) + 1e-4).sqrt()
         correlated = (centred.T @ centred / (len(view) - 1)).square()
         off_diagonal = correlated.sum() - correlated.diagonal().sum()
-        loss = loss + variance * (1 - spread).relu().mean()
-        loss = loss + covariance * off_diagonal / view.shape[1]
+        loss = loss + 25.0 * (1 - spread).relu().mean()
+        loss = loss + off_diagonal / view.shape[1]
     return loss

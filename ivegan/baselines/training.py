@@ -25,6 +25,8 @@ class Phase(NamedTuple):
 class Baseline(nn.Module):
     """The networks of one method, and its losses."""
 
+    config: Config
+
     @property
     def trained(self) -> tuple[nn.Module | None, nn.Module | None]:
         """The encoder and the generator, None for what the method does not have."""
@@ -32,6 +34,10 @@ class Baseline(nn.Module):
 
     def phases(self) -> list[Phase]:
         """Return the updates of one step, in their order."""
+        return [Phase(self, self.config.optim.lr_g, self.loss)]
+
+    def loss(self, x: Tensor, draws: order.Draws) -> Tensor:
+        """Return the loss of methods that update all networks at once."""
         raise NotImplementedError
 
 
@@ -39,11 +45,6 @@ def train(
     baseline: Baseline, batches: Iterator[tuple[Tensor, order.Draws]], config: Config
 ) -> Baseline:
     """Train to ``config.total_steps`` and return the networks in eval mode, averaged if configured.
-
-    Args:
-        baseline: changed in place.
-        batches: samples and draws, from step 0 on.
-        config: length, rates, schedule and average.
 
     Raises:
         NonFiniteLossError: training has diverged.

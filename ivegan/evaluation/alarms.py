@@ -61,12 +61,7 @@ class Alarms:
 
     @torch.no_grad()
     def of_networks(self, networks: EncoderGenerator, images: np.ndarray) -> list[str]:
-        """Return the alarms of E's codes and G's images.
-
-        Args:
-            networks: E and G; their mode and statistics do not change.
-            images: uint8 (n, c, h, w), at least two.
-        """
+        """Return the alarms of E's codes and G's variations of two or more images, uint8."""
         device = next(networks.parameters()).device
         draws = torch.Generator().manual_seed(0)
         with in_eval_mode(networks):

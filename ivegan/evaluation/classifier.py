@@ -20,7 +20,6 @@ from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_l
 
 from ivegan.config import Transform
 from ivegan.data.cache import lock
-from ivegan.errors import UserError
 from ivegan.shapes import Float, UInt8
 from ivegan.storage import local, local_sentences
 from ivegan.storage.digest import digest, is_sound, write_sums
@@ -54,6 +53,9 @@ class Settings:
     rotate: float = 20.0
     """Largest rotation in training, in degrees."""
     seed: int = 0
+
+
+DEFAULT = Settings()
 
 
 class Classifier(nn.Module):
@@ -91,7 +93,7 @@ def classifier_of(
     labels: np.ndarray,
     dataset_hash: str,
     cache_dir: Path,
-    settings: Settings | None = None,
+    settings: Settings = DEFAULT,
 ) -> Classifier:
     """Return the classifier of a data set in eval mode, from the cache or trained now.
 
@@ -99,10 +101,7 @@ def classifier_of(
         images: uint8 train images (n, c, h, w).
         labels: classes (n,), or 0/1 attributes (n, a).
         dataset_hash: names the data in the cache.
-        cache_dir: where trained weights are kept.
-        settings: the defaults, unless given.
     """
-    settings = settings or Settings()
     key = digest({"dataset": dataset_hash, "samples": len(images), **asdict(settings)})
     folder = cache_dir / f"classifier-{key[:16]}"
     with local_sentences(cache_dir):
@@ -126,19 +125,9 @@ def classifier_of(
 
 
 def train_classifier(
-    images: np.ndarray, labels: np.ndarray, settings: Settings | None = None
+    images: np.ndarray, labels: np.ndarray, settings: Settings = DEFAULT
 ) -> Classifier:
-    """Return a classifier in eval mode; a pure function of its arguments.
-
-    Raises:
-        UserError: images and labels that do not belong together, or too few of them.
-    """
-    settings = settings or Settings()
-    if len(images) != len(labels) or len(images) < 2:
-        raise UserError(
-            f"The classifier was given {len(images)} images and {len(labels)} labels: it needs as "
-            "many of each, and two at least; is the train split whole?"
-        )
+    """Return a classifier in eval mode; a pure function of its arguments."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -185,12 +174,7 @@ def _train(images: np.ndarray, labels: np.ndarray, settings: Settings) -> Classi
 def classify(
     model: Classifier, images: UInt8[np.ndarray, "n c h w"]
 ) -> tuple[np.ndarray, Float[np.ndarray, "n f"]]:
-    """Return predicted labels, classes (n,) or 0/1 attributes (n, a), and features.
-
-    Args:
-        model: in eval mode.
-        images: as stored.
-    """
+    """Return predicted labels, classes (n,) or 0/1 attributes (n, a), and features."""
     device = model.head.weight.device
     labels, features = [], []
     for start in range(0, len(images), _BATCH):

@@ -103,11 +103,9 @@ def quality(
     mode over a perfect sampler's.
 
     Args:
-        config: of the run.
         encoder, generator: in eval mode.
         data_uri: shards; None for points.
         cache_dir: for decoded images and the trained classifier.
-        seed: of every draw.
         limit: validation images at most, and five times as many of the train split; for searches,
             which score often.
     """

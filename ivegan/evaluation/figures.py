@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ivegan import order
 from ivegan.config import PROTOCOLS, Config
@@ -39,12 +39,7 @@ _MARGIN = 24
 def sample_grid(
     images: UInt8[np.ndarray, "n c h w"], title: str, *, note: str = "", columns: int = 10
 ) -> Image.Image:
-    """Return images side by side, row by row (Fig. 3 of the paper).
-
-    Args:
-        images: as many whole rows as there are; a rest is left out.
-        columns: images in a row.
-    """
+    """Return whole rows of images (Fig. 3 of the paper); a rest is left out."""
     rows = max(1, len(images) // columns)
     shown = images[: rows * columns]
     return image_rows(shown.reshape(rows, -1, *images.shape[1:]), title, note=note)
@@ -58,22 +53,10 @@ def reconstruction_rows(
     *,
     note: str = "",
 ) -> Image.Image:
-    """Return originals above their transformations and their variations (Figs. 4 and 6).
-
-    Args:
-        x: originals.
-        transformed: T(x), one row per draw of T; may have no rows.
-        x_hat: G(z', E(x)), one row per draw of z'.
-    """
+    """Return originals above draws of T(x), of which there may be none, and of G(z', E(x))."""
     labels = ["x", *["T(x)"] * len(transformed), *["G(z', E(x))"] * len(x_hat)]
-    starts = {1, 1 + len(transformed)}
-    return image_rows(
-        np.concatenate((x[None], transformed, x_hat)),
-        title,
-        note=note,
-        row_labels=labels,
-        breaks=tuple(starts),
-    )
+    rows, breaks = np.concatenate((x[None], transformed, x_hat)), {1, 1 + len(transformed)}
+    return image_rows(rows, title, note=note, row_labels=labels, breaks=tuple(breaks))
 
 
 def image_rows(
@@ -180,7 +163,7 @@ def _smoothed(points: np.ndarray, dataset: str, side: int) -> np.ndarray:
 
 def _coloured(values: np.ndarray) -> Image.Image:
     """Return values in [0, 1] as colours, the root taken to lift the faint ones."""
-    stops = np.array([_rgb(c) for c in _DENSITY], dtype=np.float64)
+    stops = np.array([ImageColor.getrgb(c) for c in _DENSITY], dtype=np.float64)
     place = np.sqrt(values.clip(0, 1)) * (len(stops) - 1)
     low = place.astype(int).clip(0, len(stops) - 2)
     share = (place - low)[..., None]
@@ -196,10 +179,7 @@ def progress_figures(
 ) -> dict[str, bytes]:
     """Return PNGs of the progress of training, at the same z, z' and originals all through a run.
 
-    Args:
-        networks: E and G; their mode and statistics do not change.
-        config: of the run.
-        originals: images to make variations of, (n, c, h, w) uint8; None for points.
+    ``originals`` are uint8 images to make variations of; None for points.
     """
     draws = torch.Generator().manual_seed(_PROGRESS_SEED)
     device = next(networks.parameters()).device
@@ -240,7 +220,3 @@ def _font(size: int) -> Any:
 
 def _width(font: Any, text: str) -> int:
     return int(np.ceil(font.getlength(text)))
-
-
-def _rgb(colour: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(colour[1:]))

@@ -4,13 +4,12 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
 
 from ivegan import storage
 from ivegan.config import Config
@@ -19,10 +18,12 @@ from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation import metrics, pictures, registration
 from ivegan.evaluation.classifier import Classifier, classifier_of, classify
+from ivegan.evaluation.metrics import Labelled
 from ivegan.evaluation.report import Figure
 from ivegan.evaluation.sampling import (
     FITTED,
     NUM_DRAWS,
+    PIXEL_SIDE,
     PRIOR,
     REGISTRATION,
     TRANSFORM,
@@ -30,17 +31,16 @@ from ivegan.evaluation.sampling import (
     Sampler,
     batches,
     evenly,
+    pixels,
     stream,
 )
 from ivegan.layers.build import initialise
 from ivegan.networks import Encoder, sample_shape
-from ivegan.storage import digest
+from ivegan.storage.digest import digest
 from ivegan.storage.schema import DamagedError, read
-from ivegan.transforms import to_float
 
 log = logging.getLogger(__name__)
 
-_PIXEL_SIDE = 32  # of the images that the raw-pixel baselines take
 _REGISTERED_IMAGES = 256  # each is transformed some 800 times
 _MANIFOLD_SAMPLES = 5000  # of precision and recall, whose time grows with the square
 _MIXTURE_CODES, _MIXTURE_COMPONENTS = 10_000, 20  # of the fitted prior
@@ -94,42 +94,38 @@ def _at_most(limit: int | None, total: int) -> slice | np.ndarray:
 def evaluate(
     sampler: Sampler, split: EvaluationData, cache_dir: Path, seed: int
 ) -> tuple[dict[str, float], list[Figure]]:
-    """Return metrics and figures of a checkpoint.
+    """Return metrics and figures of a checkpoint, as for ``measure``."""
+    result, codes, fitted = measure(sampler, split, cache_dir, seed)
+    assert fitted is not None, "a checkpoint has a generator"
+    log.info("drawing figures")
+    figures, maps = pictures.draw(sampler, split, codes, fitted, seed)
+    return result | maps, figures
+
+
+def measure(
+    sampler: Sampler, split: EvaluationData, cache_dir: Path, seed: int
+) -> tuple[dict[str, float], np.ndarray, torch.Tensor | None]:
+    """Return the numbers of an evaluation, the codes of held-out images, and z fitted to codes.
 
     Args:
-        sampler: its networks.
+        sampler: the networks; without a generator only codes are measured, and no z is fitted.
         split: train and held-out images.
         cache_dir: for the classifier and the numbers of raw pixels.
         seed: of every draw.
     """
     log.info("encoding %s train and %s test images", f"{len(split.train):,}", f"{len(split.x):,}")
     codes, train_codes = sampler.encode(split.x), sampler.encode(split.train)
-    fitted = fitted_prior(train_codes, len(codes), seed)
-    result = {
-        **generation(sampler, split, codes, cache_dir, seed, fitted=fitted),
-        **of_codes(sampler, split, codes, train_codes, cache_dir, seed),
-        **transformation(sampler, split.x, codes, seed),
-    }
-    log.info("drawing figures")
-    figures, maps = pictures.draw(sampler, split, codes, fitted, pixels, seed)
-    return result | maps, figures
-
-
-def of_codes(
-    sampler: Sampler,
-    split: EvaluationData,
-    codes: np.ndarray,
-    train_codes: np.ndarray,
-    cache_dir: Path,
-    seed: int,
-) -> dict[str, float]:
-    """Return what is measured of the codes of held-out and train images, beside raw pixels."""
-    return {
-        **probes(train_codes, split.train_labels, codes, split.labels, seed),
+    of_codes = {
+        **probes(Labelled(train_codes, split.train_labels), Labelled(codes, split.labels), seed),
         **pixel_probes(split, cache_dir, seed),
         **invariance(sampler, split.x, codes, seed),
         "saturation": metrics.saturation(codes),
     }
+    if sampler.generator is None:
+        return of_codes, codes, None
+    fitted = fitted_prior(train_codes, len(codes), seed)
+    generated = generation(sampler, split, codes, cache_dir, seed, fitted=fitted)
+    return generated | of_codes | transformation(sampler, split.x, codes, seed), codes, fitted
 
 
 def quality(
@@ -137,18 +133,13 @@ def quality(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the components of ``quality``, each in [0, 1], and the Fréchet distance beside them.
 
-    Args:
-        sampler: the networks.
-        split: train and validation images.
-        cache_dir: for the classifier.
-        seed: of every draw.
-        num_train: train images at most; all by default.
+    At most ``num_train`` train images are looked at; all by default.
     """
     chosen = _at_most(num_train, len(split.train))
     train, train_labels = split.train[chosen], split.train_labels[chosen]
     codes = sampler.encode(split.x)
     result = generation(sampler, split, codes, cache_dir, seed, real=train)
-    known = sampler.encode(train), train_labels, codes, split.labels
+    known = Labelled(sampler.encode(train), train_labels), Labelled(codes, split.labels)
     parts = {"near": min(1.0, result["frechet_floor"] / max(result["frechet"], 1e-12))}
     if split.labels.ndim == 1:
         parts["same_class"] = result["same_class"]
@@ -169,14 +160,9 @@ def generation(
     real: np.ndarray | None = None,
     fitted: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Return what the classifier reads from samples and variations.
+    """Return what the classifier, trained on all train images, reads from samples and variations.
 
     Args:
-        sampler: the networks.
-        split: train and held-out images; the classifier is trained on all train images.
-        codes: of the held-out images.
-        cache_dir: for the classifier.
-        seed: of every draw.
         real: train images that samples are compared with; all by default.
         fitted: z from a prior fitted to the codes; with it, also what else there is to compare
             of samples from either prior and of variations.
@@ -250,60 +236,35 @@ def _read(judge: Classifier, images: Iterable[np.ndarray]) -> tuple[np.ndarray, 
     return np.concatenate(labels), np.concatenate(features)
 
 
-def probes(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, labels: np.ndarray, seed: int
-) -> dict[str, float]:
+def probes(train: Labelled, test: Labelled, seed: int) -> dict[str, float]:
     """Return the accuracy of probes and of clusters of codes, or of pixels."""
-    known = train, train_labels, test, labels
-    if labels.ndim == 2:
-        return metrics.attribute_probes(*known)
-    nmi, accuracy = metrics.clustering(test, labels, seed=seed)
+    if test.labels.ndim == 2:
+        return metrics.attribute_probes(train, test)
+    nmi, accuracy = metrics.clustering(*test, seed=seed)
     return {
-        "one_nn": metrics.nearest_neighbour_accuracy(*known),
-        "linear_probe": metrics.linear_probe_accuracy(*known),
-        "few_labels": metrics.few_label_accuracy(*known, seed=seed),
+        "one_nn": metrics.nearest_neighbour_accuracy(train, test),
+        "linear_probe": metrics.linear_probe_accuracy(train, test),
+        "few_labels": metrics.few_label_accuracy(train, test, seed=seed),
         "kmeans_nmi": nmi,
         "kmeans_accuracy": accuracy,
-        "majority": float(np.bincount(labels).max() / len(labels)),
+        "majority": float(np.bincount(test.labels).max() / len(test.labels)),
     }
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Numbers in the cache, with their digest."""
-
-    sha256: str
-    values: dict[str, float]
 
 
 def pixel_probes(split: EvaluationData, cache_dir: Path, seed: int) -> dict[str, float]:
     """Return the same probes on raw pixels, which depend on the data alone: kept in the cache."""
-    key = digest.digest(["pixels", split.hash, len(split.x), seed, _PIXEL_SIDE, 3])
+    key = digest(["pixels", split.hash, len(split.x), seed, PIXEL_SIDE, 4])
     path = cache_dir / f"pixels-{key[:16]}.json"
     if path.exists():
         with contextlib.suppress(DamagedError):
-            kept = read(path.read_bytes(), _Kept, str(path))
-            if kept.sha256 == digest.digest(kept.values):
-                return kept.values
+            return read(path.read_bytes(), dict, str(path))
         log.warning("%s is damaged: computing it again", path)
     log.info("probing raw pixels for comparison, once per data set")
-    train, x = pixels(split.train), pixels(split.x)
-    result = probes(train, split.train_labels, x, split.labels, seed)
+    train = Labelled(pixels(split.train), split.train_labels)
+    result = probes(train, Labelled(pixels(split.x), split.labels), seed)
     result = {f"{name}_pixels": value for name, value in result.items() if name != "majority"}
-    kept = _Kept(digest.digest(result), result)
-    storage.write_bytes(path, json.dumps(asdict(kept)).encode())
+    storage.write_bytes(path, json.dumps(result).encode())
     return result
-
-
-def pixels(images: np.ndarray) -> np.ndarray:
-    """Return images as rows of floats, averaged down where they are large."""
-    rows = []
-    for batch in batches(images):
-        small = to_float(torch.from_numpy(np.array(batch)))
-        if small.shape[-1] > _PIXEL_SIDE:
-            small = adaptive_avg_pool2d(small, _PIXEL_SIDE)
-        rows.append(small.flatten(1).numpy())
-    return np.concatenate(rows)
 
 
 def invariance(sampler: Sampler, x: np.ndarray, codes: np.ndarray, seed: int) -> dict[str, float]:

@@ -6,6 +6,8 @@ NMI as in the clustering literature; the Fréchet distance as in Heusel et al. (
 feature space it is given.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ivegan.errors import UserError
@@ -124,54 +126,43 @@ def variation_ratio(
 # --- Codes --------------------------------------------------------------------------------------
 
 
-def nearest_neighbour_accuracy(
-    train: Float[np.ndarray, "n d"],
-    train_labels: Int[np.ndarray, " n"],
-    test: Float[np.ndarray, "m d"],
-    test_labels: Int[np.ndarray, " m"],
-) -> float:
+class Labelled(NamedTuple):
+    """Codes, or other rows of floats (n, d), with classes (n,) or 0/1 attributes (n, a)."""
+
+    codes: np.ndarray
+    labels: np.ndarray
+
+
+def nearest_neighbour_accuracy(train: Labelled, test: Labelled) -> float:
     """Return how often the nearest train code has the test code's label."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    model = KNeighborsClassifier(n_neighbors=1, algorithm="brute").fit(train, train_labels)
-    return float(model.score(test, test_labels))
+    model = KNeighborsClassifier(n_neighbors=1, algorithm="brute")
+    return float(model.fit(*train).score(*test))
 
 
-def linear_probe_accuracy(
-    train: Float[np.ndarray, "n d"],
-    train_labels: Int[np.ndarray, " n"],
-    test: Float[np.ndarray, "m d"],
-    test_labels: Int[np.ndarray, " m"],
-) -> float:
+def linear_probe_accuracy(train: Labelled, test: Labelled) -> float:
     """Return the test accuracy of a logistic regression on standardised train codes."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if len(np.unique(train_labels)) < 2:
+    if len(np.unique(train.labels)) < 2:
         raise UserError("A linear probe needs two classes in the train split: use more samples.")
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-4))
-    return float(model.fit(train, train_labels).score(test, test_labels))
+    return float(model.fit(*train).score(*test))
 
 
-def few_label_accuracy(
-    train: Float[np.ndarray, "n d"],
-    train_labels: Int[np.ndarray, " n"],
-    test: Float[np.ndarray, "m d"],
-    test_labels: Int[np.ndarray, " m"],
-    *,
-    per_class: int = 10,
-    draws: int = 5,
-    seed: int = 0,
-) -> float:
-    """Return the mean accuracy of linear probes on so many labels per class, over draws."""
+def few_label_accuracy(train: Labelled, test: Labelled, *, seed: int = 0) -> float:
+    """Return the mean accuracy of linear probes on 10 labels per class, over 5 draws of these."""
     rng = np.random.default_rng(seed)
     scores = []
-    for _ in range(draws):
-        order = rng.permutation(len(train))
-        of_class = [order[train_labels[order] == c][:per_class] for c in np.unique(train_labels)]
-        few = np.concatenate(of_class)
-        scores.append(linear_probe_accuracy(train[few], train_labels[few], test, test_labels))
+    for _ in range(5):
+        order = rng.permutation(len(train.codes))
+        labels = train.labels[order]
+        few = np.concatenate([order[labels == c][:10] for c in np.unique(labels)])
+        chosen = Labelled(train.codes[few], train.labels[few])
+        scores.append(linear_probe_accuracy(chosen, test))
     return float(np.mean(scores))
 
 
@@ -197,12 +188,7 @@ def neighbour_purity(
     return float(np.mean(purity)), float(np.mean([column.mean() for column in columns]))
 
 
-def attribute_probes(
-    train: Float[np.ndarray, "n d"],
-    train_attributes: Int[np.ndarray, "n a"],
-    test: Float[np.ndarray, "m d"],
-    test_attributes: Int[np.ndarray, "m a"],
-) -> dict[str, float]:
+def attribute_probes(train: Labelled, test: Labelled) -> dict[str, float]:
     """Return the means, over 0/1 attributes, of a linear probe's scores on test codes.
 
     ``attribute_auroc``: area under the ROC curve. ``attribute_ap``: average precision, whose chance
@@ -218,13 +204,13 @@ def attribute_probes(
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), Ridge(alpha=1.0))
-    model.fit(train, train_attributes.astype(np.float64))
-    train_scores, scores = model.predict(train), model.predict(test)
+    model.fit(train.codes, train.labels.astype(np.float64))
+    train_scores, scores = model.predict(train.codes), model.predict(test.codes)
     rows = []
-    for a, truth in enumerate(test_attributes.T):
-        if len(np.unique(truth)) < 2 or len(np.unique(train_attributes[:, a])) < 2:
+    for a, (train_truth, truth) in enumerate(zip(train.labels.T, test.labels.T, strict=True)):
+        if len(np.unique(truth)) < 2 or len(np.unique(train_truth)) < 2:
             continue
-        false, true, thresholds = roc_curve(train_attributes[:, a], train_scores[:, a])
+        false, true, thresholds = roc_curve(train_truth, train_scores[:, a])
         positive = scores[:, a] >= thresholds[(true - false).argmax()]
         balanced = (positive[truth == 1].mean() + 1 - positive[truth == 0].mean()) / 2
         precision = average_precision_score(truth, scores[:, a])

@@ -1,6 +1,5 @@
 """The paper's figures of a checkpoint trained on images."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 
 from ivegan.evaluation import figures, metrics, plots
 from ivegan.evaluation.report import Figure
-from ivegan.evaluation.sampling import FITTED, PICTURES, Sampler, evenly, stream
+from ivegan.evaluation.sampling import FITTED, PICTURES, Sampler, evenly, pixels, stream
 
 if TYPE_CHECKING:
     from ivegan.evaluation.images import EvaluationData
@@ -23,37 +22,29 @@ def draw(
     split: "EvaluationData",
     codes: np.ndarray,
     fitted: torch.Tensor,
-    pixels: Callable[[np.ndarray], np.ndarray],
     seed: int,
 ) -> tuple[list[Figure], dict[str, float]]:
     """Return all figures, and the purity of the maps of attributes among them.
 
-    Args:
-        sampler: the checkpoint's networks.
-        split: the held-out images.
-        codes: of these.
-        fitted: z from a prior fitted to codes.
-        pixels: returns images as rows, for a map beside that of the codes.
-        seed: of every draw.
+    ``codes`` are those of the held-out images, ``fitted`` is z from a prior fitted to codes.
     """
     draws = stream(seed, PICTURES)
     columns, rows = (10, 6) if split.x.shape[-1] > 64 else (12, 8)
-    z = sampler.prior(columns * rows, draws)
-    samples = _samples(sampler, z, draws, columns)
     chosen = one_of_each(split.labels, columns)
+    x, own = split.x[chosen], codes[chosen]
+    classes = split.labels.ndim == 1
+    shown, purity = (latent if classes else attribute_maps)(split, codes, seed)
     pages = [
-        samples,
-        _reconstructions(sampler, split.x[chosen], codes[chosen], draws),
-        *latent(split.labels, codes, split.label_names, seed),
-        _interpolation(sampler, split.x[chosen], codes[chosen]),
+        _samples(sampler, sampler.prior(columns * rows, draws), draws, columns),
+        _samples(
+            sampler, fitted[: columns * rows // 2], stream(seed, FITTED), columns, fitted=True
+        ),
+        _reconstructions(sampler, x, own, draws),
+        shown,
+        _interpolation(sampler, x, own),
         _table(sampler, draws, columns),
     ]
-    few = fitted[: columns * rows // 2]
-    pages.insert(1, _samples(sampler, few, stream(seed, FITTED), columns, fitted=True))
-    if split.labels.ndim == 1:
-        return pages, {}
-    page, maps = attribute_maps(split, codes, pixels, seed)
-    return [*pages, page], maps
+    return pages, purity
 
 
 def _samples(
@@ -129,50 +120,38 @@ def _table(sampler: Sampler, draws: torch.Generator, columns: int) -> Figure:
     )
 
 
-def latent(labels: np.ndarray, codes: np.ndarray, names: list[str], seed: int) -> list[Figure]:
-    """Return the codes of classes as points: as they are in two or three dimensions, or by t-SNE.
-
-    Codes of attributes have a figure of their own.
-    """
-    dims = codes.shape[1]
-    if labels.ndim == 2:
-        return []
+def latent(
+    split: "EvaluationData", codes: np.ndarray, seed: int
+) -> tuple[Figure, dict[str, float]]:
+    """Return the codes of classes as points, by t-SNE where they have more than three entries."""
+    labels, dims = split.labels, codes.shape[1]
     title, note = "Codes E(x), coloured by label", f"{dims} dimensions, as they are"
     if dims not in (2, 3):
         few, codes = tsne(codes, seed)
         labels = labels[few]
         title = "Codes E(x), coloured by label, projected by t-SNE"
         note = f"{dims} dimensions shown in 2: neighbourhoods count, distances do not"
-    page = plots.scatter(codes, labels, names, title, note=note, axes=dims in (2, 3))
+    page = plots.scatter(codes, labels, split.label_names, title, note=note, axes=dims in (2, 3))
     caption = "Fig. 5 of the paper. E has never seen a label; images of one label should lie "
-    return [Figure("latent", page, caption + "together.")]
+    return Figure("latent", page, caption + "together."), {}
 
 
 def attribute_maps(
-    split: "EvaluationData",
-    codes: np.ndarray,
-    pixels: Callable[[np.ndarray], np.ndarray],
-    seed: int,
+    split: "EvaluationData", codes: np.ndarray, seed: int
 ) -> tuple[Figure, dict[str, float]]:
     """Return t-SNE maps of codes and of pixels side by side, and their purity."""
     colours, names = rarest(split.labels, split.label_names)
     columns = split.labels[:, [split.label_names.index(name) for name in names]]
     panels, purity = [], {}
-    for title, ending, rows in (
-        ("codes E(x)", "", codes),
-        ("raw pixels", "_pixels", pixels(split.x)),
-    ):
+    kinds = (("codes E(x)", "", codes), ("raw pixels", "_pixels", pixels(split.x)))
+    for title, ending, rows in kinds:
         few, positions = tsne(rows, seed)
         panels.append((title, positions, colours[few]))
         purity[f"map_purity{ending}"], chance = metrics.neighbour_purity(positions, columns[few])
         purity["map_purity_chance"] = chance
-    page = plots.maps(
-        panels, names, "Held-out images by t-SNE, coloured by attribute",
-        note="Each in the colour of the first of its attributes; neighbourhoods count, distances "
-        "do not",
-    )  # fmt: skip
     caption = "Fig. 8 of the paper. E has never seen an attribute; images that share one should "
-    return Figure("latent", page, caption + "lie together, more than by their pixels."), purity
+    caption += "lie together, more than by their pixels."
+    return Figure("latent", plots.maps(panels, names), caption), purity
 
 
 def tsne(rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,7 @@ from ivegan.evaluation.figures import FAINT, INK, MUTED, PALETTE, PAPER
 from ivegan.shapes import Float, Int
 
 
-def closeup(
-    panels: Sequence[tuple[str, Float[np.ndarray, "n 2"]]], title: str, *, note: str = ""
-) -> Image.Image:
+def closeup(panels: Sequence[tuple[str, Float[np.ndarray, "n 2"]]]) -> Image.Image:
     """Return all modes laid over each other: distances from the centre, in the data's stds.
 
     Args:
@@ -36,7 +34,8 @@ def closeup(
         shown = np.mean(np.abs(offsets).max(axis=1) <= 6)
         axis.set_xlabel(f"standard deviations; {shown:.0%} shown", fontsize=8, color=MUTED)
         axis.tick_params(labelleft=i == 0)
-    return finished(figure, title, note)
+    note = "Circles at 1, 2 and 3 standard deviations of the data"
+    return finished(figure, "All modes laid over each other", note)
 
 
 def scatter(
@@ -88,16 +87,8 @@ def scatter(
 def maps(
     panels: Sequence[tuple[str, Float[np.ndarray, "n 2"], Int[np.ndarray, " n"]]],
     names: Sequence[str],
-    title: str,
-    *,
-    note: str = "",
 ) -> Image.Image:
-    """Return maps side by side, coloured by label (Fig. 8 of the paper).
-
-    Args:
-        panels: (name, positions, labels); labels as in ``scatter``.
-        names: of the labels, for the legend.
-    """
+    """Return t-SNE maps (name, positions, labels) side by side, coloured by label (Fig. 8)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4 * len(panels) + 2.0, 6.0), dpi=150)
@@ -107,6 +98,10 @@ def maps(
         axis.set_title(name, fontsize=11, color=INK)
         axis.set_axis_off()
     _legend(figure, axes[0])
+    title = "Held-out images by t-SNE, coloured by attribute"
+    note = (
+        "Each in the colour of the first of its attributes; neighbourhoods count, distances do not"
+    )
     return finished(figure, title, note, right=0.85)
 
 

@@ -21,15 +21,7 @@ PERFECT_SHARE = 1 - float(np.exp(-(mixtures.HIGH_QUALITY_STDS**2) / 2))
 def evaluate(
     sampler: Sampler, uri: str, seed: int, count: int, protocol: Protocol
 ) -> tuple[dict[str, float], list[Figure]]:
-    """Return metrics and figures of a checkpoint.
-
-    Args:
-        sampler: its networks.
-        uri: the checkpoint, whose older siblings are drawn beside it.
-        seed: of every draw.
-        count: points.
-        protocol: how wide the modes are, and what counts as a sample of high quality.
-    """
+    """Return metrics of so many points, and figures with the older checkpoints of the run."""
     dataset = sampler.config.dataset
     num_modes = len(order.modes(dataset)[0])
     scores = functools.partial(mixtures.mixture, dataset=dataset, protocol=protocol)
@@ -58,6 +50,21 @@ def perfect(dataset: str, count: int, seed: int, protocol: Protocol) -> dict[str
     samples = [order.sample_points(dataset, count, draws, protocol) for _ in range(_FLOOR_DRAWS)]
     scores = [mixtures.mixture(points.numpy(), dataset, protocol) for points in samples]
     return {f"{name}_floor": float(np.mean([s[name] for s in scores])) for name in _FLOORS}
+
+
+def measure(sampler: Sampler, seed: int) -> dict[str, float]:
+    """Return the numbers of an evaluation; of samples alone where there is no encoder."""
+    dataset, protocol = sampler.config.dataset, PROTOCOLS[sampler.config.protocol]
+    count = protocol.samples
+    result = {
+        **mixtures.mixture(sampler.prior_samples(count, seed), dataset, protocol),
+        **perfect(dataset, count, seed, protocol),
+    }
+    if sampler.encoder is None:
+        return result
+    x = true_points(dataset, count, seed, protocol)
+    _, x_hat = variations(sampler, x, seed)
+    return result | mixtures.reconstructed_points(x, x_hat, dataset, protocol)
 
 
 def quality(sampler: Sampler, seed: int) -> dict[str, float]:
@@ -138,9 +145,7 @@ def _closeup(
             ("samples, G(z', z)", offsets(prior)),
             ("variations, G(z', E(x))", offsets(x_hat)),
             ("G(z', E(x)) - x", (x_hat - x) / std),
-        ],
-        "All modes laid over each other",
-        note="Circles at 1, 2 and 3 standard deviations of the data",
+        ]
     )
     return Figure(
         "closeup",

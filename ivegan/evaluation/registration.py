@@ -52,23 +52,17 @@ def _search(source: Tensor, target: Tensor, t: Transform) -> tuple[Tensor, Tenso
     grid = itertools.product(*(steps if size else [0.0] for size in (t.shift, t.shift, t.rotate)))
     best = torch.zeros(len(source), 3)
     errors = _error(source, target, best, t)
-    for offset in grid:
-        places = torch.tensor(offset).expand(len(source), 3)
-        best, errors = _better(source, target, places, best, errors, t)
     step = _COARSE_STEP
-    for _ in range(_REFINEMENTS):
-        step, centre = step / 2, best
-        for offset in itertools.product((-step, 0.0, step), repeat=3):
+    for _ in range(1 + _REFINEMENTS):
+        centre = best
+        for offset in grid:
             places = centre + torch.tensor(offset)
-            best, errors = _better(source, target, places, best, errors, t)
+            found = _error(source, target, places, t)
+            best = torch.where((found < errors)[:, None], places, best)
+            errors = torch.minimum(found, errors)
+        step /= 2
+        grid = itertools.product((-step, 0.0, step), repeat=3)
     return best, errors
-
-
-def _better(
-    source: Tensor, target: Tensor, places: Tensor, best: Tensor, errors: Tensor, t: Transform
-) -> tuple[Tensor, Tensor]:
-    found = _error(source, target, places, t)
-    return torch.where((found < errors)[:, None], places, best), torch.minimum(found, errors)
 
 
 def _error(source: Tensor, target: Tensor, places: Tensor, t: Transform) -> Tensor:

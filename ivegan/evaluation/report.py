@@ -74,12 +74,8 @@ def references(name: str, metrics: Mapping[str, float]) -> str:
 
 
 def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """Return (title, value, references, meaning) of every number, in reading order.
-
-    Args:
-        metrics: as ``evaluate`` returns them.
-    """
-    metrics = _short_names(metrics)
+    """Return (title, value, references, meaning) of every number, in reading order."""
+    metrics = {name.removeprefix(PREFIX): value for name, value in metrics.items()}
     return [
         (meaning.title, shown(name, metrics[name]), references(name, metrics), meaning.text)
         for name, meaning in MEANINGS.items()
@@ -89,11 +85,11 @@ def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
 
 def headline(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Return (title, value, first reference) of the most important numbers."""
-    short = _short_names(metrics)
+    important = {meaning.title for meaning in MEANINGS.values() if meaning.headline}
     return [
-        (meaning.title, shown(name, short[name]), references(name, short).partition("; ")[0])
-        for name, meaning in MEANINGS.items()
-        if name in short and meaning.headline
+        (title, value, against.partition("; ")[0])
+        for title, value, against, _ in rows(metrics)
+        if title in important
     ]
 
 
@@ -115,10 +111,6 @@ def render(
         rows=rows(metrics),
         pages=pages,
     )
-
-
-def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name.removeprefix(PREFIX): value for name, value in metrics.items()}
 
 
 def _shown_width(figure: Figure) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ivegan import order
 from ivegan.config import Config
@@ -15,6 +16,8 @@ from ivegan.transforms import to_float, to_uint8, transform
 NUM_DRAWS = 4
 """Draws of z' for each held-out sample."""
 
+PIXEL_SIDE = 32
+"""Of the images that the raw-pixel baselines take."""
 _BATCH = 500  # samples of a forward pass
 
 # The purposes of random streams: no two share one.
@@ -26,13 +29,20 @@ class Sampler:
     """E and G of a checkpoint on a device."""
 
     config: Config
-    encoder: nn.Module
-    generator: nn.Module
+    encoder: nn.Module | None
+    generator: nn.Module | None
+    """A baseline may lack one of them."""
     device: torch.device
 
+    @torch.no_grad()
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """Return E(x) of stored images (n, c, h, w) or points (n, 2), float32."""
-        codes = np.concatenate([self._encode(batch) for batch in batches(samples)])
+        assert self.encoder is not None, "codes come from an encoder"
+        parts = []
+        for batch in batches(samples):
+            x = torch.from_numpy(np.array(batch)).to(self.device)
+            parts.append(self.encoder(x if self.config.is_points else to_float(x)).cpu().numpy())
+        codes = np.concatenate(parts)
         if not np.isfinite(codes).all():
             raise UserError("Some codes are not finite: the encoder of this checkpoint diverged.")
         return codes
@@ -43,8 +53,15 @@ class Sampler:
 
     def generate_batches(self, noise: Tensor, z: Tensor) -> Iterator[np.ndarray]:
         """Yield G(z', z) batch by batch, for more images than fit in memory."""
+        assert self.generator is not None, "samples come from a generator"
         for own_noise, own_z in zip(noise.split(_BATCH), z.split(_BATCH), strict=True):
-            yield self._generate(own_noise, own_z)
+            with torch.no_grad():  # not around the yield, where the caller would inherit it
+                samples = self.generator(own_noise.to(self.device), own_z.to(self.device))
+            if not torch.isfinite(samples).all():
+                raise UserError(
+                    "The generator of this checkpoint diverged: its output is not finite."
+                )
+            yield (samples if self.config.is_points else to_uint8(samples)).cpu().numpy()
 
     def noise(self, count: int, draws: torch.Generator) -> Tensor:
         """Return draws of z', (count, noise_dim)."""
@@ -66,18 +83,6 @@ class Sampler:
         uniforms = torch.rand(len(x), order.NUM_TRANSFORM_DRAWS, generator=draws)
         return to_uint8(transform(x, uniforms, self.config.transform)).numpy()
 
-    @torch.no_grad()
-    def _encode(self, samples: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(np.array(samples)).to(self.device)
-        return self.encoder(x if self.config.is_points else to_float(x)).cpu().numpy()
-
-    @torch.no_grad()
-    def _generate(self, noise: Tensor, z: Tensor) -> np.ndarray:
-        samples = self.generator(noise.to(self.device), z.to(self.device))
-        if not torch.isfinite(samples).all():
-            raise UserError("The generator of this checkpoint diverged: its output is not finite.")
-        return (samples if self.config.is_points else to_uint8(samples)).cpu().numpy()
-
 
 def stream(seed: int, purpose: int) -> torch.Generator:
     """Return the random stream of one purpose."""
@@ -89,6 +94,17 @@ def batches(samples: np.ndarray) -> Iterator[np.ndarray]:
     """Yield samples batch by batch."""
     for start in range(0, len(samples), _BATCH):
         yield samples[start : start + _BATCH]
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """Return images as rows of floats, averaged down where they are large."""
+    rows = []
+    for batch in batches(images):
+        small = to_float(torch.from_numpy(np.array(batch)))
+        if small.shape[-1] > PIXEL_SIDE:
+            small = adaptive_avg_pool2d(small, PIXEL_SIDE)
+        rows.append(small.flatten(1).numpy())
+    return np.concatenate(rows)
 
 
 def evenly(total: int, count: int) -> np.ndarray:

@@ -100,12 +100,13 @@ class IveGanFlow(FlowSpec):
     def evaluate(self) -> None:
         """Measure the last checkpoint and draw the paper's figures."""
         from ivegan.evaluation import report
-        from pipelines import evaluate
+        from pipelines.evaluate import Evaluate, evaluate_checkpoint
         from pipelines.flows import steps
 
         checkpoint_uri, out = self.trained["checkpoint"], steps.report_uri(self)
         print(f"measuring {checkpoint_uri} on held-out samples")
-        result = evaluate.evaluate_checkpoint(checkpoint_uri, data=self.data_uri, out=out)
+        options = Evaluate(checkpoint=checkpoint_uri, data=self.data_uri, out=out)
+        result = evaluate_checkpoint(options)
         self.metrics, self.report = result["metrics"], result["report"]
         current.card.append(Markdown(f"# {self.preset}: run {self.trained['run_id']}"))
         rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]

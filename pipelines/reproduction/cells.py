@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import json
 import platform
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ import torch
 from ivegan import checkpoint, storage
 from ivegan.baselines.adversarial import GAN, BiGAN
 from ivegan.baselines.autoencoder import Autoencoder, VariationalAutoencoder
-from ivegan.baselines.siamese import SimCLR, VICReg
+from ivegan.baselines.siamese import Siamese, nt_xent, vicreg
 from ivegan.baselines.training import Baseline, train
 from ivegan.baselines.untrained import pca, random_encoder
 from ivegan.config import Config
 from ivegan.data.batches import batches
-from ivegan.data.cache import Split, load_split
+from ivegan.data.cache import load_split
 from ivegan.errors import UserError
-from ivegan.evaluation import images, measures
+from ivegan.evaluation import images, points
+from ivegan.evaluation.sampling import Sampler
 from ivegan.step import NonFiniteLossError
 from ivegan.storage import schema
 from pipelines.digits import prepare_digits
@@ -39,8 +41,8 @@ _METHODS: dict[str, Callable[[Config], Baseline]] = {
     "autoencoder": Autoencoder,
     "denoising": functools.partial(Autoencoder, denoising=True),
     "vae": VariationalAutoencoder,
-    "simclr": SimCLR,
-    "vicreg": VICReg,
+    "simclr": functools.partial(Siamese, compare=nt_xent),
+    "vicreg": functools.partial(Siamese, compare=vicreg),
     "random": random_encoder,
 }
 
@@ -84,12 +86,7 @@ def write(results: Path, cell: Cell, result: Result) -> None:
 
 
 def compute(cell: Cell, run: Run) -> Result:
-    """Train and measure a cell; training that diverges is a result too.
-
-    Args:
-        cell: what is computed.
-        run: where and how fast; an existing run of the cell is continued.
-    """
+    """Train, or continue, and measure a cell; training that diverges is a result too."""
     try:
         if cell.method == IVE_GAN:
             plan = resolve(cell.preset, cell.config, dataclasses.replace(run, run_id=cell.name))
@@ -124,36 +121,31 @@ def _baseline(cell: Cell, run: Run) -> Result:
     torch.set_num_threads(run.threads)
     plan = resolve(cell.preset, cell.config, run)
     prepare_digits(plan)
-    source = plan.data_uri and load_split(plan.data_uri, "train", plan.cache_dir)
-    started = time.perf_counter()
-    method, seen = _network(cell.method, cell.config, source or None), 0
+    split = load_split(plan.data_uri, "train", plan.cache_dir) if plan.data_uri else None
+    started, seen = time.perf_counter(), 0
+    if cell.method == "pca":
+        assert split is not None, "PCA is of images"
+        method = pca(cell.config, split.images)
+    else:
+        method = _METHODS[cell.method](cell.config)
     if cell.method not in ("pca", "random"):
-        inputs = batches(cell.config, source or None, 0, 0, 1, torch.device("cpu"))
+        inputs = batches(cell.config, split, 0, 0, 1, torch.device("cpu"))
         method = train(method, inputs, cell.config)
-        seen = cell.config.total_steps * cell.config.batch_size
+        seen = plan.images
     seconds = time.perf_counter() - started
     return _result(cell, run, seconds, seen, _measure(cell, *method.trained, run))
-
-
-def _network(method: str, config: Config, source: Split | None) -> Baseline:
-    if method == "pca":
-        assert source is not None, "PCA is of images"
-        return pca(config, source.images)
-    return _METHODS[method](config)
 
 
 def _measure(
     cell: Cell, encoder: torch.nn.Module | None, generator: torch.nn.Module | None, run: Run
 ) -> dict[str, float]:
     """Return the metrics of a cell; the draws are the same for all cells."""
-    if cell.config.is_points:
-        assert generator is not None, "every method for points has a generator"
-        return measures.of_points(cell.config, encoder, generator)
-    assert encoder is not None, "every method for images has an encoder"
+    sampler = Sampler(cell.config, encoder, generator, torch.device("cpu"))
     plan = resolve(cell.preset, cell.config, run)
-    assert plan.data_uri is not None
+    if plan.data_uri is None:
+        return points.measure(sampler, seed=0)
     split = images.load(cell.config, plan.data_uri, "test", cache_dir(), None)
-    return measures.of_images(cell.config, encoder, generator, split, cache_dir())
+    return images.measure(sampler, split, cache_dir(), seed=0)[0]
 
 
 def _result(
@@ -187,8 +179,7 @@ def _result(
 def processor() -> str:
     """Return the name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names: Iterator[str] = (
-        line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+    named = (
+        re.search("^model name.*: (.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
     )
-    return next(names, platform.machine())
+    return named[1].strip() if named else platform.machine()

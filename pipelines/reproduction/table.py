@@ -22,12 +22,7 @@ _IDEAL = {"variation_ratio": 1.0, "right_mode": 1.0, "residual_std_ratio": 1.0}
 
 
 def render(task: Table, results: Mapping[str, Sequence[Result]]) -> str:
-    """Return a task's table.
-
-    Args:
-        task: its rows and columns.
-        results: of each row that has any, by its name.
-    """
+    """Return a task's table, of the results of each row that has any, by its name."""
     lines = [["", "seeds", *(MEANINGS[name].title for name in task.metrics), "training, s"]]
     lines.append(["---"] * len(lines[0]))
     done = [r for row in results.values() for r in row if r.metrics]

@@ -10,6 +10,12 @@ from ivegan.errors import UserError
 from ivegan.storage.digest import digest
 
 IVE_GAN = "ive-gan"
+_POINTS = "modes high_quality reverse_kl std_ratio right_mode residual_std_ratio"
+_CLASSES = (
+    "same_class one_nn linear_probe few_labels kmeans_accuracy kmeans_nmi retrieval "
+    "variation_ratio frechet frechet_fitted frechet_recon"
+)
+_FACES = "same_attributes attribute_auroc attribute_ap retrieval frechet frechet_recon"
 # Methods without discriminators take Adam's usual settings instead of the preset's.
 _ADAM = {"optim.lr_g": 1e-3, "optim.beta1": 0.9, "optim.beta2": 0.999}
 
@@ -19,8 +25,8 @@ class Variant(NamedTuple):
 
     title: str
     preset: str
-    method: str = IVE_GAN
     changes: Mapping[str, Any] = {}
+    method: str = IVE_GAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +36,9 @@ class Table:
     name: str
     title: str
     rows: Mapping[str, Variant]
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = tuple(_CLASSES.split())
     """Columns."""
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of all rows, the same budget and width."""
     quick: Mapping[str, Any] | None = None
@@ -102,19 +108,17 @@ def task_of(name: str, quick: bool = False) -> Table:
 
 def _representations(presets: Mapping[str, str], network: str) -> dict[str, Variant]:
     """Return IVE-GAN of several presets, and all baselines with the networks of ``network``."""
-    rows = {name: Variant(f"IVE-GAN, `{key}`", key) for name, key in presets.items()}
-    rows["bigan"] = Variant("BiGAN / ALI", network, "bigan")
-    titles = {
-        "autoencoder": "autoencoder",
-        "denoising": "autoencoder, T(x) to x",
-        "vae": "variational autoencoder",
-        "simclr": "SimCLR",
-        "vicreg": "VICReg",
+    return {
+        **{name: Variant(f"IVE-GAN, `{key}`", key) for name, key in presets.items()},
+        "bigan": Variant("BiGAN / ALI", network, {}, "bigan"),
+        "autoencoder": Variant("autoencoder", network, _ADAM, "autoencoder"),
+        "denoising": Variant("autoencoder, T(x) to x", network, _ADAM, "denoising"),
+        "vae": Variant("variational autoencoder", network, _ADAM, "vae"),
+        "simclr": Variant("SimCLR", network, _ADAM, "simclr"),
+        "vicreg": Variant("VICReg", network, _ADAM, "vicreg"),
+        "pca": Variant("PCA", network, {}, "pca"),
+        "random": Variant("random encoder", network, {}, "random"),
     }
-    rows |= {name: Variant(title, network, name, _ADAM) for name, title in titles.items()}
-    rows["pca"] = Variant("PCA", network, "pca")
-    rows["random"] = Variant("random encoder", network, "random")
-    return rows
 
 
 def _points(dataset: str) -> dict[str, Variant]:
@@ -122,33 +126,29 @@ def _points(dataset: str) -> dict[str, Variant]:
     return {
         "paper": Variant(f"IVE-GAN, `{dataset}`", dataset),
         "plus": Variant(f"IVE-GAN, `{plus}`", plus),
-        "gan": Variant("GAN", plus, "gan"),
-        "pacgan2": Variant("PacGAN2", plus, "pacgan2"),
-        "bigan": Variant("BiGAN / ALI", plus, "bigan"),
+        "gan": Variant("GAN", plus, {}, "gan"),
+        "pacgan2": Variant("PacGAN2", plus, {}, "pacgan2"),
+        "bigan": Variant("BiGAN / ALI", plus, {}, "bigan"),
     }
-
-
-def _changed(title: str, preset_name: str, **changes: Any) -> Variant:
-    """Return IVE-GAN with some settings of a preset changed, ``__`` in the place of dots."""
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return Variant(title, preset_name, IVE_GAN, dotted)
 
 
 def _without(name: str) -> dict[str, Variant]:
     """Return the recipe of images, and the same with each ingredient left out in turn."""
     return {
-        "plus": _changed(f"`{name}`", name),
-        "no-d-prime": _changed("without D'", name, objective__prior_weight=0.0),
-        "no-t": _changed("without T", name, transform__shift=0.0, transform__rotate=0.0),
-        "no-mismatched": _changed("without mismatched pairs", name, objective__mismatched=0.0),
-        "no-difference": _changed("D sees no differences", name, model__pair_features="concat"),
-        "no-norm": _changed("without batch norm in E and G", name, model__norm="none"),
-        "no-encoder-t": _changed("E sees x, not T(x)", name, transform__encoder=False),
-        "no-invariance": _changed("without the invariance loss", name, objective__invariance=0.0),
-        "nonsaturating": _changed("not relativistic", name, objective__loss="nonsaturating"),
-        "no-penalties": _changed("without R1, R2", name, objective__r1=0.0, objective__r2=0.0),
-        "constant-rate": _changed("constant learning rates", name, optim__schedule="constant"),
-        "no-ema": _changed("without averaged weights", name, optim__ema=0.0),
+        "plus": Variant(f"`{name}`", name),
+        "no-d-prime": Variant("without D'", name, {"objective.prior_weight": 0.0}),
+        "no-t": Variant("without T", name, {"transform.shift": 0.0, "transform.rotate": 0.0}),
+        "no-mismatched": Variant("without mismatched pairs", name, {"objective.mismatched": 0.0}),
+        "no-difference": Variant("D sees no differences", name, {"model.pair_features": "concat"}),
+        "no-norm": Variant("without batch norm in E and G", name, {"model.norm": "none"}),
+        "no-encoder-t": Variant("E sees x, not T(x)", name, {"transform.encoder": False}),
+        "no-invariance": Variant(
+            "without the invariance loss", name, {"objective.invariance": 0.0}
+        ),
+        "nonsaturating": Variant("not relativistic", name, {"objective.loss": "nonsaturating"}),
+        "no-penalties": Variant("without R1, R2", name, {"objective.r1": 0.0, "objective.r2": 0.0}),
+        "constant-rate": Variant("constant learning rates", name, {"optim.schedule": "constant"}),
+        "no-ema": Variant("without averaged weights", name, {"optim.ema": 0.0}),
     }
 
 
@@ -156,40 +156,19 @@ def _readings() -> dict[str, Variant]:
     """Return the readings of Table 1 and of Eqs. 3 and 4 that change numbers."""
     std, name = preset("ring").transform.noise_std, "ring"
     return {
-        "paper": _changed("`ring`", name),
-        "z3": _changed("z of 3 entries", name, model__z_dim=3),
-        "minimax": _changed("Eq. 3 to the letter, minimax", name, objective__loss="minimax"),
-        "half-std": _changed("T of half the std", name, transform__noise_std=std / 2**0.5),
-        "no-d-prime": _changed("without D'", name, objective__prior_weight=0.0),
-        "no-t": _changed("without T", name, transform__noise_std=0.0),
+        "paper": Variant("`ring`", name),
+        "z3": Variant("z of 3 entries", name, {"model.z_dim": 3}),
+        "minimax": Variant("Eq. 3 to the letter, minimax", name, {"objective.loss": "minimax"}),
+        "half-std": Variant("T of half the std", name, {"transform.noise_std": std / 2**0.5}),
+        "no-d-prime": Variant("without D'", name, {"objective.prior_weight": 0.0}),
+        "no-t": Variant("without T", name, {"transform.noise_std": 0.0}),
     }
 
 
-_POINTS = ("modes", "high_quality", "reverse_kl", "std_ratio", "right_mode", "residual_std_ratio")
-_CLASSES = (
-    "same_class",
-    "one_nn",
-    "linear_probe",
-    "few_labels",
-    "kmeans_accuracy",
-    "kmeans_nmi",
-    "retrieval",
-    "variation_ratio",
-    "frechet",
-    "frechet_fitted",
-    "frechet_recon",
-)
-_FACES = (
-    "same_attributes",
-    "attribute_auroc",
-    "attribute_ap",
-    "retrieval",
-    "frechet",
-    "frechet_recon",
-)
 _DIGITS = {"digits": "digits", "plus": "digits-plus"}
 _MNIST = {"paper": "mnist", "plus": "mnist-plus"}
-_LATENT = {"objective__latent": 1.0, "objective__alignment": 0.0}
+_UNALIGNED = {"objective.alignment": 0.0}
+_LATENT = {"objective.latent": 1.0} | _UNALIGNED
 _BUDGET = {"model.width": 0.25, "total_images": 600_000}
 
 TASKS = {
@@ -199,7 +178,7 @@ TASKS = {
             name="ring",
             title="Fig. 2, eight Gaussians",
             rows=_points("ring"),
-            metrics=_POINTS,
+            metrics=tuple(_POINTS.split()),
             seeds=tuple(range(10)),
             settings={"protocol": "pacgan"},
             quick={"total_images": 2000 * 512, "batch_size": 512},
@@ -208,7 +187,7 @@ TASKS = {
             name="grid",
             title="25 Gaussians",
             rows=_points("grid"),
-            metrics=_POINTS,
+            metrics=tuple(_POINTS.split()),
             seeds=tuple(range(10)),
             settings={"protocol": "pacgan"},
         ),
@@ -216,7 +195,7 @@ TASKS = {
             name="ablations-ring",
             title="Readings of Table 1 on the ring",
             rows=_readings(),
-            metrics=_POINTS,
+            metrics=tuple(_POINTS.split()),
             seeds=tuple(range(5)),
             settings={"protocol": "pacgan"},
         ),
@@ -224,7 +203,6 @@ TASKS = {
             name="digits",
             title="1,797 digits of 8x8 pixels, half the width, 100,000 images seen",
             rows=_representations(_DIGITS, "digits-plus"),
-            metrics=_CLASSES,
             seeds=tuple(range(5)),
             settings={"model.width": 0.5, "total_images": 100_000},
             quick={"total_images": 30_000},
@@ -233,16 +211,12 @@ TASKS = {
             name="ablations-digits",
             title="`digits-plus` with an ingredient left out, half the width, 50,000 images seen",
             rows=_without("digits-plus"),
-            metrics=_CLASSES,
-            seeds=(0, 1, 2),
             settings={"model.width": 0.5, "total_images": 50_000},
         ),
         Table(
             name="mnist-z16",
             title="MNIST, z of 16 entries, a quarter of the width, 600,000 images seen",
             rows=_representations(_MNIST, "mnist-plus"),
-            metrics=_CLASSES,
-            seeds=(0, 1, 2),
             settings=_BUDGET,
         ),
         Table(
@@ -250,29 +224,21 @@ TASKS = {
             title="MNIST, z of 3 entries, a quarter of the width, 600,000 images seen",
             rows=_representations(_MNIST, "mnist-plus")
             # So few entries saturate without it.
-            | {"plus": _changed("IVE-GAN, `mnist-plus`, latent term", "mnist-plus", **_LATENT)},
-            metrics=_CLASSES,
-            seeds=(0, 1, 2),
+            | {"plus": Variant("IVE-GAN, `mnist-plus`, latent term", "mnist-plus", _LATENT)},
             settings={**_BUDGET, "model.z_dim": 3},
         ),
         Table(
             name="ablations-mnist",
             title="`mnist-plus` with an ingredient left out, width 0.25, 300,000 images",
             rows=_without("mnist-plus")
-            | {
-                "no-alignment": _changed(
-                    "without the alignment loss", "mnist-plus", objective__alignment=0.0
-                )
-            },
-            metrics=_CLASSES,
-            seeds=(0, 1, 2),
+            | {"no-alignment": Variant("without the alignment loss", "mnist-plus", _UNALIGNED)},
             settings={"model.width": 0.25, "total_images": 300_000},
         ),
         Table(
             name="celeba",
             title="Faces of 128x128 pixels, a quarter of the width, 500,000 images seen",
             rows=_representations({"paper": "celeba", "plus": "celeba-plus"}, "celeba-plus"),
-            metrics=_FACES,
+            metrics=tuple(_FACES.split()),
             seeds=(0,),
             settings={"model.width": 0.25, "total_images": 500_000},
         ),

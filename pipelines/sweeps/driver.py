@@ -24,12 +24,12 @@ from pipelines.cluster.session import (
 )
 from pipelines.digits import prepare_digits
 from pipelines.paths import runs_dir, tracking_uri
-from pipelines.record import RunRecord
 from pipelines.sweeps import definition as definitions
 from pipelines.sweeps import space
-from pipelines.sweeps.definition import Definition, Sweep, define, plan_of, restored
-from pipelines.sweeps.report import ScorePrinter, command_of, picture, result_of
-from pipelines.sweeps.trial import index_name, trial, trial_name
+from pipelines.sweeps.definition import Definition, Sweep, define, plan_of
+from pipelines.sweeps.figure import picture
+from pipelines.sweeps.report import ScorePrinter, command_of, result_of
+from pipelines.sweeps.trial import index_name, name_of, trial
 from pipelines.tracking import client as tracking
 from pipelines.tracking.mirror import mirror, run_id_of
 from pipelines.training.fit import fit, new_record, recorded
@@ -46,14 +46,12 @@ log = logging.getLogger(__name__)
 
 
 def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
-    """Run, resume or restore a sweep; return the JSON object of ``--json``.
+    """Run or resume a sweep; return the JSON object of ``--json``.
 
     Raises:
-        UserError: impossible settings, a sweep that exists or does not, other data than those of
-            its start, or no score at all.
+        UserError: impossible settings, a sweep that exists, other data than those of its start, or
+            no score at all.
     """
-    if options.restore:
-        preset, config, options = restored(options)
     plan = plan_of(preset, config, options)
     existing = definitions.read(plan.run_uri)
     definition = define(preset, config, options)
@@ -78,7 +76,16 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
         tracking.check(plan.tracking_uri, plan.experiment)
     patience = PATIENCE if options.resume else 0.0
     with claimed(plan.run_uri, patience, log.info) as ownership:
-        record = _record(plan, definition, options)
+        searched = {f"space.{name}": text for name, text in definition.space.items()}
+        own = {name: getattr(options, name) for name in ("search", "samples", "workers")}
+        record = new_record(
+            plan,
+            definition.dataset_hash,
+            kind="sweep",
+            world_size=options.workers,
+            tags={"kind": "sweep"},
+            params=searched | own,
+        )
         definitions.write(plan.run_uri, definition)
         with recorded(plan.run_uri, record, plan.tracking_uri, ownership):
             result = _searched(plan, definition, options)
@@ -88,23 +95,6 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     result["parent_run_id"] = run_id_of(plan.run_uri)
     definitions.write(plan.run_uri, dataclasses.replace(definition, result=result))
     return result
-
-
-def _record(plan: Plan, definition: Definition, options: Sweep) -> RunRecord:
-    """Return the record of a sweep that starts now, for the first time or again."""
-    return new_record(
-        plan,
-        definition.dataset_hash,
-        kind="sweep",
-        world_size=options.workers,
-        tags={"kind": "sweep"},
-        params={
-            **{f"space.{name}": text for name, text in definition.space.items()},
-            "search": options.search,
-            "samples": options.samples,
-            "workers": options.workers,
-        },
-    )
 
 
 def _searched(plan: Plan, definition: Definition, options: Sweep) -> dict[str, Any]:
@@ -121,7 +111,7 @@ def _confirmed(
 
     The seed of a search is part of what it selects for: its best score is biased upwards.
     """
-    metric, objective = definition.objective.metric, definition.objective
+    objective, metric = definition.objective, definition.objective.metric
     best = [t for t in result["trials"] if t[metric] is not None][: options.confirm]
     seeds = [plan.config.seed + 1_000_003 + i for i in range(options.confirm_seeds)]
     runs = [t["config"] | {"seed": seed} for t in best for seed in seeds]
@@ -134,10 +124,8 @@ def _confirmed(
     scores = {t["trial"]: t[metric] for t in again["trials"]}
     for i, candidate in enumerate(best):
         own = [scores[index_name(i * len(seeds) + j)] for j in range(len(seeds))]
-        finite = [score for score in own if score is not None]
         candidate["confirmed_scores"] = own  # None: the candidate diverged on that seed
-        mean = sum(finite) / len(finite) if len(finite) == len(own) else None
-        candidate["confirmed"] = mean
+        candidate["confirmed"] = None if None in own else sum(own) / len(own)
     best.sort(key=lambda t: objective.rank(t["confirmed"]))
     others = [t for t in result["trials"] if "confirmed" not in t]
     return result | {
@@ -152,8 +140,8 @@ def _search(plan: Plan, definition: Definition, options: Sweep) -> Any:
     """Run Tune to its end and return its results."""
     # With its dashboard: without it, a stopped trial's resources are never given back.
     with ray_session(dashboard=True), terminated_by_signal():
-        each, patience = options.worker_resources, options.wait_for_nodes
-        require_resources([options.workers], each, patience, print)
+        each = options.worker_resources
+        require_resources([options.workers], each, options.wait_for_nodes, print)
         tuner = _tuner(plan, definition, options)
         # In the main thread Tune would handle Ctrl-C and return as if it had finished.
         ScorePrinter.cut.clear()
@@ -167,19 +155,19 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # ScorePrinter prints failures
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # Tune's own records, for --restore
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # ScorePrinter prints the scores
-    trials, objective = definition.trials, definition.objective
+    trials = definition.trials
     folder = storage.join(plan.run_uri, "tune")
     filesystem, path = storage.filesystem(plan.run_uri)
-    trainable = tune.with_resources(
-        tune.with_parameters(
-            trial,
-            plan=plan,
-            trials=trials,
-            objective=objective,
-            score_images=options.score_images,
-        ),
-        _resources(options),
+    function = tune.with_parameters(
+        trial,
+        plan=plan,
+        trials=trials,
+        objective=definition.objective,
+        score_images=options.score_images,
     )
+    # DDP workers have resources of their own, but Tune refuses a trial without any.
+    own: dict[str, Any] = {"cpu": options.threads, "gpu": int(options.gpu)}
+    trainable = tune.with_resources(function, own if options.workers == 1 else {"memory": 1})
     names = storage.list_names(folder)
     if "tuner.pkl" in names and any(n.startswith("experiment_state-") for n in names):
         return tune.Tuner.restore(
@@ -189,8 +177,8 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     storage.delete_folder(folder)
     count = options.samples if trials is None else len(trials)
     # Tune stores its callbacks beside the runs: none may hold the tracking store's password.
-    ends_trial = functools.partial(_end_stopped, plan.run_uri)
-    printer = ScorePrinter(count, plan.images, objective, ends_trial)
+    stopped = functools.partial(_end_stopped, plan.run_uri)
+    printer = ScorePrinter(count, plan.images, definition.objective, stopped)
     return tune.Tuner(
         trainable,
         param_space={} if trials is None else {"trial": tune.grid_search(list(range(count)))},
@@ -235,23 +223,11 @@ def _tune_config(plan: Plan, definition: Definition, options: Sweep) -> Any:
         mode=objective.mode,
         num_samples=options.samples if definition.trials is None else 1,
         max_concurrent_trials=options.max_concurrent or _slots(options),
-        trial_dirname_creator=_folder_name,
+        trial_dirname_creator=name_of,
         time_budget_s=options.time_budget or None,
         search_alg=algorithm,
         scheduler=scheduler,
     )
-
-
-def _folder_name(one: Any) -> str:
-    """Return the name of Tune's own folder of a trial."""
-    return trial_name(one.config, one.trial_id)
-
-
-def _resources(options: Sweep) -> dict[str, Any]:
-    """Return the resources of a trial's process; DDP workers have their own."""
-    if options.workers > 1:
-        return {"memory": 1}  # Tune refuses a trial without resources
-    return {"cpu": options.threads} | ({"gpu": 1} if options.gpu else {})
 
 
 def _slots(options: Sweep) -> int | None:
@@ -270,7 +246,7 @@ def _slots(options: Sweep) -> int | None:
 
 def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any]) -> dict[str, Any]:
     """Train the best configuration of a sweep at full length, evaluate it and register it."""
-    from pipelines import evaluate
+    from pipelines.evaluate import Evaluate, evaluate_checkpoint
     from pipelines.models.register import register
     from pipelines.progress import Display
 
@@ -281,9 +257,9 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
     plan = dataclasses.replace(plan, tags={"sweep": result["sweep_id"]})
     with contextlib.closing(Display(plan)) as display:
         trained = fit(plan, show=display)
-    out = runs_dir() / "reports" / plan.run_id
-    evaluated = evaluate.evaluate_checkpoint(trained["checkpoint"], data=plan.data_uri, out=out)
-    trained |= {"evaluation": evaluated["metrics"], "report": str(out)}
+    out = str(runs_dir() / "reports" / plan.run_id)
+    measured = Evaluate(checkpoint=trained["checkpoint"], data=plan.data_uri, out=out)
+    trained |= {"evaluation": evaluate_checkpoint(measured)["metrics"], "report": out}
     return trained | {"registered": register(trained["checkpoint"])}
 
 
@@ -330,15 +306,14 @@ def _end_stopped(run_uri: str, name: str) -> None:
 def _publish(plan: Plan, result: dict[str, Any]) -> None:
     """Write the figure of a sweep, its best score and the tags of its best trial."""
     storage.write_bytes(result["figure"], picture(result))
-    metric, best, score = result["objective"]["metric"], result["trials"][0], result["best_metric"]
+    metric, score = result["objective"]["metric"], result["best_metric"]
     records.write_points(plan.run_uri, 0, {metric: score})
-    tags = {f"best.{k}": str(v) for k, v in best["config"].items()}
-    tags |= {"best.run_id": best["run_id"], f"best.{metric}": str(score)}
+    tags = {f"best.{k}": str(v) for k, v in result["best_config"].items()}
+    tags |= {"best.run_id": result["trials"][0]["run_id"], f"best.{metric}": str(score)}
     tags["mlflow.note.content"] = (
         f"{len(result['trials'])} trials of {result['length']:,} images; the best has "
         f"{metric.removeprefix('valid/')} {score:.3f}. Train it with\n\n"
         f"    {result['command']}"
     )
     record = records.read_record(plan.run_uri)
-    record = dataclasses.replace(record, tags=record.tags | tags)
-    records.write_record(plan.run_uri, record)
+    records.write_record(plan.run_uri, dataclasses.replace(record, tags=record.tags | tags))

@@ -1,35 +1,22 @@
 """The figure of a sweep: the course of every trial, and scores against settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
-
-from ivegan.evaluation.figures import INK, MUTED, PALETTE
+from ivegan.evaluation.figures import INK, MUTED, PALETTE, png
 from ivegan.evaluation.plots import finished, plain_axis
+from pipelines.sweeps.space import SearchObjective
 
 
-def search(
-    curves: Sequence[tuple[Sequence[int], Sequence[float]]],
-    settings: Mapping[str, Sequence[float]],
-    length: int,
-    title: str,
-    *,
-    score: str = "quality",
-    note: str = "",
-) -> Image.Image:
-    """Return the trials of a sweep: the course of each, and its last score against each setting.
-
-    Args:
-        curves: for each trial, images seen and scores; the first trial is the best.
-        settings: values by dotted name, one per trial.
-        length: images of a trial that is not stopped.
-        title, note: one line each, above the plots.
-        score: what the scores are called.
-    """
+def picture(result: Mapping[str, Any]) -> bytes:
+    """Return the PNG of a finished sweep: the course of each trial, and last scores by setting."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    names = list(settings)
+    objective, length = SearchObjective(**result["objective"]), result["length"]
+    trials = [t for t in result["trials"] if t[objective.metric] is not None]
+    curves = [(t["curve"]["images_seen"], t["curve"][objective.metric]) for t in trials]
+    names = [k for k, v in trials[0]["config"].items() if isinstance(v, (int, float))]
     columns = 2 + -(-len(names) // 2)
     figure = Figure(figsize=(3.1 * columns, 5.6), dpi=150)
     grid = figure.add_gridspec(2, columns)
@@ -45,15 +32,15 @@ def search(
             axis.plot(seen[-1:], scores[-1:], marker="x", markersize=6, color=MUTED, zorder=2)
     axis.set_xlim(0, length * 1.02)
     axis.set_xlabel("images seen  (x: stopped early)", fontsize=9, color=MUTED)
-    axis.set_ylabel(f"{score}, on held-out samples", fontsize=9, color=MUTED)
-    axis.xaxis.set_major_formatter(lambda value, _: _thousands(value))
+    axis.set_ylabel(f"{objective.name}, on held-out samples", fontsize=9, color=MUTED)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.5M
     last = [scores[-1] for _, scores in curves]
     low, high = min(last), max(last)
     room = max(0.02, 0.08 * (high - low))
     for place, name in enumerate(names):
         axis = figure.add_subplot(grid[place % 2, 2 + place // 2])
         plain_axis(axis)
-        values = settings[name]
+        values = [t["config"][name] for t in trials]
         sizes = sorted(set(values))
         if all(isinstance(v, int) for v in values) and len(sizes) <= 6:  # however far apart
             axis.set_xticks(range(len(sizes)), [f"{v:g}" for v in sizes])
@@ -68,11 +55,7 @@ def search(
         axis.scatter(values[:1], last[:1], s=70, color=PALETTE[0], linewidths=0, zorder=3)
         axis.set_ylim(low - room, high + room)
         axis.set_xlabel(name, fontsize=9, color=INK)
-    return finished(figure, title, note)
-
-
-def _thousands(value: float) -> str:
-    """Return a count as it is written on an axis: 200k, 1.5M."""
-    if value >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
+    states = sorted(t["state"] for t in result["trials"])
+    counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(states))
+    note = f"{len(result['trials'])} trials of {length:,} images: {counts}"
+    return png(finished(figure, f"{result['preset']}: sweep {result['sweep_id']}", note))

@@ -1,6 +1,5 @@
 """The output of a sweep: a line per score, a table, a figure and the command of the best trial."""
 
-import logging
 import shlex
 import threading
 from collections.abc import Callable, Mapping
@@ -13,16 +12,12 @@ from ivegan import storage
 from ivegan.config import flatten
 from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
-from ivegan.evaluation import figures
 from pipelines import options as cli
 from pipelines import record as records
 from pipelines.sweeps.definition import Definition
-from pipelines.sweeps.figure import search
 from pipelines.sweeps.space import SearchObjective
-from pipelines.sweeps.trial import index_name, trial_name
+from pipelines.sweeps.trial import index_name, name_of
 from pipelines.training.plan import Plan, Run, shared
-
-log = logging.getLogger(__name__)
 
 
 class Cut(BaseException):
@@ -53,12 +48,11 @@ class ScorePrinter(Callback):
         metric, rank = self.objective.metric, self.objective.rank
         if metric not in result or result.get("diverged"):
             return
-        last = {_name(t): t.last_result.get(metric) for t in trials} | {
-            _name(trial): result[metric]
-        }
+        last = {name_of(t): t.last_result.get(metric) for t in trials}
+        last[name_of(trial)] = result[metric]
         best = min(last, key=lambda name: rank(last[name]))
         print(
-            f"trial {_name(trial)}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
+            f"trial {name_of(trial)}  {result['images_seen']:>{len(f'{self.length:,}')},} images  "
             f"{self.objective.name} {result[metric]:.3f}  (best {last[best]:.3f}, trial {best})",
             flush=True,
         )
@@ -70,10 +64,7 @@ class ScorePrinter(Callback):
         how = "diverged" if last.get("diverged") else "stops early" if early else "is done"
         self._ended(trials, trial, how)
         if early:
-            try:
-                self.stopped(_name(trial))
-            except UserError as error:  # the end of the sweep does it again
-                log.warning("%s", error)
+            self.stopped(name_of(trial))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Print the failure of a trial."""
@@ -82,11 +73,7 @@ class ScorePrinter(Callback):
 
     def _ended(self, trials: Any, trial: Any, how: str) -> None:
         count = len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id})
-        print(f"trial {_name(trial)} {how}; {count} of {self.total} have ended", flush=True)
-
-
-def _name(trial: Any) -> str:
-    return trial_name(trial.config, trial.trial_id)
+        print(f"trial {name_of(trial)} {how}; {count} of {self.total} have ended", flush=True)
 
 
 def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
@@ -194,22 +181,3 @@ def table(result: Mapping[str, Any]) -> list[str]:
             ]
         )
     return cli.aligned(rows, right=range(2, len(rows[0])))
-
-
-def picture(result: Mapping[str, Any]) -> bytes:
-    """Return the PNG of a finished sweep: curves of the trials, and last scores by setting."""
-    trials, objective = result["trials"], SearchObjective(**result["objective"])
-    metric = objective.metric
-    names = [k for k, v in trials[0]["config"].items() if isinstance(v, (int, float))]
-    states = [t["state"] for t in trials]
-    counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(sorted(states)))
-    scored = [t for t in trials if t[metric] is not None]
-    image = search(
-        [(t["curve"]["images_seen"], t["curve"][metric]) for t in scored],
-        {name: [t["config"][name] for t in scored] for name in names},
-        result["length"],
-        f"{result['preset']}: sweep {result['sweep_id']}",
-        score=objective.name,
-        note=f"{len(trials)} trials of {result['length']:,} images: {counts}",
-    )
-    return figures.png(image)

@@ -156,12 +156,8 @@ def draw(
 ) -> list[dict[str, Any]]:
     """Return the settings of each trial, a function of the space, the seed and the trial's index.
 
-    Args:
-        config: configuration that is searched.
-        space: from ``space_of``.
-        samples: number of trials, or repetitions of the grid.
-        seed: seed of the draws.
-        grid: try each combination of the choices; ranges are drawn anew for each.
+    With ``grid``, each combination of the choices is tried ``samples`` times, and ranges are drawn
+    anew for each.
     """
     choices = {k: _values(config, k, v) for k, v in space.items() if grid and ".." not in v}
     drawn = {k: v for k, v in domains(config, space).items() if k not in choices}

@@ -1,6 +1,7 @@
 """One trial of a sweep: a training run in a Tune function, scored at each checkpoint."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -42,27 +43,19 @@ def trial(
 
     torch.set_num_threads(plan.run.threads)
     changes = trials[chosen["trial"]] if trials else chosen
-    trial_id = tune.get_context().get_trial_id()
-    assert trial_id is not None, "a Tune session"
-    run_id = f"{plan.run_id}-{trial_name(chosen, trial_id)}"
+    run_id = f"{plan.run_id}-{trial_name(chosen, tune.get_context().get_trial_id())}"
     parent = plan.run.parent_run or plan.run_id
     own = beside(plan, override(plan.config, changes), run_id, parent)
-    # With DDP workers this process has no GPU of its own.
-    device = torch.device("cpu") if plan.run.workers else device_of(plan.run)
-
-    def measure(checkpoint_uri: str) -> dict[str, float]:
-        return score(own, checkpoint_uri, device, score_images)
-
-    def report(scores: dict[str, float], images_seen: int, checkpoint_uri: str) -> None:
-        scores = {k: v for k, v in scores.items() if k.startswith("valid/")}
-        tune.report({**scores, "images_seen": images_seen, "checkpoint": checkpoint_uri})
+    measure = functools.partial(score, own, limit=score_images)
 
     def show(event: Event) -> None:
         if "checkpoint" in event:  # a trial that the scheduler stops ends in this call
-            report(event["metrics"], event["images_seen"], event["checkpoint"])
+            scores = {k: v for k, v in event["metrics"].items() if k.startswith("valid/")}
+            tune.report(scores | {k: event[k] for k in ("images_seen", "checkpoint")})
 
     if last := checkpoint.latest(own.run_uri):
-        report(measure(last), checkpoint.read_metadata(last)["images_seen"], last)
+        images_seen = checkpoint.read_metadata(last)["images_seen"]
+        show({"metrics": measure(last), "images_seen": images_seen, "checkpoint": last})
     # A diverged trial is not tried again, and its earlier scores do not count.
     with contextlib.suppress(NonFiniteLossError):
         fit(own, show=show, measure=measure)
@@ -70,10 +63,12 @@ def trial(
     tune.report({objective.metric: objective.worst, "images_seen": 0, "diverged": True})
 
 
-def score(plan: Plan, checkpoint_uri: str, device: torch.device, limit: int) -> dict[str, float]:
+def score(plan: Plan, checkpoint_uri: str, limit: int) -> dict[str, float]:
     """Return ``valid/quality`` and its parts, of a checkpoint on the validation split."""
     from ivegan.evaluation.evaluate import quality
 
+    # With DDP workers this process has no GPU of its own.
+    device = torch.device("cpu") if plan.run.workers else device_of(plan.run)
     config, encoder, generator, _ = checkpoint.load_networks(checkpoint_uri)
     scores = quality(
         config,
@@ -87,7 +82,12 @@ def score(plan: Plan, checkpoint_uri: str, device: torch.device, limit: int) -> 
     return {f"valid/{name}": value for name, value in scores.items()}
 
 
-def trial_name(chosen: dict[str, Any], trial_id: str) -> str:
+def name_of(one: Any) -> str:
+    """Return the name of one of Tune's trials."""
+    return trial_name(one.config, one.trial_id)
+
+
+def trial_name(chosen: dict[str, Any], trial_id: Any) -> str:
     """Return a trial's index in the sweep, or Tune's id where Optuna proposed it."""
     return index_name(chosen["trial"]) if "trial" in chosen else trial_id
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shlex
-import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -64,7 +63,7 @@ def test_sweep_leaves_one_parent_and_one_child_per_trial(
 
     with pytest.raises(UserError, match=r"sweep s exists.*--restore s"):
         tune.main("ring", small(), Sweep(samples=1, sweep_id="s"))
-    assert sweep("grid", small(), Sweep(restore="s", samples=9)) == result
+    assert tune.main("grid", small(), Sweep(restore="s", samples=9)) == result
     again = Sweep(samples=3, sweep_id="s", resume=True)
     assert sweep("ring", small(), again) == result
     with pytest.raises(UserError, match="started with another trials"):
@@ -97,29 +96,17 @@ def test_impossible_sweep_is_refused_before_anything_is_written(
     assert not (home / "runs" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            **{"workers": 2, "threads": 3, "precision": "bfloat16", "stream": True, "loaders": 2},
-            **{"storage": "a folder", "data": "its data"},
-        },
-    ],
-    ids=["defaults", "options"],
-)
-def test_printed_command_trains_the_best_as_its_trial(home, digits_dataset, options):
-    if "data" in options:
-        shutil.copytree(digits_dataset, home / options["data"])
+OTHER = {"workers": 2, "threads": 3, "precision": "bfloat16", "stream": True, "loaders": 2}
+
+
+@pytest.mark.parametrize("options", [{}, OTHER | {"storage": "a folder", "data": "its data"}])
+def test_printed_command_trains_the_best_as_its_trial(home, options):
     config = override(preset("digits"), {"total_images": 640, "model.width": 0.5})
     best = {"optim.lr_g": 3e-4, "model.z_dim": 3, "transform.flip": True}
     plan = definition.plan_of("digits", config, Sweep(sweep_id="s", **options))
     words = shlex.split(report.command_of(plan, best))
-    assert words[:2] == ["python", "pipelines/train.py"]
     name, parsed, run = cli.parse_preset(words[2:], PRESETS, Run, default="ring")
-    assert name == "digits"
-    changes = {**best, "total_images": preset("digits").total_images}
-    assert parsed == override(config, changes)
+    assert parsed == override(config, best | {"total_images": preset("digits").total_images})
     described = train.main(name, parsed, dataclasses.replace(run, dry_run=True))
     assert described["workers"] == options.get("workers", 1)
     assert described["data"] == str(home / options.get("data", "runs/data/digits"))
@@ -158,17 +145,13 @@ def test_interrupted_sweep_names_its_restore_and_keeps_its_options(
     assert now.retrain_images == 1280
 
 
-def test_sweep_is_not_restored_on_other_data(home, store, digits_dataset, monkeypatch):
+def test_sweep_is_not_restored_on_other_data(home, store, monkeypatch):
     monkeypatch.setattr(driver, "_search", interrupt)
-    shutil.copytree(digits_dataset, home / "data")
-    config = override(preset("digits"), {"total_images": 1280})
     with pytest.raises(KeyboardInterrupt):
-        sweep("digits", config, Sweep(sweep_id="s", data="data", samples=1))
-    manifest = json.loads((home / "data" / "manifest.json").read_text())
-    changed = {**manifest, "label_names": manifest["label_names"][::-1]}
-    (home / "data" / "manifest.json").write_text(json.dumps(changed))
+        sweep("ring", small(), Sweep(sweep_id="s", samples=1))
+    monkeypatch.setattr(driver, "check_data", lambda plan: "another hash")
     with pytest.raises(UserError, match="The sweep s was begun on other data"):
-        sweep("ring", small(), Sweep(restore="s"))
+        tune.main("ring", small(), Sweep(restore="s"))
 
 
 def test_trials_are_sorted_by_their_score_and_those_without_one_come_last(
@@ -203,24 +186,18 @@ def test_scores_and_evaluations_have_different_draws():
     assert not np.isin(chosen, final).any()
 
 
-def test_restored_sweep_counts_trials_that_ended_before(capsys, caplog):
-    """Tune reports no trial twice; the end of a trial may fail to be recorded."""
+def test_restored_sweep_counts_trials_that_ended_before(capsys):
+    """Tune reports no trial twice."""
     objective = space.objective_of(preset("ring"), "")
 
     def one(index: int, images: int, score: float, finished: bool) -> Any:
         last = {"images_seen": images, objective.metric: score}
-        return SimpleNamespace(
-            config={"trial": index},
-            trial_id=str(index),
-            last_result=last,
-            is_finished=lambda: finished,
-        )
-
-    def fail(name: str) -> NoReturn:
-        raise UserError(f"{name}: no space left")
+        named = {"config": {"trial": index}, "trial_id": str(index)}
+        return SimpleNamespace(**named, last_result=last, is_finished=lambda: finished)
 
     before, now, weak = one(0, 1000, 0.75, True), one(1, 1000, 0.5, False), one(2, 500, 0.4, False)
-    progress = report.ScorePrinter(3, 1000, objective, fail)
+    stopped = []
+    progress = report.ScorePrinter(3, 1000, objective, stopped.append)
     for current in (now, weak):
         progress.on_trial_result(0, [before, now, weak], current, current.last_result)
         progress.on_trial_complete(0, [before, now, weak], current)
@@ -229,7 +206,7 @@ def test_restored_sweep_counts_trials_that_ended_before(capsys, caplog):
     assert "0.500  (best 0.750, trial 000)" in out
     assert "trial 001 is done; 2 of 3 have ended" in out
     assert "trial 002 stops early; 3 of 3 have ended" in out
-    assert "002: no space left" in caplog.text
+    assert stopped == ["002"]
 
 
 def test_autoscaled_cluster_decides_how_many_trials_run_at_once(home, ray_cluster, monkeypatch):
@@ -259,13 +236,11 @@ def test_sweep_killed_in_its_first_seconds_starts_again(
     assert {run.info.status for run in mlflow_runs(store)} == {"FINISHED"}
 
 
-def test_sweep_without_a_score_raises_a_sentence(home, store, ray_cluster, mlflow_runs):
-    config = override(preset("ring"), {"batch_size": 64, "total_images": 64 * 10**6})
+def test_sweep_without_a_score_raises_a_sentence(home, store, mlflow_runs, monkeypatch):
+    monkeypatch.setattr(driver, "_search", lambda *_: [])  # the time budget left all trials out
     with pytest.raises(UserError, match="No trial of s came as far as a score"):
-        sweep("ring", config, Sweep(samples=1, sweep_id="s", time_budget=0.01))
-    runs = mlflow_runs(store)
-    assert [r.info.status for r in runs if "mlflow.parentRunId" not in r.data.tags] == ["FAILED"]
-    assert "RUNNING" not in {run.info.status for run in runs}
+        sweep("ring", small(), Sweep(samples=1, sweep_id="s"))
+    assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
 
 
 def test_best_trials_are_confirmed_on_fresh_seeds(home, store, monkeypatch, capsys):
@@ -331,9 +306,7 @@ def test_diverged_trial_does_not_count_and_the_best_is_registered(
 )
 def test_trials_of_two_workers_and_trials_of_optuna(home, store, ray_cluster, mlflow_runs, options):
     result = sweep("ring", small(), Sweep(samples=3, sweep_id="s", **options))
-    assert len(result["trials"]) == 3
-    assert {t["state"] for t in result["trials"]} <= {"done", "stopped early"}
-    assert "done" in {t["state"] for t in result["trials"]}
+    assert {"done"} <= {t["state"] for t in result["trials"]} <= {"done", "stopped early"}
     assert len({str(t["config"]) for t in result["trials"]}) == 3
     children = [r for r in mlflow_runs(store) if "mlflow.parentRunId" in r.data.tags]
     assert {c.info.run_name for c in children} == {t["run_id"] for t in result["trials"]}

@@ -38,7 +38,6 @@ def test_interrupted_sweep_is_killed_in_mlflow_and_can_be_restored(home, store, 
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert 0 < len(children) < 3
     assert {child.data.tags["ended"] for child in children} == {"the sweep was stopped"}
-    assert json.loads((home / "runs/checkpoints/cut/sweep.json").read_text())["result"] is None
 
     result = restored(home)
     assert sorted(t["trial"] for t in result["trials"]) == ["000", "001", "002"]
@@ -72,9 +71,7 @@ def test_killed_sweep_is_restored_without_repeating_finished_trials(home, store,
     assert len(ended) >= 2, "".join(seen)
     finished = {name: weights_of(home, name) for name in ended}
     result = restored(home)
-    assert result["sweep_id"] == "cut"
     assert {t["trial"] for t in result["trials"]} == {f"{i:03d}" for i in range(6)}
-    assert not {t["state"] for t in result["trials"]} - {"done", "stopped early"}
     for trial in result["trials"]:  # scored ten times, also where the kill came between
         most = 10 if trial["state"] == "done" else 9
         assert 0 < len(trial["curve"]["images_seen"]) <= most
@@ -82,15 +79,8 @@ def test_killed_sweep_is_restored_without_repeating_finished_trials(home, store,
     for name, before in finished.items():  # not trained again
         assert weights_of(home, name) == before
     runs = mlflow_runs(store)
-    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
-    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
-    assert [p.info.status for p in parents] == ["FINISHED"]
-    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parents[0].info.run_id}
-    assert sorted(c.info.run_name for c in children) == [f"cut-{i:03d}" for i in range(6)]
-    states = {f"cut-{t['trial']}": t["state"] for t in result["trials"]}
-    for child in children:
-        wanted = "FINISHED" if states[child.info.run_name] == "done" else "KILLED"
-        assert child.info.status == wanted
-
+    ends = {"done": "FINISHED", "stopped early": "KILLED"}
+    wanted = {f"cut-{t['trial']}": ends[t["state"]] for t in result["trials"]}
+    assert {run.info.run_name: run.info.status for run in runs} == wanted | {"cut": "FINISHED"}
+    assert len(runs) == 7
     assert restored(home) == result  # nothing left to do
-    assert len(mlflow_runs(store)) == 7

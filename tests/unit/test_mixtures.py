@@ -41,13 +41,6 @@ def test_a_perfect_sampler_scores_at_the_floor(rng, dataset, mean_kl, high_kl):
     assert found["std_ratio"].mean() == pytest.approx(1, abs=0.005)
 
 
-def test_reverse_kl_counts_the_modes_that_are_missed():
-    means, _ = modes("ring")
-    assert mixtures.mixture(means[[0] * 5], "ring")["reverse_kl"] == pytest.approx(np.log(8))
-    assert mixtures.mixture(means[[1, 6]], "ring")["reverse_kl"] == pytest.approx(np.log(4))
-    assert mixtures.mixture(means, "ring")["reverse_kl"] == pytest.approx(0, abs=1e-12)
-
-
 def test_a_mode_counts_only_with_a_point_within_three_stds():
     means, std = modes("ring")
     near, far = means + np.array([2.99 * std, 0]), means + np.array([0, 3.01 * std])
@@ -57,22 +50,19 @@ def test_a_mode_counts_only_with_a_point_within_three_stds():
     assert found["high_quality"] == 5 / 8
     assert found["reverse_kl"] == pytest.approx(np.log(8 / 5))
     assert found["reverse_kl_all"] == pytest.approx(0, abs=1e-12)
+    two = mixtures.mixture(means[[1, 6]], "ring")
+    assert two["reverse_kl"] == pytest.approx(np.log(4))
+    nowhere = mixtures.mixture(np.full((10, 2), 0.01), "ring")
+    assert (nowhere["modes"], nowhere["high_quality"]) == (0, 0)
+    assert nowhere["reverse_kl"] == pytest.approx(np.log(8))
+    with pytest.raises(UserError, match="diverged"):
+        mixtures.mixture(np.array([[0.0, np.nan]]), "ring")
 
 
-def test_points_far_from_everything_score_the_worst_there_is():
-    found = mixtures.mixture(np.full((10, 2), 0.01), "ring")
-    assert (found["modes"], found["high_quality"]) == (0, 0)
-    assert found["reverse_kl"] == pytest.approx(np.log(8))
-
-
-@pytest.mark.parametrize("scale", [0.25, 1.5**0.5])
-def test_std_ratio_is_the_spread_over_the_data_s(rng, scale):
-    found = mixtures.mixture(sample_mixture(rng, "ring", 40_000, scale), "ring")
-    assert found["std_ratio"] == pytest.approx(scale, rel=0.01)
+def test_std_ratio_is_the_spread_over_the_data_s_without_bridges_between_modes(rng):
+    found = mixtures.mixture(sample_mixture(rng, "ring", 40_000, 0.25), "ring")
+    assert found["std_ratio"] == pytest.approx(0.25, rel=0.01)
     assert found["std_ratio_min"] < found["std_ratio"] < found["std_ratio_max"]
-
-
-def test_std_ratio_leaves_bridges_between_modes_out(rng):
     angles = rng.uniform(0, 2 * np.pi, 1000)
     bridge = 0.5 * np.stack((np.cos(angles), np.sin(angles)), axis=1)
     points = np.concatenate((sample_mixture(rng, "ring", 4000), bridge))
@@ -100,11 +90,6 @@ def test_variations_of_another_mode_or_another_spread_are_noticed(rng):
     assert copies["residual_p"] < 1e-6
     shifted = mixtures.reconstructed_points(x, x[None] + 0.005, "ring")
     assert shifted["residual_std_ratio"] == pytest.approx(2**0.5)
-
-
-def test_points_that_are_not_finite_are_reported_as_divergence():
-    with pytest.raises(UserError, match="diverged"):
-        mixtures.mixture(np.array([[0.0, np.nan]]), "ring")
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

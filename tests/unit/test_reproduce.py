@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ivegan.config import Optim, override, preset
+from ivegan.config import override
 from ivegan.errors import UserError
 from ivegan.evaluation.report import MEANINGS
 from pipelines.reproduce import Reproduce, main
@@ -22,8 +22,8 @@ TINY = Table(
     title="Eight Gaussians, hardly looked at",
     rows={
         "paper": Variant("IVE-GAN", "ring"),
-        "gan": Variant("GAN", "ring", "gan"),
-        "bigan": Variant("BiGAN", "ring", "bigan"),
+        "gan": Variant("GAN", "ring", {}, "gan"),
+        "bigan": Variant("BiGAN", "ring", {}, "bigan"),
     },
     metrics=("modes", "high_quality", "right_mode"),
     seeds=(0, 1),
@@ -103,7 +103,10 @@ def test_training_that_diverges_is_a_result(
 
 
 def test_a_cell_of_other_settings_counts_as_missing(tmp_path: Path) -> None:
-    cell, _ = plan.cells(TINY, (0, 1), ("gan",))
+    cell, other = plan.cells(TINY, (0, 1), ("gan",))
+    assert len({cell.hash, other.hash, cell._replace(method="bigan").hash}) == 3
+    assert "optim.beta1" not in cell.settings  # the default of Config
+    assert cell.settings["model.architecture"] == "points"
     store.write(tmp_path, cell, result_of(cell))
     assert store.read(tmp_path, cell) == result_of(cell)
     changed = cell._replace(config=override(cell.config, {"optim.lr_g": 1e-3}))
@@ -111,17 +114,6 @@ def test_a_cell_of_other_settings_counts_as_missing(tmp_path: Path) -> None:
     (tmp_path / cell.path).write_text('{"task": "tiny"}')
     with pytest.raises(UserError, match="delete it"):
         store.read(tmp_path, cell)
-
-
-def test_the_hash_depends_on_what_differs_from_the_defaults(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cell, other = plan.cells(TINY, (0, 1), ("gan",))
-    assert cell.hash != other.hash
-    assert cell._replace(method="bigan").hash != cell.hash
-    assert "optim.beta1" not in cell.settings
-    assert cell.settings["model.architecture"] == "points"
-    assert preset("ring").optim.beta1 == Optim().beta1
 
 
 def test_a_table_has_floor_mean_spread_and_published_numbers() -> None:
@@ -149,12 +141,8 @@ def test_every_task_is_a_table_of_valid_settings(name: str) -> None:
     assert len({cell.hash for cell in cells}) == len(cells) == len(task.rows) * len(task.seeds)
     assert set(task.metrics) <= MEANINGS.keys()
     assert len({(c.config.total_images) for c in cells if c.preset.endswith("plus")}) <= 1
-
-
-def test_published_numbers_stand_in_columns_of_their_tables() -> None:
-    for row in PUBLISHED:
-        for name in row["tasks"]:
-            assert row["metrics"].keys() <= set(TASKS[name].metrics), row
+    published = [row for row in PUBLISHED if name in row["tasks"]]
+    assert all(row["metrics"].keys() <= set(task.metrics) for row in published)
 
 
 def test_a_task_row_or_reduced_table_that_is_not_there_is_named() -> None:
@@ -164,11 +152,6 @@ def test_a_task_row_or_reduced_table_that_is_not_there_is_named() -> None:
         run("ring", rows=("gans",), dry_run=True)
     with pytest.raises(UserError, match="celeba has no --quick table"):
         run("celeba", quick=True, dry_run=True)
-    assert {"ring", "digits"} == set(plan.QUICK)
-
-
-def test_a_reduced_table_has_one_seed_and_a_name_of_its_own() -> None:
     summary = main(Reproduce(quick=True, dry_run=True))
-    assert "digits-quick-vae-s0" in summary["missing"]
+    assert {name.partition("-quick-")[0] for name in summary["missing"]} == {"ring", "digits"}
     assert all(name.endswith("-s0") for name in summary["missing"])
-    assert plan.task_of("ring", quick=True).settings["total_images"] < 2e6
