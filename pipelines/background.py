@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def repeated(
-    call: Callable[[], object], seconds: float, name: str, *, last: bool = False
+    call: Callable[[], object],
+    seconds: float,
+    name: str,
+    *,
+    last: bool = False,
+    patience: float | None = None,
 ) -> Iterator[None]:
     """Call a function every so many seconds, in a thread, while the block runs.
 
@@ -16,6 +21,7 @@ def repeated(
         seconds: between two calls.
         name: of the thread.
         last: call it once more at the end of the block.
+        patience: seconds to wait for the end of the last call; without limit by default.
     """
     done = threading.Event()
 
@@ -31,4 +37,4 @@ def repeated(
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(patience)

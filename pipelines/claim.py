@@ -26,6 +26,7 @@ from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.storage.schema import DamagedError, read
 from pipelines.background import repeated
+from pipelines.record import is_dead
 
 log = logging.getLogger(__name__)
 
@@ -52,26 +53,17 @@ class _Claim:
     @property
     def is_free(self) -> bool:
         """Whether its owner has released it, or has died on this machine."""
-        if self.released or self.host != socket.gethostname():
-            return self.released
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.pid_started) > 1
-        except psutil.NoSuchProcess:
-            return True
-
-
-class Ownership:
-    """What ``claimed`` yields."""
-
-    lost = False
-    """Whether another process has taken the folder over."""
+        return self.released or is_dead(self.host, self.pid, self.pid_started)
 
 
 @contextlib.contextmanager
-def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> Iterator[Ownership]:
+def claimed(
+    run_uri: str, patience: float, log_line: Callable[[str], None]
+) -> Iterator[threading.Event]:
     """Own a run's folder while the block runs; SIGTERM ends this process if it loses the folder.
 
-    Meanwhile an outage of the object store is waited for.
+    The event is set when another process has taken the folder over. An outage of the object store
+    is waited for.
 
     Args:
         run_uri: the folder.
@@ -82,14 +74,14 @@ def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> I
         UserError: another process owns the folder.
     """
     number, mine = _take(run_uri, patience, log_line)
-    ownership, where, renewals = Ownership(), _where(run_uri, number), itertools.count(1)
+    lost, where, renewals = threading.Event(), _where(run_uri, number), itertools.count(1)
 
     def renew() -> None:
-        if ownership.lost:
+        if lost.is_set():
             return
         try:
             if max(_numbers(run_uri), default=number) > number:
-                ownership.lost = True
+                lost.set()
                 log.error("another process has taken %s over: stopping", run_uri)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
@@ -100,9 +92,9 @@ def claimed(run_uri: str, patience: float, log_line: Callable[[str], None]) -> I
 
     try:
         with storage.longer_retries(), repeated(renew, _RENEWAL, "claim"):
-            yield ownership
+            yield lost
     finally:
-        if not ownership.lost:
+        if not lost.is_set():
             with contextlib.suppress(UserError):  # then it ends by itself
                 storage.write_bytes(where, dataclasses.replace(mine, released=True).encode())
 

@@ -150,15 +150,20 @@ def end_record(run_uri: str, status: str, **tags: str) -> None:
     write_record(run_uri, dataclasses.replace(record, **changes))
 
 
+def is_dead(host: str, pid: int, pid_started: float) -> bool:
+    """Return whether a process of this machine has ended, whose number may have another now."""
+    if host != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(pid).create_time() - pid_started) > 1
+    except psutil.NoSuchProcess:
+        return True
+
+
 def end_if_dead(run_uri: str, record: RunRecord) -> RunRecord:
     """Return the record, ended as KILLED if its driver is dead on this machine."""
-    if record.status != "RUNNING" or record.host != socket.gethostname():
+    if record.status != "RUNNING" or not is_dead(record.host, record.pid, record.pid_started):
         return record
-    try:
-        if abs(psutil.Process(record.pid).create_time() - record.pid_started) < 1:
-            return record
-    except psutil.NoSuchProcess:
-        pass
     record = dataclasses.replace(record, status="KILLED", ended=now())
     write_record(run_uri, record)
     return record
@@ -178,8 +183,8 @@ def write_points(
     where = storage.join(run_uri, METRICS, name)
     finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
     point = {"images_seen": images_seen, "time": now(), "metrics": finite}
-    if finite and not storage.exists(where):
-        storage.write_bytes(where, json.dumps(point).encode() + b"\n")
+    if finite:
+        _write_new(where, json.dumps(point).encode() + b"\n")
 
 
 def read_points(uri: str) -> list[Point]:

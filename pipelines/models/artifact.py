@@ -28,42 +28,38 @@ def write_sums(folder: Path) -> str:
     Raises:
         UserError: MLflow wrote other files than the expected ones.
     """
-    if difference := _names(folder) ^ FILES:
+    sums = _sums(folder)
+    if difference := sums.keys() ^ FILES:
         raise UserError(
             f"MLflow writes other files than expected ({', '.join(sorted(difference))}): install "
             "the pinned versions of constraints.txt."
         )
-    lines = [f"{sha256_hex((folder / name).read_bytes())}  {name}\n" for name in sorted(FILES)]
-    (folder / SUMS).write_text("".join(lines))
+    (folder / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(FILES)))
     return sha256_hex((folder / SUMS).read_bytes())
 
 
 def check_sums(folder: Path, expected: str) -> None:
     """Check that a folder holds exactly the files that were registered, before any is loaded.
 
-    Args:
-        folder: a fetched model.
-        expected: what ``write_sums`` returned, which the registry keeps apart from the files.
+    What ``write_sums`` returned, the registry keeps apart from the files.
 
     Raises:
         UserError: names the files that are missing, changed or not expected.
     """
-    sums = folder / SUMS
-    if not sums.is_file():
-        raise UserError(f"{SUMS} is missing in {folder}: do not load these files.")
-    if sha256_hex(sums.read_bytes()) != expected:
+    sums = _sums(folder)
+    if sums.pop(SUMS, None) != expected:
         raise UserError(
-            f"{SUMS} in {folder} is not the one that was registered ({expected[:12]}…): do not "
-            "load these files, and find out where they were changed."
+            f"{SUMS} in {folder} is missing or not the one that was registered ({expected[:12]}…): "
+            "do not load these files, and find out where they were changed."
         )
-    registered = dict(line.split("  ", 1)[::-1] for line in sums.read_text().splitlines())
-    names = _names(folder)
-    faults = [f"{name} is missing" for name in sorted(FILES - names)]
-    faults += [f"{name} is not expected" for name in sorted(names - FILES)]
+    lines = (folder / SUMS).read_text().splitlines()
+    registered = dict(line.split("  ", 1)[::-1] for line in lines)
+    faults = [f"{name} is missing" for name in sorted(FILES - sums.keys())]
+    faults += [f"{name} is not expected" for name in sorted(sums.keys() - FILES)]
     faults += [
         f"{name} was changed"
-        for name in sorted(names & FILES)
-        if sha256_hex((folder / name).read_bytes()) != registered.get(name)
+        for name in sorted(sums.keys() & FILES)
+        if sums[name] != registered.get(name)
     ]
     if faults:
         raise UserError(
@@ -82,6 +78,7 @@ def empty_members(archive: Path, folder: str) -> None:
     rewritten.replace(archive)
 
 
-def _names(folder: Path) -> set[str]:
-    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    return names - {SUMS, _ADDED_BY_DOWNLOAD}
+def _sums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of all files of a folder but MLflow's own note."""
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if not p.is_dir()}
+    return {n: sha256_hex(p.read_bytes()) for n, p in paths.items() if n != _ADDED_BY_DOWNLOAD}

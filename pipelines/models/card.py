@@ -6,7 +6,7 @@ from typing import Any
 
 from ivegan import storage
 from ivegan.evaluation import report
-from pipelines.record import Evaluation, sound_evaluation
+from pipelines.record import sound_evaluation
 
 _DATA = {
     "ring": "Points of a mixture of Gaussians, drawn from a formula.",
@@ -34,15 +34,12 @@ def render(
     metadata: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, float]],
 ) -> str:
-    """Return a model card in Markdown.
+    """Return the model card of an encoder or generator in Markdown.
 
     Args:
-        name: of the registered model.
-        half: encoder or generator.
         usage: inputs and outputs, in a sentence.
         metadata: of its checkpoint, with ``config``.
-        evaluations: metrics of the checkpoint under their full names, then those of runs that
-            differ in their seed only; may be empty.
+        evaluations: as ``evaluations_of`` returns them.
     """
     config = metadata["config"]
     lines = [f"# {name}", "", usage, "", "## Intended use", "", _USE[half], "", "## Data", ""]
@@ -71,35 +68,22 @@ def render(
 def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
     """Return the metrics of a checkpoint, then those of runs that differ in their seed only.
 
-    Returns:
-        one evaluation for each seed; nothing where the checkpoint was not evaluated.
+    There is one evaluation for each seed, and none where the checkpoint was not evaluated.
     """
-    own = _evaluation(run_uri, images_seen)
-    if own is None:
-        return []
-    seeds = {_config(own)["seed"]: own.metrics}
     folder, _, run_id = run_uri.rpartition("/")
-    for name in storage.list_names(folder):
-        other = None if name == run_id else _evaluation(storage.join(folder, name), images_seen)
-        if other is not None and _settings(other) == _settings(own):
-            seeds.setdefault(_config(other)["seed"], other.metrics)
+    seeds: dict[int, dict[str, float]] = {}
+    shared = None
+    for name in (run_id, *storage.list_names(folder)):
+        uri = storage.join(folder, name, f"evaluation-{images_seen:010d}", "metrics.json")
+        if storage.exists(uri) and (found := sound_evaluation(uri)) is not None:
+            config, data = found.metadata["config"], found.metadata.get("dataset_hash")
+            settings = {**config, "seed": None, "dataset_hash": data}
+            shared = shared or settings
+            if settings == shared:
+                seeds.setdefault(config["seed"], found.metrics)
+        elif shared is None:
+            break
     return list(seeds.values())
-
-
-def _evaluation(run_uri: str, images_seen: int) -> Evaluation | None:
-    """Return the evaluation of a run's checkpoint, or None."""
-    uri = storage.join(run_uri, f"evaluation-{images_seen:010d}", "metrics.json")
-    return sound_evaluation(uri) if storage.exists(uri) else None
-
-
-def _settings(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the settings that two evaluations must share to be seeds of one experiment."""
-    data = {"dataset_hash": evaluation.metadata.get("dataset_hash")}
-    return {**_config(evaluation), "seed": None, **data}
-
-
-def _config(evaluation: Evaluation) -> dict[str, Any]:
-    return evaluation.metadata["config"]
 
 
 def _spread(evaluations: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -5,8 +5,6 @@ validation split of the same data, from the weights in the registry. A candidate
 origin is recorded, it is good enough for its data set, and it is not worse than the incumbent.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ivegan.data.manifest import read_manifest
@@ -32,26 +30,10 @@ MARGIN = 0.01
 _ORIGIN = ("run_id", "dataset_hash", "config_hash", "git_commit")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """The gate's numbers, and why a candidate does not pass."""
-
-    scores: Mapping[str, float]
-    """Quality and its parts, of the candidate."""
-    incumbent_scores: Mapping[str, float] | None
-    """Of the pair in production, where there is one."""
-    faults: tuple[str, ...]
-    """In words with their numbers; empty for a pass."""
-
-
 def examine(
-    candidate: Halves,
-    incumbent: Halves | None,
-    *,
-    data: str | None,
-    cache_dir: Path,
-) -> Verdict:
-    """Measure a candidate and the incumbent, and return the verdict.
+    candidate: Halves, incumbent: Halves | None, data: str | None, cache_dir: Path
+) -> tuple[dict[str, float], dict[str, float] | None, list[str]]:
+    """Return the scores of a candidate, of the incumbent, and why the candidate does not pass.
 
     Raises:
         UserError: there are no data to measure on.
@@ -82,4 +64,4 @@ def examine(
             f"its quality {scores['quality']:.3f} is under {former['quality']:.3f}, of the pair it "
             "replaces"
         )
-    return Verdict(scores=scores, incumbent_scores=former, faults=tuple(faults))
+    return scores, former, faults

@@ -18,8 +18,7 @@ import torch
 from mlflow import MlflowClient, pyfunc, pytorch
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput
-from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.models import Model, infer_signature
 from requests import RequestException
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -106,16 +105,10 @@ class Half:
         """Checksum of the weights alone, by which an existing version is found."""
         return sha256_hex(self.weights)
 
-    @property
-    def signature(self) -> ModelSignature:
-        """Types and shapes; unnamed, since MLflow hands named tensors over as a dictionary."""
-        batch = self.batch(2)
+    def outputs(self, batch: np.ndarray) -> np.ndarray:
+        """Return what the network computes of a batch."""
         with torch.no_grad():
-            output = self.model(torch.from_numpy(batch)).numpy()
-        inputs, outputs = (
-            Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))]) for array in (batch, output)
-        )
-        return ModelSignature(inputs=inputs, outputs=outputs)
+            return self.model(torch.from_numpy(batch)).numpy()
 
     @property
     def usage(self) -> str:
@@ -151,7 +144,11 @@ Halves = tuple[Half, Half]
 def log(
     client: MlflowClient, half: Half, run_id: str, evaluations: list[dict[str, float]]
 ) -> tuple[str, str]:
-    """Log a half as a model of an MLflow run; return its id and the checksum of its files."""
+    """Log a half as a model of an MLflow run; return its id and the checksum of its files.
+
+    Raises:
+        UserError: it computes something else than its network when it is fetched back.
+    """
     logged = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
         name=half.kind,
@@ -164,6 +161,7 @@ def log(
             digest = _write(folder, half, logged, run_id, evaluations)
             client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
+        check(f"models:/{logged.model_id}", digest, half)
         output = LoggedModelOutput(logged.model_id, step=half.metadata["images_seen"])
         client.log_outputs(run_id, [output])
     except BaseException:
@@ -186,13 +184,15 @@ def _write(
         run_id=run_id,
         model_id=logged.model_id,
     )
+    batch = half.batch(2)  # of one, the batch size would be frozen
     versions = {"mlflow": mlflow.__version__, "torch": torch.__version__, "numpy": np.__version__}
     pytorch.save_model(
         half.model.eval(),
         str(folder),
         mlflow_model=description,
-        signature=half.signature,
-        input_example=half.batch(2),  # of one, the batch size would be frozen
+        # Of arrays: MLflow hands named tensors over as a dictionary.
+        signature=infer_signature(batch, half.outputs(batch)),
+        input_example=batch,
         # "+cpu" is a build, not a version; it would keep others from installing theirs
         pip_requirements=[f"{k}=={v.partition('+')[0]}" for k, v in versions.items()],
         serialization_format="pt2",
@@ -228,9 +228,7 @@ def check(model_uri: str, sha256: str | None, half: Half | None = None) -> Half:
         model = pyfunc.load_model(str(folder))
         for size in _BATCHES:
             batch = half.batch(size, seed=size)
-            with torch.no_grad():
-                expected = half.model(torch.from_numpy(batch)).numpy()
-            output = np.asarray(model.predict(batch))
+            expected, output = half.outputs(batch), np.asarray(model.predict(batch))
             same_shape = output.shape == expected.shape
             distance = np.abs(output - expected).max() if same_shape else np.inf
             if not distance <= TOLERANCE:

@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from requests import RequestException
-
 from ivegan.errors import UserError
+from ivegan.storage.errors import local_sentences
 from pipelines.models import package
 from pipelines.models.artifact import CARD, CONFIG, WEIGHTS
 from pipelines.models.versions import aliases_of, describe, registry_client, resolve
@@ -27,7 +26,7 @@ def pull(
         name: of the registered model.
         stage: an alias, an MLflow stage or a version; the alias counts where they differ.
         to: the folder.
-        dry_run: return the version's metadata without fetching it.
+        dry_run: fetch nothing.
 
     Returns:
         the version's metadata, its partner's version among them.
@@ -40,21 +39,17 @@ def pull(
         metadata = describe(version, aliases_of(client, name)) | {"to": str(to)}
         if dry_run:
             return metadata
-        uri, sha256 = f"models:/{name}/{version.version}", version.tags.get("sha256")
-        try:
+        with local_sentences(to):
             to.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=to, prefix=".pull-") as tmp:
-                folder = package.fetch(uri, sha256, Path(tmp))
+                uri = f"models:/{name}/{version.version}"
+                folder = package.fetch(uri, version.tags.get("sha256"), Path(tmp))
                 for extra in (WEIGHTS, CONFIG, CARD):
                     shutil.copyfile(folder / extra, Path(tmp) / extra)
                     (Path(tmp) / extra).replace(to / extra)
                 if (to / "model").exists():
                     (to / "model").rename(Path(tmp) / "former")
                 folder.rename(to / "model")
-        except RequestException:
-            raise  # an OSError too, but of MLflow's server
-        except OSError as error:
-            raise UserError(f"{to} cannot be written ({error}): choose another --to.") from error
     return metadata
 
 

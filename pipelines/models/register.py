@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Param
 from mlflow.entities.model_registry import ModelVersion
 
 from ivegan import checkpoint, storage
@@ -31,9 +30,7 @@ from pipelines.tracking import client as tracking
 from pipelines.tracking import mirror
 
 
-def register(
-    checkpoint_uri: str, *, tracking_uri: str | None = None, dry_run: bool = False
-) -> dict[str, Any]:
+def register(checkpoint_uri: str, *, dry_run: bool = False) -> dict[str, Any]:
     """Register both halves of a checkpoint as candidates in staging; return what ``--json`` prints.
 
     Before either is registered, both are fetched back, loaded as MLflow loads them and compared
@@ -42,7 +39,6 @@ def register(
 
     Args:
         checkpoint_uri: a checkpoint, or a run's folder, whose newest is taken.
-        tracking_uri: of the MLflow store; the one that the run is mirrored to by default.
         dry_run: return the names without registering anything.
 
     Raises:
@@ -61,15 +57,16 @@ def register(
         Half(kind=kind, preset=preset, config=config, network=network, metadata=metadata)
         for kind, network in zip(KINDS, (encoder, generator), strict=True)
     ]
-    with registry_client(tracking_uri or store_of(uri, metadata)) as client:
-        existing = [_version_of(client, half) for half in halves]
-        missing = [h for h, version in zip(halves, existing, strict=True) if version is None]
+    with registry_client(store_of(uri, metadata)) as client:
+        found = {half.kind: _version_of(client, half) for half in halves}
+        versions = {kind: version for kind, version in found.items() if version is not None}
+        missing = [half for half in halves if half.kind not in versions]
         if missing:
-            run_ids = [version.run_id for version in existing if version is not None]
+            run_ids = [version.run_id for version in versions.values()]
             run_id = run_ids[0] if run_ids else _mlflow_run(client, uri, halves[0])
             assert run_id
-            _add(client, missing, run_id, uri)
-        pair = Pair(*(v for half in halves if (v := _version_of(client, half)) is not None))
+            versions |= _add(client, missing, run_id, uri)
+        pair = Pair(**versions)
         tag(client, pair.encoder, partner_version=pair.generator.version)
         tag(client, pair.generator, partner_version=pair.encoder.version)
         if aliases_of(client, halves[0].name).get("production") != str(pair.encoder.version):
@@ -106,8 +103,10 @@ def _version_of(client: MlflowClient, half: Half) -> ModelVersion | None:
     return None
 
 
-def _add(client: MlflowClient, halves: list[Half], run_id: str, checkpoint_uri: str) -> None:
-    """Log the halves, check the logged files, and make versions of them only then.
+def _add(
+    client: MlflowClient, halves: list[Half], run_id: str, checkpoint_uri: str
+) -> dict[str, ModelVersion]:
+    """Log the halves, check the logged files, and return versions, made of them only then.
 
     Raises:
         UserError: a logged model differs from its network; nothing is left registered.
@@ -115,33 +114,23 @@ def _add(client: MlflowClient, halves: list[Half], run_id: str, checkpoint_uri: 
     evaluations = evaluations_of(
         checkpoint_uri.rpartition("/")[0], halves[0].metadata["images_seen"]
     )
-    logged: list[tuple[Half, str, str]] = []
-    try:
-        for half in halves:
-            model_id, digest = package.log(client, half, run_id, evaluations)
-            logged.append((half, model_id, digest))
-            package.check(f"models:/{model_id}", digest, half)
-    except BaseException:
-        for _, model_id, _ in logged:
-            client.delete_logged_model(model_id)
-        raise
+    logged = [(half, *package.log(client, half, run_id, evaluations)) for half in halves]
+    versions = {}
     for half, model_id, digest in logged:
         if not client.search_registered_models(f"name='{half.name}'"):
             client.create_registered_model(half.name, {"preset": half.preset}, half.usage)
         metadata = half.metadata
+        copied = ("run_id", "images_seen", "dataset_hash", "git_commit")
         tags = {
+            **{name: metadata.get(name) for name in copied},
             "registered_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "preset": half.preset,
-            "run_id": metadata.get("run_id"),
             "checkpoint": checkpoint_uri,
-            "images_seen": metadata["images_seen"],
-            "dataset_hash": metadata.get("dataset_hash"),
             "config_hash": config_hash(half.config),
-            "git_commit": metadata.get("git_commit"),
             "sha256": digest,
             "weights_sha256": half.weights_sha256,
         }
-        client.create_model_version(
+        versions[half.kind] = client.create_model_version(
             half.name,
             f"models:/{model_id}",
             run_id,
@@ -149,6 +138,7 @@ def _add(client: MlflowClient, halves: list[Half], run_id: str, checkpoint_uri: 
             description=f"Run {metadata.get('run_id')} after {metadata['images_seen']:,} images.",
             model_id=model_id,
         )
+    return versions
 
 
 def _mlflow_run(client: MlflowClient, checkpoint_uri: str, half: Half) -> str:
@@ -159,16 +149,11 @@ def _mlflow_run(client: MlflowClient, checkpoint_uri: str, half: Half) -> str:
         key = mirror.run_id_of(run_uri)
     if key is not None and (existing := tracking.find_run(client, key)) is not None:
         return existing
-    tags = {
-        "preset": str(metadata.get("preset")),
-        "git_commit": str(metadata.get("git_commit")),
-        "config_hash": config_hash(config),
-        "dataset_hash": str(metadata.get("dataset_hash")),
-        "mlflow.note.content": f"Created when {name} was registered; tracked elsewhere.",
-    }
+    tags = {name: str(metadata.get(name)) for name in ("preset", "git_commit", "dataset_hash")}
+    tags["config_hash"] = config_hash(config)
+    tags["mlflow.note.content"] = f"Created when {name} was registered; tracked elsewhere."
     experiment = tracking.experiment_of(client, f"ivegan-{config.dataset}", client.tracking_uri)
-    run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-    params = [Param(key, str(value)) for key, value in flatten(config).items()]
-    client.log_batch(run_id, params=params)
+    run_id = client.create_run(experiment, run_name=name).info.run_id
+    tracking.log_settings(client, run_id, flatten(config), tags)
     client.set_terminated(run_id, "FINISHED")
     return run_id

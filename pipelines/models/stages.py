@@ -22,15 +22,15 @@ from pipelines.models.versions import (
     Pair,
     aliases_of,
     describe,
+    mlflow_stage,
     model_name,
     pair_of,
     registry_client,
+    stage_of,
     tag,
     versions_of,
 )
 from pipelines.paths import cache_dir
-
-_CHANGED = "changed."  # and the time: the tags that hold the history of a version
 
 
 def promote(
@@ -44,11 +44,8 @@ def promote(
 ) -> dict[str, Any]:
     """Move the encoder and the generator of one run to a stage; return what ``--json`` prints.
 
-    Args:
-        preset, to, version, data: as ``registry.py promote`` describes them.
-        force: why the gate's faults are overruled. Files that were changed, or models that compute
-            something else than their network, never pass.
-        dry_run: return the move without measuring or changing anything.
+    The arguments are those of ``registry.py promote``. Files that were changed, or models that
+    compute something else than their network, are not forced.
 
     Raises:
         UserError: no such pair, or one that does not pass, with the numbers.
@@ -97,11 +94,12 @@ def rollback(preset: str, *, dry_run: bool = False) -> dict[str, Any]:
 def move(client: MlflowClient, pair: Pair, stage: str) -> None:
     """Move a pair to a stage and archive the one that leaves it; repeating it changes nothing."""
     for half in reversed(pair):
-        _enter(client, half, stage)
+        aliases, number = aliases_of(client, half.name), str(half.version)
         for other in versions_of(client, half.name):
-            stages = ((other.current_stage or "").lower(), other.tags.get("stage"))
-            if other.version != half.version and stage in stages:
-                _enter(client, other, "archived")
+            if str(other.version) != number and mlflow_stage(other) == stage:
+                _enter(client, other, stage_of(other, aliases), "archived")
+        if (aliases.get(stage), mlflow_stage(half)) != (number, stage):
+            _enter(client, half, stage_of(half, aliases), stage)
         client.set_registered_model_alias(half.name, stage, str(half.version))
     for half in reversed(pair) if stage == "production" else ():
         # The encoder's last: it is how a repeated promote finds its candidate.
@@ -110,16 +108,33 @@ def move(client: MlflowClient, pair: Pair, stage: str) -> None:
 
 
 def overview(preset: str | None = None) -> dict[str, Any]:
-    """Return all versions of one or all presets, and where alias and stage differ."""
+    """Return all versions of one or all presets, and in words where their stages differ."""
     with registry_client() as client:
         models = client.search_registered_models("name LIKE 'ivegan-%'")
         presets = {model.name.removeprefix("ivegan-").rpartition("-")[0] for model in models}
         rows, differences = [], []
         for one in sorted(presets if preset is None else presets & {preset}):
-            for name in (model_name(one, kind) for kind in KINDS):
+            encoders, generators = names = [model_name(one, kind) for kind in KINDS]
+            holders: dict[str, dict[str, Any]] = {}
+            for name in names:
                 aliases = aliases_of(client, name)
-                rows += [describe(version, aliases) for version in versions_of(client, name)]
-            differences += _differences(client, one)
+                for version in versions_of(client, name):
+                    number, stage = str(version.version), version.current_stage
+                    rows.append(describe(version, aliases))
+                    own = sorted(alias for alias, holder in aliases.items() if holder == number)
+                    holders |= {f"{name}@{alias}": rows[-1] for alias in own}
+                    if set(own) != {mlflow_stage(version)} & set(STAGES):
+                        alias = " and ".join(own) or "none"
+                        line = f"{name} version {number}: alias {alias}, MLflow stage {stage}"
+                        differences.append(line)
+            for stage in STAGES:
+                partner = holders.get(f"{encoders}@{stage}", {}).get("partner_version")
+                present = holders.get(f"{generators}@{stage}", {}).get("version")
+                if partner != present:
+                    differences.append(
+                        f"{generators}@{stage} is version {present}, but the partner of "
+                        f"{encoders}@{stage} is version {partner}"
+                    )
     return {"versions": rows, "differences": differences}
 
 
@@ -166,7 +181,7 @@ def _measure(
     Raises:
         UserError: the pair does not pass, and is not forced.
     """
-    former, faults = None, []
+    former, damage = None, []
     try:
         if incumbent is not None:
             with registry_client():
@@ -174,14 +189,10 @@ def _measure(
     except storage.Unavailable:
         raise
     except UserError as error:  # damaged or deleted: it must not stay in production for that
-        faults.append(f"the pair in production cannot be measured ({error})")
-    verdict = gate.examine(
-        halves,
-        former,
-        data=None if data is None else storage.absolute(data),
-        cache_dir=cache_dir(),
-    )
-    faults += verdict.faults
+        damage.append(f"the pair in production cannot be measured ({error})")
+    place = None if data is None else storage.absolute(data)
+    scores, scores_of_replaced, faults = gate.examine(halves, former, place, cache_dir())
+    faults = damage + faults
     if faults and not force:
         raise UserError(
             f"The {preset} of run {halves[0].metadata.get('run_id')} does not go to production: "
@@ -189,61 +200,26 @@ def _measure(
         )
     return {
         "judged_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "scores": dict(verdict.scores),
-        "scores_of_replaced": verdict.incumbent_scores and dict(verdict.incumbent_scores),
+        "scores": scores,
+        "scores_of_replaced": scores_of_replaced,
         "overruled": faults,
         "forced_because": force if faults else None,
     }
 
 
-def _enter(client: MlflowClient, version: ModelVersion, stage: str) -> None:
-    """Set a version's MLflow stage, and add the change, with the gate's numbers, to its history."""
-    if (version.current_stage or "None").lower() != stage:
-        number = str(version.version)
-        client.transition_model_version_stage(version.name, number, stage.capitalize())
-    changes = sorted(name for name in version.tags if name.startswith(_CHANGED))
-    last = _record_in(version, changes[-1]) if changes else {}
-    if last.get("to") != stage:
-        now = datetime.now(UTC)
-        change = {"from": version.tags.get("stage"), "to": stage}
-        change["at"] = now.isoformat(timespec="seconds")
-        if stage == "production" and "gate" in version.tags:
-            change["gate"] = _record_in(version, "gate")
-        tag(client, version, **{f"{_CHANGED}{now:%Y%m%dT%H%M%S.%fZ}": json.dumps(change)})
-    tag(client, version, stage=stage)
-
-
-def _record_in(version: ModelVersion, name: str) -> dict[str, Any]:
-    """Return the record that a tag of a version holds.
+def _enter(client: MlflowClient, version: ModelVersion, former: str | None, stage: str) -> None:
+    """Add a change of stage, with the gate's numbers, to a version's history, and make it.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the tag with the numbers is damaged.
     """
-    where = f"The tag {name} of version {version.version} of {version.name}"
-    return schema.read(version.tags[name].encode(), dict, where, "delete the tag")
-
-
-def _differences(client: MlflowClient, preset: str) -> list[str]:
-    """Return, in words, where aliases, MLflow stages and the two halves differ."""
-    encoders, generators = names = [model_name(preset, kind) for kind in KINDS]
-    aliases = {name: aliases_of(client, name) for name in names}
-    lines, partners = [], {}
-    for name in names:
-        for version in versions_of(client, name):
-            number, mlflow_stage = str(version.version), version.current_stage or "None"
-            own = [stage for stage, holder in aliases[name].items() if holder == number]
-            if own != [mlflow_stage.lower()] and {*own, mlflow_stage.lower()} & set(STAGES):
-                alias = " and ".join(own) or "none"
-                lines.append(f"{name} version {number}: alias {alias}, MLflow stage {mlflow_stage}")
-            if name == encoders:
-                partners |= {stage: version.tags.get("partner_version") for stage in own}
-    lines += [
-        f"{generators}@{stage} is version {aliases[generators].get(stage)}, but the partner of "
-        f"{encoders}@{stage} is version {partners.get(stage)}"
-        for stage in STAGES
-        if partners.get(stage) != aliases[generators].get(stage)
-    ]
-    return lines
+    now, number = datetime.now(UTC), str(version.version)
+    change: dict[str, Any] = {"from": former, "to": stage, "at": now.isoformat(timespec="seconds")}
+    if stage == "production" and "gate" in version.tags:
+        where = f"The tag gate of version {number} of {version.name}"
+        change["gate"] = schema.read(version.tags["gate"].encode(), dict, where, "delete the tag")
+    tag(client, version, **{f"changed.{now:%Y%m%dT%H%M%S.%fZ}": json.dumps(change)})
+    client.transition_model_version_stage(version.name, number, stage.capitalize())
 
 
 def _result(preset: str, stage: str, pair: Pair, replaced: str | None) -> dict[str, Any]:

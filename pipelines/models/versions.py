@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -74,8 +73,6 @@ def resolve(client: MlflowClient, name: str, which: str) -> ModelVersion:
     Raises:
         UserError: no such model or version; the sentence lists the existing ones.
     """
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"{name!r} is no name of a model: it looks like ivegan-digits-encoder.")
     versions = versions_of(client, name)
     if not versions:
         names = [model.name for model in client.search_registered_models()]
@@ -85,8 +82,8 @@ def resolve(client: MlflowClient, name: str, which: str) -> ModelVersion:
     aliases = aliases_of(client, name)
     number = which if which.isdecimal() else aliases.get(which.lower())
     for version in versions:
-        stage = (version.current_stage or "").lower()
-        if str(version.version) == number or (number is None and stage == which.lower()):
+        by_stage = number is None and mlflow_stage(version) == which.lower()
+        if by_stage or str(version.version) == number:
             return version
     existing = ", ".join(
         f"{v.version} ({stage_of(v, aliases) or 'no stage'})" for v in versions[:6]
@@ -98,7 +95,7 @@ def pair_of(client: MlflowClient, preset: str, encoder_version: str) -> Pair:
     """Return the encoder of a version and the generator of the same run.
 
     Raises:
-        UserError: one of them is missing, or they are of different runs.
+        UserError: one of them is missing.
     """
     encoder = resolve(client, model_name(preset, "encoder"), encoder_version)
     partner = encoder.tags.get("partner_version")
@@ -107,13 +104,7 @@ def pair_of(client: MlflowClient, preset: str, encoder_version: str) -> Pair:
             f"Version {encoder_version} of {encoder.name} has no generator: register its "
             f"checkpoint again, {encoder.tags.get('checkpoint')}."
         )
-    generator = resolve(client, model_name(preset, "generator"), partner)
-    if encoder.run_id != generator.run_id:
-        raise UserError(
-            f"Version {encoder.version} of {encoder.name} and version {generator.version} of "
-            f"{generator.name} come from different runs: register the checkpoint again."
-        )
-    return Pair(encoder, generator)
+    return Pair(encoder, resolve(client, model_name(preset, "generator"), partner))
 
 
 def tag(client: MlflowClient, version: ModelVersion, **tags: object) -> None:
@@ -124,12 +115,18 @@ def tag(client: MlflowClient, version: ModelVersion, **tags: object) -> None:
             version.tags[name] = str(value)
 
 
+def mlflow_stage(version: ModelVersion) -> str | None:
+    """Return the MLflow stage of a version in small letters."""
+    stage = (version.current_stage or "None").lower()
+    return None if stage == "none" else stage
+
+
 def stage_of(version: ModelVersion, aliases: dict[str, str]) -> str | None:
     """Return the stage of a version: that of its alias, archived, or None."""
     for stage in reversed(STAGES):
         if aliases.get(stage) == str(version.version):
             return stage
-    return "archived" if version.tags.get("stage") else None
+    return "archived" if mlflow_stage(version) == "archived" else None
 
 
 def describe(version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     else:
         tracking.check(plan.tracking_uri, plan.experiment)
     patience = PATIENCE if options.resume else 0.0
-    with claimed(plan.run_uri, patience, log.info) as ownership:
+    with claimed(plan.run_uri, patience, log.info) as lost:
         searched = {f"space.{name}": text for name, text in definition.space.items()}
         own = {name: getattr(options, name) for name in ("search", "samples", "workers")}
         record = new_record(
@@ -87,7 +87,7 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
             params=searched | own,
         )
         definitions.write(plan.run_uri, definition)
-        with recorded(plan.run_uri, record, plan.tracking_uri, ownership):
+        with recorded(plan.run_uri, record, plan.tracking_uri, lost):
             result = _searched(plan, definition, options)
             if options.confirm:
                 result = _confirmed(plan, definition, options, result)

@@ -6,14 +6,17 @@ import os
 import re
 import sqlite3
 import textwrap
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import quote
 
 import mlflow
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
@@ -21,6 +24,8 @@ from ivegan import storage
 from ivegan.data.cache import lock
 from ivegan.errors import UserError, public
 from pipelines.paths import sqlite_path
+
+log = logging.getLogger(__name__)
 
 # MLflow's own errors; where artifacts go to S3 directly, boto3's errors come through.
 _MLFLOW_TROUBLE = (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
@@ -111,26 +116,22 @@ def _adapt_databases() -> None:
 
 def _move_artifacts(path: Path) -> None:
     """Let a store's artifacts be those beside it, where it was moved or copied with them."""
-    here = (path.parent / "artifacts").as_uri()
+    here = path.parent / "artifacts"
+    if not here.is_dir():
+        return  # the file alone was moved
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         rows = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
-        # MLflow's own experiment is beside the folder that its store was made in. The store is
-        # opened every few seconds: nothing is written where all is right.
-        if ("Default", f"{here}/0") not in rows:
-            database.execute(
-                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0",
-                (f"{here}/0",),
-            )
-        ends = [(where, f"/artifacts/{quote(name)}") for name, where in rows]
-        old = {where[: -len(end)] + "/artifacts" for where, end in ends if where.endswith(end)}
-        for root in {one for one in old if one.startswith("file:")} - {here}:
-            if not (path.parent / "artifacts").is_dir():
-                return  # the file alone was moved
+        roots = {
+            where.removesuffix(f"/{quote(name)}")
+            for name, where in rows
+            if where.startswith("file:") and where.endswith(f"/artifacts/{quote(name)}")
+        }
+        for root in roots - {here.as_uri()}:
             for table, column in _LOCATIONS:
                 database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
                     f"WHERE substr({column}, 1, ?) = ?",
-                    (here, len(root) + 1, len(root) + 1, f"{root}/"),
+                    (here.as_uri(), len(root) + 1, len(root) + 1, f"{root}/"),
                 )
 
 
@@ -163,10 +164,7 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
         where = None if path is None else (path.parent / "artifacts" / name).as_uri()
         note = DESCRIPTIONS.get(name.removeprefix("ivegan-"), "")
         try:
-            tags = {
-                "mlflow.note.content": note,
-                _KIND[0]: _KIND[1],
-            }
+            tags = {"mlflow.note.content": note, _KIND[0]: _KIND[1]}
             return tracked.create_experiment(name, where, tags)
         except MlflowException:
             experiment = tracked.get_experiment_by_name(name)  # another process was faster
@@ -181,30 +179,47 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
     return experiment.experiment_id
 
 
-def get_run(tracked: MlflowClient, run_id: str) -> Run | None:
-    """Return an MLflow run, deleted or not; None if there is none."""
-    try:
-        return tracked.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
+def runs_of(tracked: MlflowClient, key: str) -> list[Run]:
+    """Return the MLflow runs of a key, or of MLflow's own id; deleted ones are included."""
+    name = "attributes.run_id" if re.fullmatch("[0-9a-f]{32}", key) else f"tags.{KEY}"
+    everywhere = [one.experiment_id for one in tracked.search_experiments(ViewType.ALL)]
+    if not everywhere:
+        return []
+    return list(tracked.search_runs(everywhere, f"{name} = '{key}'", ViewType.ALL))
 
 
-def find_run(tracked: MlflowClient, run_id: str) -> str | None:
-    """Return the MLflow id of a run that is given by its id or its key; None if there is none."""
-    if is_id(run_id):
-        run = get_run(tracked, run_id)
-        return run_id if run is not None and run.info.lifecycle_stage == "active" else None
-    everywhere = [one.experiment_id for one in tracked.search_experiments()]
-    query = f"tags.{KEY} = '{run_id}'"
-    runs = tracked.search_runs(everywhere, query, max_results=1) if everywhere else []
+def find_run(tracked: MlflowClient, key: str) -> str | None:
+    """Return the MLflow id of a run that is given as for ``runs_of``; None if it was deleted."""
+    runs = [run for run in runs_of(tracked, key) if run.info.lifecycle_stage == "active"]
     return runs[0].info.run_id if runs else None
 
 
-def is_id(run_id: str) -> bool:
-    """Return whether this is MLflow's id of a run, not our key."""
-    return re.fullmatch("[0-9a-f]{32}", run_id) is not None
+def log_settings(
+    tracked: MlflowClient, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> None:
+    """Write parameters that a run does not have yet, and tags; MLflow lets none change."""
+    existing = tracked.get_run(run_id).data.params
+    missing = [Param(k, str(v)) for k, v in params.items() if k not in existing]
+    tracked.log_batch(run_id, params=missing, tags=[RunTag(k, v) for k, v in tags.items()])
+
+
+def log_file(tracked: MlflowClient, run_id: str, place: str, name: str, folder: str) -> None:
+    """Copy a file, by its name below a place, to a folder of a run's artifacts.
+
+    Links out of the place, and what MLflow refuses for good, are left out.
+    """
+    if not storage.is_inside(place, name):
+        log.warning("%s leads out of %s: left out", name, place)
+        return
+    with TemporaryDirectory() as tmp:
+        path = Path(tmp, PurePosixPath(name).name)
+        path.write_bytes(storage.read_bytes(storage.join(place, name)))
+        try:
+            tracked.log_artifact(run_id, str(path), folder)
+        except TROUBLE as error:
+            if _status(error) not in (400, 403, 413):
+                raise
+            log.warning("MLflow refuses %s of %s (%s): left out", name, place, first_line(error))
 
 
 def refusal(uri: str, error: Exception) -> UserError:
@@ -213,7 +228,9 @@ def refusal(uri: str, error: Exception) -> UserError:
         return UserError(f"MLflow at {public(uri)} refuses: {' '.join(str(error).split())}")
     # Of a database that lets nobody in, and of Databricks without credentials, the error has the
     # remedy.
-    if not is_away(error) or "FATAL:" in str(error) or uri.startswith(("databricks", "uc:")):
+    status = _status(error)
+    away = status in _BUSY or (status >= 500 and status != 501)
+    if not away or "FATAL:" in str(error) or uri.startswith(("databricks", "uc:")):
         return UserError(f"MLflow at {public(uri)} refuses: {first_line(error)}")
     cause: BaseException = error
     while cause.__context__ is not None:  # requests and SQLAlchemy wrap it several times
@@ -227,19 +244,6 @@ def refusal(uri: str, error: Exception) -> UserError:
         f"No MLflow store answers at {public(uri)} ({first_line(cause)}): start it, or set "
         "MLFLOW_TRACKING_URI."
     )
-
-
-def is_away(error: Exception) -> bool:
-    """Return whether a server did not answer, or answered that it is busy."""
-    status = _status(error)
-    return status in _BUSY or (status >= 500 and status != 501)
-
-
-def is_refused(error: Exception) -> bool:
-    """Return whether a request is refused for good; other errors may pass."""
-    if isinstance(error, MlflowException):
-        return error.error_code == "INVALID_PARAMETER_VALUE"
-    return _status(error) in (403, 413)  # of a file, by the store of artifacts
 
 
 def _status(error: Exception) -> int:

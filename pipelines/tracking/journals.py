@@ -9,17 +9,24 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, RunTag
 
 from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.storage.schema import DamagedError, inside, parse_json, read
 from pipelines.paths import tracking_uri
-from pipelines.tracking.client import KEY, client, experiment_of, find_run
+from pipelines.record import ENDED
+from pipelines.tracking.client import (
+    KEY,
+    client,
+    experiment_of,
+    find_run,
+    log_file,
+    log_settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,50 +72,42 @@ class _Entry:
             inside(self.file)
 
 
-_Journal = tuple[str, _Header, list[_Entry]]
-"""Place without suffix, header and entries."""
+_Journal = tuple[str, _Header, list[_Entry], int]
+"""Place without suffix, header, entries, and how many of them MLflow has."""
 
 
-def deliver(where: str | Path) -> dict[str, int]:
+def deliver(folder: str | Path) -> dict[str, int]:
     """Send the entries that journals below a folder still hold; return their number by run.
 
     Raises:
         MlflowException, OSError, UserError: a server does not answer; the rest is sent next time.
     """
-    sent = {}
-    for stem, header, entries in _journals(where):
-        waiting = entries[_sent(stem) :]
-        if not waiting:
-            continue
+    counts = {}
+    for stem, header, entries, sent in _journals(folder):
         uri = tracking_uri(header.uri)
         tracked = client(uri)
         run_id = _run_of(tracked, uri, header.run_key, entries)
         if run_id is None:
             continue  # deleted, or never started
-        for entry in waiting:
+        for entry in entries[sent:]:
             _send(tracked, run_id, entry, stem)
         note = {"run_id": run_id, "entries": len(entries)}
         storage.write_bytes(f"{stem}.sent", json.dumps(note).encode())
-        sent[run_id] = len(waiting)
-    return sent
-
-
-def waiting(where: str | Path) -> dict[str, int]:
-    """Return the number of entries that ``deliver`` would send, by run."""
-    counts = {}
-    for stem, header, entries in _journals(where):
-        if count := len(entries) - _sent(stem):
-            counts[header.run_key] = count
+        counts[run_id] = len(entries) - sent
     return counts
 
 
-def _journals(where: str | Path) -> list[_Journal]:
-    """Return all journals, those that start a run first."""
-    place = storage.absolute(where)
-    names = [name for name in storage.list_files(place) if _NAME.fullmatch(name)]
-    stems = [storage.join(place, name.removesuffix(".jsonl")) for name in names]
-    journals = [journal for journal in map(_read, stems) if journal]
-    return sorted(journals, key=lambda journal: not any(e.start for e in journal[2]))
+def waiting(folder: str | Path) -> dict[str, int]:
+    """Return the number of entries that ``deliver`` would send, by run."""
+    return {h.run_key: len(entries) - sent for _, h, entries, sent in _journals(folder)}
+
+
+def _journals(folder: str | Path) -> list[_Journal]:
+    """Return the journals that are not sent to their end, those that start a run first."""
+    names = [name for name in storage.list_files(folder) if _NAME.fullmatch(name)]
+    journals = [_read(storage.join(folder, name.removesuffix(".jsonl"))) for name in names]
+    unsent = [one for one in journals if one is not None and len(one[2]) > one[3]]
+    return sorted(unsent, key=lambda journal: not any(e.start for e in journal[2]))
 
 
 def _read(stem: str) -> _Journal | None:
@@ -121,49 +120,37 @@ def _read(stem: str) -> _Journal | None:
             entries.append(read(line, _Entry, name))
     except DamagedError as error:
         log.warning("%s", error)
-    return header and (stem, header, entries)
-
-
-def _sent(stem: str) -> int:
     try:
-        return int(parse_json(storage.read_bytes(f"{stem}.sent"), stem)["entries"])
+        sent = int(parse_json(storage.read_bytes(f"{stem}.sent"), stem)["entries"])
     except (ValueError, TypeError, KeyError, UserError):
-        return 0  # entries sent twice are one entry in MLflow
+        sent = 0  # entries sent twice are one entry in MLflow
+    return header and (stem, header, entries, sent)
 
 
 def _run_of(tracked: MlflowClient, uri: str, key: str, entries: list[_Entry]) -> str | None:
     """Return the MLflow run of a journal, created if its start was never sent."""
-    if (run_id := find_run(tracked, key)) is not None:
-        return run_id
+    run_id = find_run(tracked, key)
     for entry in entries:
-        if start := entry.start:
+        if run_id is None and (start := entry.start):
             parent = start.parent and find_run(tracked, start.parent)
             tags = {**start.tags, KEY: key} | ({"mlflow.parentRunId": parent} if parent else {})
             experiment = experiment_of(tracked, start.experiment, uri)
             made = tracked.create_run(experiment, entry.timestamp, tags, start.run_name)
-            return made.info.run_id
-    return None
+            run_id = made.info.run_id
+    return run_id
 
 
 def _send(tracked: MlflowClient, run_id: str, entry: _Entry, stem: str) -> None:
     """Send one entry; sending it again changes nothing."""
-    if entry.start:
-        existing = tracked.get_run(run_id).data.params
-        params = entry.start.params.items()
-        missing = [Param(k, v) for k, v in params if k not in existing]
-        tracked.log_batch(run_id, params=missing)
-        tracked.log_dict(run_id, entry.start.config, "config.json")
+    if start := entry.start:
+        log_settings(tracked, run_id, start.params, {})
+        tracked.log_dict(run_id, start.config, "config.json")
     points = [Metric(k, v, entry.timestamp, entry.step) for k, v in entry.metrics.items()]
     tags = [RunTag(k, v) for k, v in entry.tags.items()]
     if points or tags:
         tracked.log_batch(run_id, metrics=points, tags=tags)
-    file = entry.file
-    if file and not storage.is_inside(stem, file):
-        log.warning("%s leads out of %s: left out", file, stem)
-    elif file and storage.exists(storage.join(stem, file)):
-        with TemporaryDirectory() as tmp:
-            path = Path(tmp, PurePosixPath(file).name)
-            path.write_bytes(storage.read_bytes(storage.join(stem, file)))
-            tracked.log_artifact(run_id, str(path), PurePosixPath(file).parent.as_posix())
-    if entry.status in ("FINISHED", "FAILED", "KILLED"):
+    if entry.file and storage.exists(storage.join(stem, entry.file)):
+        folder = PurePosixPath(entry.file).parent.as_posix()
+        log_file(tracked, run_id, stem, entry.file, folder)
+    if entry.status in ENDED:
         tracked.set_terminated(run_id, entry.status, entry.timestamp)

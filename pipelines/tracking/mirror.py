@@ -5,18 +5,17 @@ ones, so a copy may be cut anywhere and made again. ``mlflow.json`` in the run's
 MLflow run and what it has of the folder.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import re
-import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
-from typing import Any
+from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from ivegan import storage
 from ivegan.config import flatten, from_dict
@@ -24,6 +23,7 @@ from ivegan.errors import UserError, public
 from ivegan.storage.digest import digest
 from ivegan.storage.schema import DamagedError, read
 from pipelines import record as records
+from pipelines.background import repeated
 from pipelines.paths import tracking_uri
 from pipelines.record import RunRecord
 from pipelines.tracking import client as tracking
@@ -31,12 +31,12 @@ from pipelines.tracking import journals
 
 log = logging.getLogger(__name__)
 
-_INTERVAL, _LONGEST_PAUSE, _LAST_CHANCE = 3.0, 30.0, 20.0  # seconds
+_INTERVAL, _LAST_CHANCE = 3.0, 20.0  # seconds
 _COPIED = re.compile(
     r"(metrics/\d[^/]*\.jsonl|figures/\w[^/]*\.png|evaluation-\d+/\w[^/]*|sweep\.(html|png))"
 )
 NOTE = "mlflow.json"
-_PARENT, _ENDED = "mlflow.parentRunId", "ended"
+_Counts = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,6 @@ def mirror(run_uri: str, uri: str) -> int:
 
     A run that was deleted in MLflow stays deleted.
 
-    Args:
-        run_uri: ``STORAGE/RUN_ID``.
-        uri: of the tracking store.
-
     Raises:
         MlflowException, OSError, UserError: a server does not answer; what is missing is copied by
             the next call.
@@ -88,13 +84,22 @@ def mirror(run_uri: str, uri: str) -> int:
     run_id = _run_of(tracked, record, run_uri, uri)
     if run_id is None:
         return 0
-    existing = note.files if run_id == note.run_id else []
-    if not existing or state != note.record:
+    if run_id != note.run_id:
+        note = _Note()
+    if state != note.record:
         _write_settings(tracked, run_id, record, run_uri)
-    new = [name for name in names if name not in existing]
+    new = [name for name in names if name not in note.files]
     _copy_points(tracked, run_id, run_uri, [name for name in new if name.endswith(".jsonl")])
-    _copy_artifacts(tracked, run_id, run_uri, [n for n in new if not n.endswith(".jsonl")])
-    _copy_status(tracked, run_id, record)
+    for name in new:
+        if name.endswith("/metrics.json"):
+            _copy_evaluation(tracked, run_id, record, storage.join(run_uri, name))
+        if not name.endswith(".jsonl"):
+            folder = "figures" if name.startswith("figures/") else "evaluation"
+            tracking.log_file(tracked, run_id, run_uri, name, folder)
+    if record.status in records.ENDED:
+        tracked.set_terminated(run_id, record.status, record.ended)
+    elif record.status == "RUNNING":
+        tracked.update_run(run_id, status="RUNNING")
     _Note(public(uri), run_id, state, names).write(run_uri)
     return len(new)
 
@@ -119,51 +124,31 @@ def _files(run_uri: str) -> list[str]:
 
 def _run_of(tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str) -> str | None:
     """Return the id of the run's MLflow run, made if there is none; None if it was deleted."""
-    note = _Note.read(run_uri)
-    if note.run_id and note.tracking_uri == public(uri):
-        run = tracking.get_run(tracked, note.run_id)
-        if run is not None and run.info.lifecycle_stage == "active":
-            return note.run_id
-    found = _search(tracked, record.key)
-    if not found:
-        if record.schema == 0:  # its journal begins it
-            return None
+    found = tracking.runs_of(tracked, record.key)
+    if not found and record.schema:  # an older run's journal begins it
         tracked.create_run(
             tracking.experiment_of(tracked, record.experiment, uri),
             run_name=record.run_id,
             start_time=record.started,
             tags={tracking.KEY: record.key, **_parent_tag(tracked, record, run_uri, uri)},
         )
-        found = _search(tracked, record.key)  # another mirror may have made one at once
-    active = [run for run in found if run.info.lifecycle_stage == "active"]
-    active.sort(key=lambda run: (run.info.start_time, run.info.run_id))
-    for run in active[1:]:
-        tracked.delete_run(run.info.run_id)
-    return active[0].info.run_id if active else None
-
-
-def _search(tracked: MlflowClient, key: str) -> list[Any]:
-    """Return the runs of a key, deleted ones included."""
-    everywhere = [e.experiment_id for e in tracked.search_experiments(ViewType.ALL)]
-    if not everywhere:
-        return []
-    return list(tracked.search_runs(everywhere, f"tags.{tracking.KEY} = '{key}'", ViewType.ALL))
+        found = tracking.runs_of(tracked, record.key)  # another mirror may have made one at once
+    active = sorted(run.info.run_id for run in found if run.info.lifecycle_stage == "active")
+    for run_id in active[1:]:
+        tracked.delete_run(run_id)
+    return active[0] if active else None
 
 
 def _parent_tag(tracked: MlflowClient, record: RunRecord, run_uri: str, uri: str) -> dict[str, str]:
     """Return the tag that nests a run; the run above it is made first."""
-    parent = record.parent
-    if parent is None:
+    if record.parent is None:
         return {}
-    if tracking.is_id(parent):
-        return {_PARENT: parent}
-    above = storage.join(run_uri.rpartition("/")[0], parent)
+    above = storage.join(run_uri.rpartition("/")[0], record.parent)
     if records.exists(above):
         run_id = _run_of(tracked, records.read_record(above), above, uri)
-        run_id = run_id or _Note.read(above).run_id
-    elif (run_id := tracking.find_run(tracked, parent)) is None:
-        raise UserError(f"the run {parent} has to come first")
-    return {_PARENT: run_id} if run_id else {}
+    else:
+        run_id = tracking.find_run(tracked, record.parent)
+    return {"mlflow.parentRunId": run_id} if run_id else {}
 
 
 def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_uri: str) -> None:
@@ -174,8 +159,6 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
     if record.kind == "train":
         params |= {"threads": record.threads, "stream": record.stream, "compile": record.compile}
         params |= {"precision": record.precision, "accumulate": record.micro_batches}
-    existing = tracked.get_run(run_id).data.params
-    missing = [Param(k, str(v)) for k, v in params.items() if k not in existing]
     source = "tune.py" if record.kind == "sweep" or record.parent else "train.py"
     tags = {
         "preset": record.preset,
@@ -186,8 +169,11 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
         "mlflow.source.type": "JOB",
         "mlflow.source.name": source,
         "mlflow.user": tracking.user(),
+        **record.tags,
     }
-    tracked.log_batch(run_id, params=missing, tags=[RunTag(k, v) for k, v in tags.items()])
+    tracking.log_settings(tracked, run_id, params, tags)
+    if "ended" in tracked.get_run(run_id).data.tags and "ended" not in record.tags:  # resumed
+        tracked.delete_tag(run_id, "ended")
     place = json.dumps({"uri": record.data or config.dataset})
     data = Dataset(config.dataset, record.dataset_hash[:36], "ivegan", place)
     context = InputTag("mlflow.data.context", "training")
@@ -205,94 +191,45 @@ def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[s
         tracked.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
-def _copy_artifacts(tracked: MlflowClient, run_id: str, run_uri: str, names: list[str]) -> None:
-    """Copy figures, and files of an evaluation with its numbers; leave out what is refused."""
-    for name in names:
-        if not storage.is_inside(run_uri, name):
-            log.warning("%s leads out of %s: left out", name, run_uri)
-            continue
-        content = storage.read_bytes(storage.join(run_uri, name))
-        if name.endswith("/metrics.json"):
-            _copy_evaluation(tracked, run_id, name, storage.join(run_uri, name))
-        folder = "figures" if name.startswith("figures/") else "evaluation"
-        with TemporaryDirectory() as tmp:
-            path = Path(tmp, PurePosixPath(name).name)
-            path.write_bytes(content)
+def _copy_evaluation(tracked: MlflowClient, run_id: str, record: RunRecord, uri: str) -> None:
+    """Copy an evaluation's numbers, at a time that is the same if they are copied again."""
+    if (found := records.sound_evaluation(uri)) is not None:
+        images_seen = int(uri.rpartition("/")[0].rpartition("-")[2])
+        metrics = [Metric(k, v, record.started, images_seen) for k, v in found.metrics.items()]
+        tracked.log_batch(run_id, metrics=metrics)
+
+
+@contextlib.contextmanager
+def mirrored(run_uri: str, uri: str) -> Iterator[None]:
+    """Mirror a run every few seconds while the block runs, in a thread that it never waits for.
+
+    At the end the rest is copied, in about twenty seconds; what MLflow does not take is left to
+    ``sync``.
+    """
+    reason, ended = "", False
+
+    def copy() -> None:
+        nonlocal reason
+        first, reason = not reason, f"no answer in {_LAST_CHANCE:g} s"
+        try:
+            mirror(run_uri, uri)
+            reason = ""
+        except Exception as error:  # of any kind: training is worth more
+            reason = tracking.first_line(error)
+            if first and not ended:
+                log.warning("MLflow does not take the run (%s); training continues", reason)
+
+    try:
+        with repeated(copy, _INTERVAL, "mirror", last=True, patience=_LAST_CHANCE):
             try:
-                tracked.log_artifact(run_id, str(path), folder)
-            except tracking.TROUBLE as error:
-                if not tracking.is_refused(error):
-                    raise
-                reason = tracking.first_line(error)
-                log.warning("MLflow refuses %s of run %s (%s): left out", name, run_id, reason)
-
-
-def _copy_evaluation(tracked: MlflowClient, run_id: str, name: str, uri: str) -> None:
-    """Copy an evaluation's numbers; evaluated again, a checkpoint gets no second point."""
-    found, existing = records.sound_evaluation(uri), tracked.get_run(run_id).data.metrics
-    if found is None:
-        return
-    images_seen = int(name.partition("/")[0].rpartition("-")[2])
-    metrics = []
-    for key, value in found.metrics.items():
-        history = tracked.get_metric_history(run_id, key) if key in existing else []
-        if all(point.step != images_seen for point in history):
-            metrics.append(Metric(key, value, records.now(), images_seen))
-    tracked.log_batch(run_id, metrics=metrics)
-
-
-def _copy_status(tracked: MlflowClient, run_id: str, record: RunRecord) -> None:
-    """Bring tags and status up to date."""
-    run = tracked.get_run(run_id)
-    tags = [RunTag(k, v) for k, v in record.tags.items() if run.data.tags.get(k) != v]
-    if tags:
-        tracked.log_batch(run_id, tags=tags)
-    if _ENDED in run.data.tags and _ENDED not in record.tags:
-        tracked.delete_tag(run_id, _ENDED)
-    if record.status in records.ENDED:
-        tracked.set_terminated(run_id, record.status, record.ended)
-    elif record.status == "RUNNING" and run.info.status != "RUNNING":
-        tracked.update_run(run_id, status="RUNNING")
-
-
-class Mirror:
-    """Mirrors a run every few seconds, in a thread that training never waits for."""
-
-    def __init__(self, run_uri: str, uri: str) -> None:
-        self._run_uri, self._uri = run_uri, uri
-        folder = run_uri.rpartition("/")[0]
-        self._remedy = f"`python pipelines/registry.py sync --storage {folder}` copies the rest."
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Copy the rest, in about twenty seconds; what MLflow does not take is left to ``sync``."""
-        self._done.set()
-        self._thread.join(_LAST_CHANCE)
-        if self._thread.is_alive():
-            log.warning("MLflow did not take all in %g s; %s", _LAST_CHANCE, self._remedy)
-
-    def _run(self) -> None:
-        failures = 0
-        while True:
-            done = self._done.is_set()
-            try:
-                mirror(self._run_uri, self._uri)
-                failures = 0
-            except Exception as error:  # of any kind: training is worth more
-                reason = tracking.first_line(error)
-                if done:
-                    log.warning(
-                        "MLflow lacks a part of %s (%s); %s", self._run_uri, reason, self._remedy
-                    )
-                elif not failures:
-                    answer = "does not answer" if tracking.is_away(error) else "refuses the run"
-                    log.warning("MLflow %s (%s); training continues", answer, reason)
-                failures += 1
-            if done:
-                return
-            self._done.wait(min(_INTERVAL * 2.0 ** min(failures, 9), _LONGEST_PAUSE))
+                yield
+            finally:
+                ended = True
+    finally:
+        if reason:
+            folder = run_uri.rpartition("/")[0]
+            remedy = f"`python pipelines/registry.py sync --storage {folder}` copies the rest."
+            log.warning("MLflow lacks a part of %s (%s); %s", run_uri, reason, remedy)
 
 
 def sync(where: str | Path) -> dict[str, int]:
@@ -302,61 +239,51 @@ def sync(where: str | Path) -> dict[str, int]:
     folders of its runs and in ``journal`` beside them, are delivered first.
 
     Raises:
-        UserError: a server does not take a run; all others are copied nevertheless.
+        UserError: a record is damaged or a server does not take a run; all others are copied.
     """
-    copied: dict[str, int] = {}
-    pending, damaged = _pending(where)
-    failure: UserError | None = next(iter(damaged), None)
-    copies = [(folder, journals.deliver) for folder in _journal_folders(where)]
-    copies += [(run_uri, _mirrored) for run_uri, *_ in pending]
-    for place, copy in copies:
-        try:
-            copied |= copy(place)
-        except tracking.TROUBLE as error:
-            failure = failure or UserError(
-                f"MLflow does not take all of {place} ({tracking.first_line(error)}): try sync "
-                "again later."
-            )
-    if failure is not None:
-        raise failure
+    copied, failures = _of_all(where, journals.deliver, _copied)
+    if failures:
+        raise failures[0]
     return copied
-
-
-def _mirrored(run_uri: str) -> dict[str, int]:
-    return {records.read_record(run_uri).run_id: mirror(run_uri, store_of(run_uri))}
 
 
 def waiting(where: str | Path) -> dict[str, int]:
     """Return by run id how many files ``sync`` would copy; nothing is copied."""
-    counts = {record.run_id: len(new) for _, record, new in _pending(where)[0]}
-    for folder in _journal_folders(where):
-        counts |= journals.waiting(folder)
-    return counts
+    return _of_all(where, journals.waiting, _waiting)[0]
 
 
-def _journal_folders(where: str | Path) -> list[str]:
-    """Return the folders that may hold journals of version 0.1."""
+def _of_all(
+    where: str | Path, of_journals: Callable[[str], _Counts], of_run: Callable[[str], _Counts]
+) -> tuple[_Counts, list[UserError]]:
+    """Return what two functions count in folders of journals and of runs, and what fails."""
     place = storage.absolute(where)
-    beside = storage.join(place.rpartition("/")[0], "journal")
-    return [folder for folder in (place, beside) if storage.exists(folder)]
-
-
-def _pending(
-    where: str | Path,
-) -> tuple[list[tuple[str, RunRecord, list[str]]], list[DamagedError]]:
-    """Return the runs of which MLflow lacks files, with these, and errors of damaged runs.
-
-    Runs that others are nested under come first.
-    """
-    found, damaged = [], []
-    for run_uri in records.list_runs(storage.absolute(where)):
+    folders = (place, storage.join(place.rpartition("/")[0], "journal"))
+    parts = [(of_journals, folder) for folder in folders if storage.exists(folder)]
+    parts += [(of_run, run_uri) for run_uri in records.list_runs(place)]
+    counts: _Counts = {}
+    failures: list[UserError] = []
+    for count, part in parts:
         try:
-            record = records.end_if_dead(run_uri, records.read_record(run_uri))
+            counts |= count(part)
         except DamagedError as error:
-            log.warning("%s", error)
-            damaged.append(error)
-            continue
-        new = _Note.read(run_uri).lacks(_files(run_uri), digest(dataclasses.asdict(record)))
-        if record.schema and new is not None:  # an older run's journal delivers it
-            found.append((run_uri, record, new))
-    return sorted(found, key=lambda one: one[1].parent is not None), damaged
+            failures.append(error)
+        except tracking.TROUBLE as error:
+            reason = tracking.first_line(error)
+            failures.append(
+                UserError(f"MLflow does not take all of {part} ({reason}): try sync again later.")
+            )
+    for failure in failures:
+        log.warning("%s", failure)
+    return counts, failures
+
+
+def _copied(run_uri: str) -> _Counts:
+    return {run_id: mirror(run_uri, store_of(run_uri)) for run_id in _waiting(run_uri)}
+
+
+def _waiting(run_uri: str) -> _Counts:
+    """Return how many files of a run MLflow lacks, under its id; empty where it has all."""
+    record = records.end_if_dead(run_uri, records.read_record(run_uri))
+    new = _Note.read(run_uri).lacks(_files(run_uri), digest(dataclasses.asdict(record)))
+    # An older run's journal delivers it.
+    return {} if new is None or record.schema == 0 else {record.run_id: len(new)}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from ivegan import storage
 from ivegan.config import config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
-from pipelines.claim import PATIENCE, Ownership, claimed
+from pipelines.claim import PATIENCE, claimed
 from pipelines.cluster.session import (
     Terminated,
     answer_of,
@@ -63,7 +64,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
     asked = started(functools.partial(_open_tracking, plan, resumed))
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if plan.run.resume else 0.0
-        ownership = stack.enter_context(claimed(plan.run_uri, patience, log_line))
+        lost = stack.enter_context(claimed(plan.run_uri, patience, log_line))
         sizes, each = sizes_of(plan.config, plan.run), plan.run.worker_resources
         room = functools.partial(require_resources, sizes, each, plan.run.wait_for_nodes, log_line)
         if plan.run.workers:  # Ray starts while MLflow is asked
@@ -73,7 +74,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         record = new_record(plan, record.dataset_hash)
         answer_of(asked)
         asked_to_end = stack.enter_context(terminated_by_signal(0 if plan.run.workers else GRACE))
-        stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri, ownership))
+        stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri, lost))
         follower = Follower(plan, show, measure)
         metadata = _metadata(record)
         if plan.run.workers:
@@ -101,26 +102,23 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
 
 @contextlib.contextmanager
 def recorded(
-    run_uri: str, record: RunRecord, tracking_uri: str, ownership: Ownership
+    run_uri: str, record: RunRecord, tracking_uri: str, lost: threading.Event
 ) -> Iterator[None]:
     """Write a run's record, mirror it while the block runs, and write how the block ended."""
-    from pipelines.tracking.mirror import Mirror
+    from pipelines.tracking.mirror import mirrored
 
     records.write_record(run_uri, record)
-    mirror = Mirror(run_uri, tracking_uri)
     status = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit, Terminated):
-        status = "KILLED"
-        raise
-    finally:
+    with mirrored(run_uri, tracking_uri):
         try:
-            if not ownership.lost:
-                records.end_record(run_uri, status)
+            yield
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit, Terminated):
+            status = "KILLED"
+            raise
         finally:
-            mirror.close()
+            if not lost.is_set():
+                records.end_record(run_uri, status)
 
 
 def _open_tracking(plan: Plan, resumed: bool) -> None:

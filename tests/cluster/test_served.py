@@ -1,14 +1,14 @@
 """Registered models in the hands of people who have MLflow and torch, and nothing of ours."""
 
-import json
+import contextlib
 import os
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 from local_cluster import free_port
 from processes import kill, wait_for
@@ -41,38 +41,27 @@ def pair(home: Path, store: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.slow
 def test_mlflow_serves_a_registered_model_over_http(pair, home, store):
     """``mlflow models serve`` in a process of its own, asked as any client would ask it."""
-    port = free_port()
-    log, programs = home / "serve.log", Path(sys.executable).parent
+    url, log = f"http://127.0.0.1:{free_port()}", home / "log"
+    programs = Path(sys.executable).parent
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # as activated: it looks for uvicorn
-    words = ["models", "serve", "-m", f"models:/{NAMES[0]}@staging", "--env-manager", "local"]
+    words = [programs / "mlflow", "models", "serve", "--env-manager", "local"]
+    words += ["-m", f"models:/{NAMES[0]}@staging", "--port", url.rpartition(":")[2]]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path}
     with log.open("w") as out:
-        server = subprocess.Popen(
-            [str(programs / "mlflow"), *words, "--port", str(port)],
-            stdout=out,
-            stderr=out,
-            cwd=home,
-            env=os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": path},
-        )
+        server = subprocess.Popen(words, stdout=out, stderr=out, cwd=home, env=environment)
 
     def answers() -> bool:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-        except OSError:
-            return False
-        return True
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"{url}/ping", timeout=5).ok
+        return False
 
     try:
         wait_for(answers, server, log)
         given, expected = pair[NAMES[0]]
         for size in (1, 3):
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/invocations",
-                json.dumps({"inputs": given[:size].tolist()}).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=60) as response:
-                found = np.asarray(json.load(response)["predictions"])
-            np.testing.assert_allclose(found, expected[:size], atol=1e-5)
+            inputs = {"inputs": given[:size].tolist()}
+            answer = requests.post(f"{url}/invocations", json=inputs, timeout=60).json()
+            np.testing.assert_allclose(answer["predictions"], expected[:size], atol=1e-5)
     finally:
         kill(server)
 

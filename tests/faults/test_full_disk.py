@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -24,37 +25,33 @@ class Disk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"only root mounts a small disk: {done.stderr.strip()}")
 
     def change(self, options: str) -> None:
         """Mount it again with other options, ``size=1m`` or ``ro``."""
-        words = ["mount", "-o", f"remount,{options}", str(self.folder)]
-        subprocess.run(words, check=True)
+        subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
     def leave(self, free: int) -> None:
         """Make it so small that this many bytes are free."""
-        usage = shutil.disk_usage(self.folder)
-        self.change(f"size={usage.used + free}")
+        self.change(f"size={shutil.disk_usage(self.folder).used + free}")
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "disk")
-    yield disk
-    subprocess.run(["umount", str(disk.folder)], check=True)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
+    if subprocess.run(words, check=False).returncode:
+        pytest.skip("only root mounts a small disk")
+    yield Disk(folder)
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture
 def command(home: Path) -> Callable[..., str]:
     """Return a function that runs a command of ours and returns its stderr."""
 
-    def run(*words: str, status: int = 0, **variables: str) -> str:
-        variables["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-        done = processes.command(*words, cwd=home, status=status, **variables)
+    def run(*words: str, **given: Any) -> str:
+        done = processes.command(*words, cwd=home, MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", **given)
         assert "Traceback" not in done.stderr
         return done.stderr
 

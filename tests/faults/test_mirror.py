@@ -16,8 +16,7 @@ from ivegan.config import preset, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
 from pipelines.record import MetricsWriter, RunRecord
-from pipelines.tracking import mirror as mirrors
-from pipelines.tracking.mirror import Mirror, mirror, sync, waiting
+from pipelines.tracking.mirror import mirror, mirrored, run_id_of, sync, waiting
 
 
 def run_folder(storage: Path, run_id: str = "a", status: str = "FINISHED", **changes) -> str:
@@ -46,41 +45,23 @@ def points(uri: str, run_id: str, name: str = "loss/D") -> list[tuple[int, float
     return [(p.step, p.value) for p in MlflowClient(uri).get_metric_history(run_id, name)]
 
 
-def run_id_of(run_uri: str) -> str:
-    return json.loads(Path(run_uri, "mlflow.json").read_text())["run_id"]
-
-
-def test_a_run_is_copied_once_however_often_it_is_mirrored(store, home, mlflow_runs):
+def test_a_run_is_copied_once_however_often_it_is_mirrored(store, home, mlflow_runs, caplog):
+    """A point is never rewritten, and a link out of the folder is left out."""
     run_uri = run_folder(home / "runs")
-    assert mirror(run_uri, store) == 4
+    Path(run_uri, "figures", "password.png").symlink_to("/etc/passwd")
+    records.write_points(run_uri, 128, {"loss/D": 9.0})
+    assert mirror(run_uri, store) == 5
     assert mirror(run_uri, store) == 0
     Path(run_uri, "mlflow.json").unlink()  # as if the mirror had been killed before it
-    assert mirror(run_uri, store) == 4
+    assert mirror(run_uri, store) == 5
     (run,) = mlflow_runs(store)
     assert points(store, run.info.run_id) == [(64, 1.0), (128, 2.0), (192, 3.0)]
     assert run.info.status == "FINISHED"
     assert set(run.data.metrics) == {"loss/D"}
     files = MlflowClient(store).list_artifacts(run.info.run_id, "figures")
     assert [file.path for file in files] == ["figures/samples-0000000192.png"]
-    assert waiting(home / "runs") == {}
-
-
-def test_a_figure_that_is_a_link_out_of_its_folder_is_left_out(store, home, mlflow_runs, caplog):
-    run_uri = run_folder(home / "runs")
-    Path(run_uri, "figures", "password.png").symlink_to("/etc/passwd")
-    sync(home / "runs")
-    (run,) = mlflow_runs(store)
-    files = MlflowClient(store).list_artifacts(run.info.run_id, "figures")
-    assert [file.path for file in files] == ["figures/samples-0000000192.png"]
     assert "figures/password.png leads out of" in caplog.text
-
-
-def test_a_point_is_never_rewritten(home):
-    run_uri = run_folder(home)
-    before = records.read_metrics(run_uri)
-    records.write_points(run_uri, 128, {"loss/D": 9.0})
-    assert records.read_metrics(run_uri) == before
-    assert records.curve(run_uri, "loss/D") == ([64, 128, 192], [1.0, 2.0, 3.0])
+    assert waiting(home / "runs") == {}
 
 
 def test_a_run_deleted_in_mlflow_stays_deleted(store, home, mlflow_runs):
@@ -132,9 +113,9 @@ def test_a_running_record_of_a_dead_driver_is_killed(store, home, mlflow_runs):
 def test_an_outage_is_logged_and_sync_copies_the_rest(store, home, monkeypatch, caplog):
     uri = "http://user:sesame@127.0.0.1:9/x"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(mirrors, "_LAST_CHANCE", 20.0)
     run_uri = run_folder(home / "runs")
-    Mirror(run_uri, uri).close()
+    with mirrored(run_uri, uri):
+        pass
     assert "registry.py sync" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/x.*try sync again") as raised:

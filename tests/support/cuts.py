@@ -1,6 +1,5 @@
 """Registrations cut between two calls of MLflow's client."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,26 +15,21 @@ class CutError(Exception):
     """The process that writes to MLflow dies before its next call."""
 
 
-class Fragile:
-    """Cuts the calls that write to MLflow's registry, after so many of them."""
+def cut_after(calls: int, patch: pytest.MonkeyPatch) -> None:
+    """Let only so many calls that write to MLflow's registry come through."""
+    left = iter(range(calls))
 
-    WRITING = re.compile("^(set_|delete_|transition_|create_|log_|finalize_)")
-
-    def __init__(self, patch: pytest.MonkeyPatch, calls: int) -> None:
-        self.left = calls
-        self.was_cut = False
-        for name in filter(self.WRITING.match, dir(MlflowClient)):
-            patch.setattr(MlflowClient, name, self._counted(getattr(MlflowClient, name)))
-
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if self.left == 0:
-                self.was_cut = True
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def call_or_die(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is None:
                 raise CutError
-            self.left -= 1
             return call(*args, **kwargs)
 
-        return counted
+        return call_or_die
+
+    for name in dir(MlflowClient):
+        if name.startswith(("set_", "delete_", "transition_", "create_", "log_", "finalize_")):
+            patch.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
 
 
 def copied(write: Callable[..., str], kept: Path) -> Callable[..., str]:

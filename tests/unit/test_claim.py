@@ -3,18 +3,20 @@
 import dataclasses
 import json
 import signal
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from processes import program
 
 from ivegan import storage
+from ivegan.config import preset
 from ivegan.errors import UserError
 from pipelines import claim
+from pipelines import record as records
 from pipelines.claim import _Claim, claimed
+from pipelines.training.fit import fit
+from pipelines.training.plan import Run, resolve
 
 
 def write(folder: Path, number: int, **changes: object) -> None:
@@ -47,8 +49,8 @@ def test_of_many_at_once_one_owns_the_folder(tmp_path: Path) -> None:
 
 def test_the_claim_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
     write(tmp_path, 1, pid_started=1.0)
-    with claimed(str(tmp_path), 0, print) as ownership:
-        assert not ownership.lost
+    with claimed(str(tmp_path), 0, print) as lost:
+        assert not lost.is_set()
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -75,28 +77,18 @@ def test_an_owner_that_lost_the_folder_stops(
     stopped = threading.Event()
     signals: list[int] = []
     monkeypatch.setattr("os.kill", lambda _, number: (signals.append(number), stopped.set()))
-    with claimed(str(tmp_path), 0, print) as ownership:
+    with claimed(str(tmp_path), 0, print) as lost:
         first = (tmp_path / "claim-0000000001.json").read_bytes()
         write(tmp_path, 2, host="elsewhere")
         assert stopped.wait(60)
-        assert ownership.lost
+        assert lost.is_set()
     assert signals == [signal.SIGTERM]
     assert not json.loads(first)["released"]
     assert not json.loads((tmp_path / "claim-0000000001.json").read_bytes())["released"]
 
 
-def test_two_runs_of_one_id_at_once_are_one_run(home: Path, store: str) -> None:
-    command = program("train.py", "ring", "--workers", "0", "--run-id", "a")
-    command += ["--total-images", "20000", "--storage", str(home / "runs")]
-    runs = [
-        subprocess.Popen([*command, "--seed", seed], stderr=subprocess.PIPE, text=True)
-        for seed in "01"
-    ]
-    errors = [run.communicate()[1] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 2], errors
-    (winner,) = [seed for seed, run in enumerate(runs) if run.returncode == 0]
-    record = json.loads((home / "runs/a/run.json").read_text())
-    assert record["config"]["seed"] == winner
-    assert record["status"] == "FINISHED"
-    loser = errors[1 - winner]
-    assert "is in use by process" in loser or "exists in" in loser
+def test_a_run_whose_folder_is_in_use_does_not_start(home: Path, store: str) -> None:
+    plan = resolve("ring", preset("ring"), Run(workers=0, run_id="a"))
+    with claimed(plan.run_uri, 0, print), pytest.raises(UserError, match="is in use by process"):
+        fit(plan)
+    assert not records.exists(plan.run_uri)

@@ -7,24 +7,23 @@ from pathlib import Path
 import pytest
 from ranks import in_ranks
 
+from ivegan import storage
 from pipelines import record as records
 from pipelines.training import plan
 from pipelines.training.ray_backend import unshared
 
 
 @pytest.fixture
-def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Return a function that makes a folder of code without git the code that runs."""
     monkeypatch.setenv("PATH", "/nowhere")
     for name in ("IVEGAN_GIT_COMMIT", "IVEGAN_IMAGE_COMMIT"):
         monkeypatch.delenv(name, raising=False)
 
-    def running(folder: str) -> Path:
+    def running(folder: str, content: str) -> None:
         path = tmp_path / folder / "pipelines" / "training" / "plan.py"
-        path.parent.mkdir(parents=True)
-        path.write_text("# a plan\n")
+        storage.write_bytes(path, content.encode())
         monkeypatch.setattr(plan, "__file__", str(path))
-        return path
 
     return running
 
@@ -38,20 +37,19 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pat
     ],
 )
 def test_the_commit_is_that_of_the_code_which_runs(code, monkeypatch, folder, variables, commit):
-    code(folder)
+    code(folder, "# a plan")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert plan.git_commit() == commit
 
 
 def test_code_without_git_and_image_is_identified_by_its_content(code):
-    code("a")
-    first = plan.git_commit()
-    assert first.startswith("code-")
-    path = code("b")
-    assert plan.git_commit() == first
-    path.write_text("# another plan\n")
-    assert plan.git_commit() != first
+    commits = []
+    for folder, content in (("a", "# a plan"), ("b", "# a plan"), ("c", "# another plan")):
+        code(folder, content)
+        commits.append(plan.git_commit())
+    assert commits[0].startswith("code-")
+    assert commits[0] == commits[1] != commits[2]
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
