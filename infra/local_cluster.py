@@ -9,6 +9,7 @@ disk, and the keys are in a file that only their processes are given.
 """
 
 import configparser
+import fcntl
 import json
 import os
 import pwd
@@ -20,19 +21,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
+from s3_server import ACCESS_KEY, HOST, STORES
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / "runs" / "cluster.json"
-HOST, BUCKET, ACCOUNT = "127.0.0.1", "ivegan", "trainer"
+BUCKET, ACCOUNT = "ivegan", "trainer"
 NODES = ("node-1", "node-2")
-_children: list[subprocess.Popen] = []
 _PATIENCE = 180  # seconds for one server to start; MLflow makes its tables in the first ten
 
 
@@ -40,10 +41,12 @@ _PATIENCE = 180  # seconds for one server to start; MLflow makes its tables in t
 class Cluster:
     """Where the servers are; written to a file that only its owner can read."""
 
+    state: str
+    """That file, which is written at the start of each server."""
     folder: str
     """All data, logs and secrets; short, because sockets lie in it."""
-    ports: dict[str, int] = field(default_factory=dict)
-    secrets: dict[str, str] = field(default_factory=dict)
+    ports: dict[str, int]
+    secrets: dict[str, str]
     processes: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Process id and time of its start, by name."""
     database: str = ""
@@ -67,19 +70,16 @@ class Cluster:
             "AWS_SHARED_CREDENTIALS_FILE": f"{self.folder}/secrets/credentials",
         }
 
-    def save(self, state: Path) -> None:
+    def save(self) -> None:
         """Write the file that ``read`` reads."""
+        state = Path(self.state)
         state.parent.mkdir(parents=True, exist_ok=True)
         state.touch(0o600)
         state.write_text(json.dumps(asdict(self), indent=2))
 
 
 def read(state: Path = STATE) -> Cluster:
-    """Return the cluster that is up.
-
-    Raises:
-        SystemExit: there is none.
-    """
+    """Return the cluster that is up."""
     if not state.exists():
         raise SystemExit("No cluster is up: run `make cluster-up` first.")
     return Cluster(**json.loads(state.read_text()))
@@ -92,16 +92,12 @@ def up(state: Path = STATE, *, ray: bool = True) -> Cluster:
     """
     if state.exists():
         raise SystemExit(f"A cluster is up, or was not ended: run `make cluster-down` ({state}).")
-    cluster = Cluster(tempfile.mkdtemp(prefix="ivegan-"))
+    cluster = prepare(Path(tempfile.mkdtemp(prefix="ivegan-")), state)
     try:
-        prepare(cluster)
-        cluster.save(state)
         for start in (start_postgres, start_s3, start_mlflow, *([start_head] if ray else [])):
             start(cluster)
-            cluster.save(state)
         for name in NODES if ray else ():
             start_node(cluster, name)
-            cluster.save(state)
     except BaseException:
         down(state)
         raise
@@ -114,7 +110,7 @@ def down(state: Path = STATE) -> None:
         return
     cluster = read(state)
     for name in reversed(list(cluster.processes)):
-        end(cluster, name)
+        end(cluster, name.partition("/")[0])
     shutil.rmtree(cluster.folder, ignore_errors=True)
     state.unlink()
 
@@ -124,32 +120,31 @@ def servers() -> Iterator[Cluster]:
     """Run all servers but Ray's while a block runs; those that it starts again are ended too."""
     with tempfile.TemporaryDirectory(prefix="ivegan-servers-") as folder:
         state = Path(folder) / "cluster.json"
-        cluster = up(state, ray=False)
         try:
-            yield cluster
+            yield up(state, ray=False)
         finally:
-            cluster.save(state)
             down(state)
 
 
 def end(cluster: Cluster, name: str, *, kill: bool = False) -> None:
-    """End a server with all that it started; with ``kill`` as a lost node would, without notice."""
-    pid, started = cluster.processes[name]
-    try:
-        parent = psutil.Process(pid)
-        if abs(parent.create_time() - started) > 1:  # another program got the id
-            return
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family[:1] if not kill else []:
+    """End a server with all that it started; with ``kill`` as a lost node would, without notice.
+
+    Of a server of several processes, ``s3``, the others are named ``s3/…``.
+    """
+    parents: list[psutil.Process] = []
+    for one, (pid, started) in cluster.processes.items():
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            # Another program may have got the id.
+            if one.partition("/")[0] == name and abs(process.create_time() - started) < 1:
+                parents.append(process)
+    family = [*parents, *(child for one in parents for child in one.children(recursive=True))]
+    for process in [] if kill else parents:
         process.terminate()
     alive = psutil.wait_procs(family, timeout=0 if kill else 15)[1]
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=15)
-    for child in _children:
-        child.poll()  # Python warns of one whose end it has not seen
 
 
 def start_postgres(cluster: Cluster) -> None:
@@ -187,17 +182,28 @@ def start_postgres(cluster: Cluster) -> None:
 
 def start_s3(cluster: Cluster) -> None:
     """Start the S3 server, and make the bucket."""
-    words = [sys.executable, ROOT / "infra" / "s3_server.py", f"{cluster.folder}/s3"]
-    words += ["--port", cluster.ports["s3"], "--secret", cluster.secrets["s3"]]
-    _start(cluster, "s3", words)
-    _wait(cluster, "s3", lambda: _status(f"{cluster.url('s3')}/healthcheck") == 200)
+    folder = Path(cluster.folder) / "s3"
+    names = {name: f"s3/{name}" for name in STORES} | {"proxy": "s3"}
+    ports = {server: cluster.ports[name] for server, name in names.items()}
+    settings = {"folder": str(folder), "ports": ports, "secret": cluster.secrets["s3"]}
+    words = [sys.executable, ROOT / "infra" / "s3_server.py"]
+    subprocess.run(words, input=json.dumps(settings), text=True, check=True)
+    # The proxy finds the module of its cache there.
+    environment = environment_of(cluster) | {"PYTHONPATH": str(ROOT / "infra")}
+    for group in (STORES, ("proxy",)):  # without its stores it reports that no bucket exists
+        for server in group:
+            words = [program(f"swift-{server}-server"), folder / f"{server}.conf"]
+            _start(cluster, names[server], words, env=environment)
+        for name in (names[server] for server in group):
+            url = f"{cluster.url(name)}/healthcheck"
+            _wait(cluster, name, lambda url=url: _status(url) == 200)
     import boto3
 
     client = boto3.client(
         "s3",
         endpoint_url=cluster.url("s3"),
         region_name="us-east-1",
-        aws_access_key_id="ivegan:ivegan",
+        aws_access_key_id=ACCESS_KEY,
         aws_secret_access_key=cluster.secrets["s3"],
     )
     if BUCKET not in [one["Name"] for one in client.list_buckets()["Buckets"]]:
@@ -284,18 +290,24 @@ def ask_ray(cluster: Cluster, path: str) -> Any:
     return answer.json()
 
 
-def prepare(cluster: Cluster) -> None:
-    """Choose ports and secrets, and write the secrets' files."""
-    folder = Path(cluster.folder)
+def prepare(folder: Path, state: Path) -> Cluster:
+    """Return a cluster with ports and secrets, of which none has started; write its files."""
     folder.chmod(0o711)  # PostgreSQL's user passes through to its own folder
-    names = ("postgres", "s3", "mlflow", "ray", "dashboard")
-    cluster.ports = {name: free_port() for name in names}
-    names = ("database", "s3", "admin", "account", "flask", "token")
-    cluster.secrets = {name: secrets.token_hex(16) for name in names}
-    (folder / "secrets").mkdir(mode=0o700)
-    (folder / "secrets" / "ray-token").write_text(cluster.secrets["token"])
-    keys = f"aws_access_key_id = ivegan:ivegan\naws_secret_access_key = {cluster.secrets['s3']}\n"
-    (folder / "secrets" / "credentials").write_text(f"[default]\n{keys}")
+    names = ("postgres", *(f"s3/{name}" for name in STORES), "s3", "mlflow", "ray", "dashboard")
+    keys = ("database", "s3", "admin", "account", "flask", "token")
+    cluster = Cluster(
+        state=str(state),
+        folder=str(folder),
+        ports={name: free_port() for name in names},
+        secrets={name: secrets.token_hex(16) for name in keys},
+    )
+    own = folder / "secrets"
+    own.mkdir(mode=0o700)
+    (own / "ray-token").write_text(cluster.secrets["token"])
+    pair = f"aws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {cluster.secrets['s3']}\n"
+    (own / "credentials").write_text(f"[default]\n{pair}")
+    cluster.save()
+    return cluster
 
 
 def _start(cluster: Cluster, name: str, words: list[Any], **how: Any) -> None:
@@ -311,16 +323,13 @@ def _start(cluster: Cluster, name: str, words: list[Any], **how: Any) -> None:
             start_new_session=True,  # Ctrl-C ends the command that waits, not the server
             **how,
         )
-    _children.append(process)
+    process.returncode = 0  # or Python warns of one whose end it has not seen
     cluster.processes[name] = process.pid, psutil.Process(process.pid).create_time()
+    cluster.save()
 
 
 def _wait(cluster: Cluster, name: str, ready: Callable[[], bool]) -> None:
-    """Return once a server answers.
-
-    Raises:
-        SystemExit: it ended, or does not answer; its log is printed.
-    """
+    """Return once a server answers; if it ended or does not answer, exit with its log."""
     process = psutil.Process(cluster.processes[name][0])
     deadline = time.monotonic() + _PATIENCE
     while not ready():
@@ -374,7 +383,10 @@ def command() -> None:
     verbs = {"up": up, "down": down}
     if len(sys.argv) != 2 or sys.argv[1] not in verbs:
         raise SystemExit(f"usage: local_cluster.py {'|'.join(verbs)}")
-    verbs[sys.argv[1]]()
+    STATE.parent.mkdir(exist_ok=True)
+    with STATE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # down waits for an up that is still starting servers
+        verbs[sys.argv[1]]()
     if sys.argv[1] == "up":
         for name, value in read().environment.items():
             print(f"export {name}={value}")

@@ -14,15 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from local_cluster import BUCKET, ROOT, STATE, Cluster, ask_ray, environment_of, program, read
+from local_cluster import BUCKET, ROOT, Cluster, ask_ray, environment_of, program, read
 
 
 def submit(cluster: Cluster, *words: str, flags: tuple[str, ...] = (), wait: bool = True) -> str:
-    """Run ``ray job submit`` with this repository, as a person does, and return the job's name.
-
-    Raises:
-        SystemExit: the job failed; its output has been printed.
-    """
+    """Run ``ray job submit`` with this repository, as a person does, and return the job's name."""
     name = f"demo-{secrets.token_hex(4)}"
     where = ["--working-dir", str(ROOT), "--submission-id", name, *([] if wait else ["--no-wait"])]
     command = [program("ray"), "job", "submit", *where, *flags, "--", "python", *words]
@@ -35,25 +31,15 @@ def submit(cluster: Cluster, *words: str, flags: tuple[str, ...] = (), wait: boo
 
 
 def finish(cluster: Cluster, name: str) -> None:
-    """Return once a job succeeded; the tail of its log may end before the job does.
-
-    Raises:
-        SystemExit: it did not succeed.
-    """
-    while (status := job_status(cluster, name)) in ("PENDING", "RUNNING"):
+    """Return once a job succeeded; the tail of its log may end before the job does."""
+    while (status := ask_ray(cluster, f"/api/jobs/{name}")["status"]) in ("PENDING", "RUNNING"):
         time.sleep(1)  # between two looks
     if status != "SUCCEEDED":
         raise SystemExit(f"The job {name} ended as {status}: see `ray job logs {name}`.")
 
 
-def job_status(cluster: Cluster, name: str) -> str:
-    """Return the status of a submitted job."""
-    return ask_ray(cluster, f"/api/jobs/{name}")["status"]
-
-
-def demo(state: Path = STATE) -> None:
+def demo(cluster: Cluster) -> None:
     """Go the whole way by ``ray job submit``, with all state in S3 and the database."""
-    cluster = read(state)
     source = os.environ.get("IVEGAN_TEST_DATA")
     preset, raw = ("mnist", f"{source}/mnist") if source else ("digits", None)
     data, runs = f"s3://{BUCKET}/data/{preset}", f"s3://{BUCKET}/runs"
@@ -82,4 +68,4 @@ def demo(state: Path = STATE) -> None:
 
 
 if __name__ == "__main__":
-    demo()
+    demo(read())

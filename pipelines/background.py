@@ -20,16 +20,22 @@ def repeated(
         call: what is called; the thread ends if it raises.
         seconds: between two calls.
         name: of the thread.
-        last: call it once more at the end of the block.
+        last: call it once more at the end of the block, and raise there what a call raised.
         patience: seconds to wait for the end of the last call; without limit by default.
     """
     done = threading.Event()
+    failures: list[Exception] = []
 
     def run() -> None:
-        while not done.wait(seconds):
-            call()
-        if last:
-            call()
+        try:
+            while not done.wait(seconds):
+                call()
+            if last:
+                call()
+        except Exception as error:  # of any kind
+            if not last:
+                raise
+            failures.append(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
@@ -38,3 +44,5 @@ def repeated(
     finally:
         done.set()
         thread.join(patience)
+    if failures:
+        raise failures[0]

@@ -1,28 +1,17 @@
 """What every command shares: flags, errors with exit status 2, JSON on the last line.
 
 A command is a frozen dataclass of its options, derived from ``Options``, and a function that takes
-it and returns the JSON object::
-
-    @dataclass(frozen=True, kw_only=True)
-    class Verify(cli.Options):
-        \"\"\"Read every shard back.\"\"\"
-
-        uri: str
-        \"\"\"The data set.\"\"\"
-
-    def main(options: Verify) -> dict[str, object]: ...
-
-    def command() -> None:
-        cli.run(main, Verify)
-
-Fields without a default are positional arguments, in their order; all others are flags, written
-with hyphens or underscores. Class and field docstrings are the text of ``--help``.
+it and returns the JSON object; ``run(main, Verify)`` is the program. Fields without a default are
+positional arguments, in their order; all others are flags, written with hyphens or underscores.
+Class and field docstrings are the text of ``--help``.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
+import operator
 import os
 import signal
 import sys
@@ -74,8 +63,7 @@ def run(
         argv: the arguments; those of the process by default.
         failed: returns whether that object means exit status 1.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    _exit(lambda: (options := parse(arguments, kind), main(options)), failed)
+    _exit(lambda: (options := _parse(argv, kind), main(options)), failed)
 
 
 def run_preset(
@@ -102,29 +90,19 @@ def run_verb(
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Run a command whose first argument selects one of several functions."""
-    arguments = sys.argv[1:] if argv is None else argv
-    verb = arguments[0] if arguments else ""
+    from tyro.conf import subcommand
+
+    mains = {kind: main for main, kind in verbs.values()}
 
     def call() -> tuple[Any, Result | None]:
-        if verb in ("-h", "--help"):
-            print(f"usage: {_script()} VERB [OPTIONS]\n")
-            for name, (_, kind) in verbs.items():
-                print(f"  {name:<10} {_first_line(kind)}")
-            print(f"\n{_script()} VERB --help lists the options of a verb.")
-            raise SystemExit(0)
-        if verb not in verbs:
-            problem = f"There is no verb {verb!r}" if verb else f"{_script()} needs a verb"
-            raise UserError(f"{problem}: use {', '.join(verbs)}; see {_script()} --help.")
-        main, kind = verbs[verb]
-        options = parse(arguments[1:], kind, prog=f"{_script()} {verb}")
-        return options, main(options)
+        kinds = [Annotated[kind, subcommand(name)] for name, (_, kind) in verbs.items()]
+        options = _parse(argv, functools.reduce(operator.or_, kinds))
+        return options, mains[type(options)](options)
 
     _exit(call)
 
 
-def parse(
-    argv: Sequence[str], kind: type[T], *, prog: str | None = None, description: str | None = None
-) -> T:
+def _parse(argv: Sequence[str] | None, kind: Any, *, description: str | None = None) -> Any:
     """Return the options that the arguments describe.
 
     Raises:
@@ -132,13 +110,8 @@ def parse(
     """
     import tyro
 
-    return tyro.cli(
-        kind,
-        args=argv,
-        prog=prog or _script(),
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs),
-    )
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
+    return tyro.cli(kind, args=argv, prog=_script(), description=description, config=config)
 
 
 def parse_preset(
@@ -152,7 +125,7 @@ def parse_preset(
 
     Raises:
         UserError: an unknown preset, or a setting out of range.
-        SystemExit: as for ``parse``.
+        SystemExit: for ``--help`` and a wrong flag.
     """
     from tyro.conf import FlagConversionOff, arg
 
@@ -170,9 +143,8 @@ def parse_preset(
         f"{', '.join(presets)}; {default} by default. The defaults below are those of {name}. "
         "Flags take hyphens or underscores: --optim.lr-g is --optim.lr_g."
     )
-    arguments: Any = parse(
-        rest, make_dataclass("Arguments", fields, frozen=True), description=description
-    )
+    kind_of_both = make_dataclass("Arguments", fields, frozen=True)
+    arguments = _parse(rest, kind_of_both, description=description)
     return name, arguments.config, arguments.options
 
 

@@ -19,13 +19,14 @@ def runs_dir() -> Path:
     """Return the git-ignored folder of local defaults, ``runs`` below the present folder.
 
     Raises:
-        UserError: the present folder is a throw-away copy that a Ray job was uploaded in.
+        UserError: nothing is kept there: it is the copy that a Ray job was uploaded in, or in a pod
+            of Argo Workflows.
     """
     here = Path.cwd()
-    if "working_dir_files" in here.parts or "_ray_pkg_" in str(here):
+    if "working_dir_files" in here.parts or "METAFLOW_KUBERNETES_WORKLOAD" in os.environ:
         raise UserError(
-            "This job runs in a throw-away copy of its working directory: set --storage (and "
-            "--data) and MLFLOW_TRACKING_URI to places outside it."
+            "This job's files are lost when it ends: set MLFLOW_TRACKING_URI, --storage and, where "
+            "the command has them, --data, --out and --datastore to places outside its folder."
         )
     return here / "runs"
 

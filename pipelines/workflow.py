@@ -40,7 +40,6 @@ class Resume(cli.Options):
 
 def run(name: str, config: Config, options: Workflow) -> dict[str, Any]:
     """Check the options, run the flow and return the JSON object of ``--json``."""
-    _require_places(config, options)
     config = override(config, parse_changes(options.set, config))
     options = _absolute(name, config, options)
     if options.sweep_samples:
@@ -69,7 +68,7 @@ def _absolute(name: str, config: Config, options: Workflow) -> Workflow:
     """Return the options with absolute places, so that any folder can resume the run.
 
     Raises:
-        UserError: a run that cannot be trained, or --anew for an existing run.
+        UserError: a run that cannot be trained, --anew for an existing run, or a missing place.
     """
     data = options.data
     if data is None and not config.is_points and (options.source or config.dataset == "digits"):
@@ -88,24 +87,6 @@ def _absolute(name: str, config: Config, options: Workflow) -> Workflow:
         out=storage.absolute(options.out or runs_dir() / "reports"),
         run_id=options.run_id or (new_id(name) if options.anew else None),
     )
-
-
-def _require_places(config: Config, options: Workflow) -> None:
-    """Check that results have a place outside a Ray job's throw-away copy of its folder.
-
-    Raises:
-        UserError: a place is missing.
-    """
-    try:
-        runs_dir()
-    except UserError as error:
-        missing = [f"--{k}" for k in ("storage", "out", "datastore") if not getattr(options, k)]
-        missing += ["--data"] if not options.data and not config.is_points else []
-        if missing:
-            raise UserError(
-                "This job runs in a throw-away copy of its working directory: set "
-                f"{', '.join(missing)} and MLFLOW_TRACKING_URI to places outside it."
-            ) from error
 
 
 def resume(options: Resume) -> dict[str, Any]:
@@ -146,8 +127,10 @@ def command() -> None:
         arguments += ["--datastore", datastore]
     if arguments[:1] == ["run"]:
         cli.run_preset(run, Workflow, PRESETS, default="digits", argv=arguments[1:])
-    if arguments[:1] in ([], ["-h"], ["--help"], ["resume"]):
-        cli.run_verb({"resume": (resume, Resume)}, argv=arguments)
+    if arguments[:1] in ([], ["-h"], ["--help"], ["resume"]):  # run, above, has a preset's options
+        cli.run_verb(
+            {"run": (lambda _: None, Workflow), "resume": (resume, Resume)}, argv=arguments
+        )
     try:
         runner.prepare_environment(datastore)
     except UserError as error:

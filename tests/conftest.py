@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gzip
-import importlib.util
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -82,9 +81,8 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as environment:
-        if importlib.util.find_spec("swift"):
-            for name, value in request.getfixturevalue("s3_variables").items():
-                environment.setenv(name, value)
+        for name, value in request.getfixturevalue("s3_variables").items():
+            environment.setenv(name, value)
         ray.init(
             "local",
             num_cpus=2,

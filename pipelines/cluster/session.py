@@ -8,12 +8,10 @@ import shlex
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -63,7 +61,7 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
             os.environ.setdefault(name, value)  # its processes inherit them
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # Ray would write one into the home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        if "RAY_TMPDIR" not in os.environ and not _fits_ray(Path(tempfile.gettempdir())):
+        if "RAY_TMPDIR" not in os.environ:  # TMPDIR/ray may be another user's, or its path too long
             quiet["_temp_dir"] = f"/tmp/ivegan-ray-{os.getuid()}"
         quiet["runtime_env"] = this_python()
         try:
@@ -78,24 +76,15 @@ def ray_session(dashboard: bool = False) -> Iterator[None]:
     finally:
         workers = _below_raylets() if alone else []
         ray.shutdown()
-        _end(workers)
+        for process in workers:  # now and then one deadlocks at its exit
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def this_python() -> dict[str, str]:
     """Return the runtime environment of workers below a folder whose name has a space."""
     # Ray 2.60 puts the path of its Python into a shell's command as it is.
     return {"py_executable": shlex.quote(sys.executable)} if " " in sys.executable else {}
-
-
-def _fits_ray(temporary: Path) -> bool:
-    """Return whether Ray can put its folder here: it may be another user's, or its path too long.
-
-    The path of a socket has at most 107 bytes, of which Ray's own names take 64.
-    """
-    folder = temporary / "ray"
-    return len(os.fsencode(temporary)) <= 40 and (
-        not folder.exists() or os.access(folder, os.W_OK | os.X_OK)
-    )
 
 
 def _check_ray_address() -> None:
@@ -121,28 +110,6 @@ def _below_raylets() -> list[psutil.Process]:
     return found
 
 
-def _end(processes: list[psutil.Process]) -> None:
-    """Kill the processes that have not ended after five seconds.
-
-    Ray's workers now and then deadlock at their exit.
-    """
-
-    def alive() -> list[psutil.Process]:
-        found = []
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    deadline = time.monotonic() + 5
-    while alive() and time.monotonic() < deadline:
-        threading.Event().wait(0.05)  # they are no children of this process, to be waited for
-    for process in alive():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
 def require_resources(
     sizes: Sequence[int], each: dict[str, float], patience: float, log_line: Callable[[str], None]
 ) -> int:
@@ -155,7 +122,7 @@ def require_resources(
         log_line: called with each line about the waiting.
 
     Raises:
-        UserError: it can hold none of them, and nothing can add what is missing in time.
+        UserError: it can hold none of them.
     """
     from ray.autoscaler.sdk import request_resources
 

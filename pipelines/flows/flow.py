@@ -65,7 +65,7 @@ class IveGanFlow(FlowSpec):
         """Build the shards, or check that they exist."""
         from pipelines.flows import steps
 
-        steps.require_places(self)
+        steps.reports_uri(self)  # raises now what it would after the training
         plan = steps.plan_of(self)
         self.data_uri = steps.prepare(plan, self.options.get("source"))
         self.searched: dict[str, Any] = {}
@@ -103,12 +103,13 @@ class IveGanFlow(FlowSpec):
         from pipelines.evaluate import Evaluate, evaluate_checkpoint
         from pipelines.flows import steps
 
-        checkpoint_uri, out = self.trained["checkpoint"], steps.report_uri(self)
+        checkpoint_uri, run_id = self.trained["checkpoint"], self.trained["run_id"]
+        out = storage.join(steps.reports_uri(self), run_id)
         print(f"measuring {checkpoint_uri} on held-out samples")
         options = Evaluate(checkpoint=checkpoint_uri, data=self.data_uri, out=out)
         result = evaluate_checkpoint(options)
         self.metrics, self.report = result["metrics"], result["report"]
-        current.card.append(Markdown(f"# {self.preset}: run {self.trained['run_id']}"))
+        current.card.append(Markdown(f"# {self.preset}: run {run_id}"))
         rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]
         current.card.append(Table(rows, headers=["metric", "value", "compare with"]))
         for name, uri in sorted(result["figures"].items()):

@@ -31,7 +31,7 @@ def prepare_environment(datastore: str | None) -> None:
     """Set the variables that Metaflow needs, where they are not set.
 
     Raises:
-        UserError: a datastore in S3 without a URI.
+        UserError: a datastore in S3 without a URI, or a local one where nothing is kept.
     """
     if datastore:
         place = storage.absolute(datastore)
@@ -42,10 +42,13 @@ def prepare_environment(datastore: str | None) -> None:
         raise UserError("METAFLOW_DEFAULT_DATASTORE is s3: give --datastore s3://BUCKET/FOLDER.")
     own = Path(tempfile.gettempdir()) / f"ivegan-{os.getuid()}"
     if f"{_ROOT}_LOCAL" not in os.environ:
-        with contextlib.suppress(UserError):  # in a throw-away copy nothing may be kept
-            os.environ[f"{_ROOT}_LOCAL"] = str(runs_dir())
-        # With a datastore in S3, Metaflow's local records are not needed later.
-        os.environ.setdefault(f"{_ROOT}_LOCAL", str(own))
+        try:
+            local = runs_dir()
+        except UserError:
+            if not _in_s3():
+                raise
+            local = own  # with a datastore in S3, local records are not needed later
+        os.environ[f"{_ROOT}_LOCAL"] = str(local)
     # By default one folder of /tmp for all users, of which the first is the owner.
     os.environ.setdefault("METAFLOW_CLIENT_CACHE_PATH", str(own / "metaflow_client"))
     if not _in_s3():

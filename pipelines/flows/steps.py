@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +53,7 @@ def plan_of(flow: Any) -> Plan:
     """Return the training plan of a running flow, with the results of its earlier steps."""
     options = options_of(flow.options)
     sweep_result = getattr(flow, "searched", None) or {}
-    config = override(preset(flow.preset), changes_of(flow.options))
+    config = override(preset(flow.preset), flow.options.get("set") or {})
     config = override(config, sweep_result.get("best_config", {}))
     data = getattr(flow, "data_uri", options.data) or None
     run = run_of(options, data=data, run_id=options.run_id, resume=True)
@@ -63,21 +62,11 @@ def plan_of(flow: Any) -> Plan:
 
 
 def options_of(parameter: dict[str, Any]) -> Workflow:
-    """Return the options that a flow's JSON parameter holds.
-
-    Raises:
-        UserError: an unknown option.
-    """
-    own = {k: v for k, v in parameter.items() if k != "set"}
-    unknown = own.keys() - {field.name for field in dataclasses.fields(Workflow)}
-    if unknown:
-        raise UserError(f"The flow has no option {', '.join(sorted(unknown))}: check --options.")
-    return Workflow(**own)
-
-
-def changes_of(parameter: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a flow's JSON parameter changes."""
-    return dict(parameter.get("set") or {})
+    """Return the options that a flow's JSON parameter holds, without its settings."""
+    try:
+        return Workflow(**{k: v for k, v in parameter.items() if k != "set"})
+    except TypeError as error:
+        raise UserError(f"{error}: check --options.") from error
 
 
 def parse_changes(text: str, config: Config) -> dict[str, Any]:
@@ -93,25 +82,6 @@ def parse_changes(text: str, config: Config) -> dict[str, Any]:
             raise UserError(f"--set {part!r} needs a value: write {part}=VALUE.")
         changes[name] = space.typed(config, name, value)
     return changes
-
-
-def require_places(flow: Any) -> None:
-    """Check that all results have a place outside the pod, whose disk is lost when its step ends.
-
-    Raises:
-        UserError: a place is missing.
-    """
-    if "METAFLOW_KUBERNETES_WORKLOAD" not in os.environ:
-        return
-    options = options_of(flow.options)
-    names = ("storage", "out") if preset(flow.preset).is_points else ("data", "storage", "out")
-    missing = [name for name in names if not getattr(options, name)]
-    missing += [] if os.environ.get("MLFLOW_TRACKING_URI") else ["MLFLOW_TRACKING_URI"]
-    if missing:
-        raise UserError(
-            "Each step is a pod, and files on its disk are lost when it ends: set "
-            f"{', '.join(missing)} to places outside it."
-        )
 
 
 def prepare(plan: Plan, source: str | None) -> str | None:
@@ -139,7 +109,7 @@ def sweep(flow: Any, plan: Plan) -> dict[str, Any]:
     config = override(plan.config, {"total_images": images})
     sweep_id = f"{options.run_id}-sweep" if options.run_id and options.anew else None
     if sweep_id is None:
-        inputs = inputs_of(beside(plan, config, plan.run_id))
+        inputs = inputs_of(dataclasses.replace(plan, config=config))
         inputs["world_size"] = 1  # of a trial
         inputs["sweep"] = [options.sweep_samples, space.space_of(config, options.sweep_space)]
         sweep_id = f"sweep-{plan.preset}-{digest(inputs)[:12]}"
@@ -188,22 +158,18 @@ def train(flow: Any, plan: Plan) -> dict[str, Any]:
 
     Returns:
         the result of ``fit``, and ``reused``: whether the run was finished already.
-
-    Raises:
-        UserError: as for ``fit``, and a training that diverged, as it would again.
     """
     options = options_of(flow.options)
     if not options.run_id:
         plan = beside(plan, plan.config, f"{plan.preset}-{digest(inputs_of(plan))[:12]}")
-    finished = finished_result(plan)
-    if finished:
+    if finished := finished_result(plan):
         print(f"{plan.run_id} is trained already: {finished['checkpoint']}")
         return {**finished, "reused": True}
     print(f"training {plan.run_id}: {plan.config.total_steps:,} steps of {plan.config.batch_size}")
     with contextlib.closing(Display(plan)) as display:
         try:
             result = fit(plan, show=display)
-        except NonFiniteLossError as error:
+        except NonFiniteLossError as error:  # as it would again
             raise UserError(str(error)) from error
     return {**result, "reused": False}
 
@@ -229,7 +195,6 @@ def finished_result(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def report_uri(flow: Any) -> str:
-    """Return the folder of figures and report of a flow's training."""
-    out = options_of(flow.options).out or str(runs_dir() / "reports")
-    return storage.join(storage.absolute(out), flow.trained["run_id"])
+def reports_uri(flow: Any) -> str:
+    """Return the folder of figures and reports."""
+    return storage.absolute(options_of(flow.options).out or runs_dir() / "reports")

@@ -279,8 +279,10 @@ def _trials_ended(plan: Plan, definition: Definition) -> Iterator[None]:
             names = [n for n in storage.list_names(folder) if n.startswith(f"{plan.run_id}-")]
         else:
             names = [f"{plan.run_id}-{index_name(i)}" for i in range(len(definition.trials))]
+        parent = plan.run.parent_run or plan.run_id  # of a trial: a sweep S-2 is none of S
         for uri in (storage.join(folder, name) for name in names):
-            _end_trial(uri, plan.tracking_uri, reason)
+            if records.exists(uri) and records.read_record(uri).parent == parent:
+                _end_trial(uri, plan.tracking_uri, reason)
 
 
 _EARLY = "stopped early by the sweep"
@@ -288,8 +290,6 @@ _EARLY = "stopped early by the sweep"
 
 def _end_trial(run_uri: str, store: str, reason: str) -> None:
     """Record a trial that still runs as KILLED, and mirror it; ``sync`` repeats what fails."""
-    if not records.exists(run_uri):
-        return
     if records.read_record(run_uri).status == "RUNNING":
         records.end_record(run_uri, "KILLED", ended=reason)
     try:

@@ -242,6 +242,8 @@ def sync(where: str | Path) -> dict[str, int]:
         UserError: a record is damaged or a server does not take a run; all others are copied.
     """
     copied, failures = _of_all(where, journals.deliver, _copied)
+    for failure in failures[1:]:
+        log.warning("%s", failure)
     if failures:
         raise failures[0]
     return copied
@@ -249,7 +251,10 @@ def sync(where: str | Path) -> dict[str, int]:
 
 def waiting(where: str | Path) -> dict[str, int]:
     """Return by run id how many files ``sync`` would copy; nothing is copied."""
-    return _of_all(where, journals.waiting, _waiting)[0]
+    counts, failures = _of_all(where, journals.waiting, _waiting)
+    for failure in failures:
+        log.warning("%s", failure)
+    return counts
 
 
 def _of_all(
@@ -272,8 +277,6 @@ def _of_all(
             failures.append(
                 UserError(f"MLflow does not take all of {part} ({reason}): try sync again later.")
             )
-    for failure in failures:
-        log.warning("%s", failure)
     return counts, failures
 
 

@@ -14,6 +14,7 @@ from ivegan import storage
 from ivegan.config import config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
+from pipelines.background import repeated
 from pipelines.claim import PATIENCE, claimed
 from pipelines.cluster.session import (
     Terminated,
@@ -25,7 +26,7 @@ from pipelines.cluster.session import (
     terminated_by_signal,
 )
 from pipelines.record import RunRecord
-from pipelines.training.follow import Follower, Measure, Show, following
+from pipelines.training.follow import Follower, Measure, Show
 from pipelines.training.plan import Plan, check_data, check_same_data, git_commit, sizes_of
 from pipelines.training.ray_backend import fit_ray
 from pipelines.training.worker import work
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 GRACE = 20.0
 """Seconds after SIGTERM in which a run in this process reaches its next flush, to save there."""
+LOOK = 1.0
+"""Seconds between two looks at the folder of a run on Ray."""
 # Names in run.json of the options that numbers depend on, and their names as options.
 HOW = {
     "stream": "stream",
@@ -57,10 +60,9 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         NonFiniteLossError: training diverged.
     """
     log_line = (lambda line: show({"line": line})) if show else log.info
-    record = new_record(plan, check_data(plan))
-    resumed = records.exists(plan.run_uri)
+    dataset_hash, resumed = check_data(plan), records.exists(plan.run_uri)
     if resumed:
-        _check_resumable(plan, record.dataset_hash)
+        _check_resumable(plan, dataset_hash)
     asked = started(functools.partial(_open_tracking, plan, resumed))
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if plan.run.resume else 0.0
@@ -71,29 +73,25 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
             stack.enter_context(ray_session())
             plan = plan.of_size(room())
             stack.enter_context(missing_nodes_logged(sizes[-1], each, log_line))
-        record = new_record(plan, record.dataset_hash)
+        record = new_record(plan, dataset_hash)
         answer_of(asked)
         asked_to_end = stack.enter_context(terminated_by_signal(0 if plan.run.workers else GRACE))
         stack.enter_context(recorded(plan.run_uri, record, plan.tracking_uri, lost))
         follower = Follower(plan, show, measure)
-        metadata = _metadata(record)
+        # What a checkpoint's config.json holds beside the configuration.
+        names = ("preset", "run_id", "data", "dataset_hash", "config_hash", "git_commit")
+        metadata = {name: getattr(record, name) for name in (*names, "threads", "versions", *HOW)}
         if plan.run.workers:
-            with following(follower):
+            with repeated(follower.look, LOOK, "progress", last=True):
                 result = fit_ray(plan, metadata, record.key, room if len(sizes) > 1 else None)
         else:
-            noticed = False
 
-            def preempted() -> bool:
-                nonlocal noticed
-                noticed = asked_to_end()
-                return noticed
-
-            def flushed() -> None:
+            def flushed(leaves: bool) -> None:
                 follower.look()
-                if noticed:  # so what is ended has been saved
+                if leaves:
                     raise Terminated
 
-            result = work(plan, metadata, flushed, preempted)
+            result = work(plan, metadata, flushed, asked_to_end)
             follower.look()
     from pipelines.tracking.mirror import run_id_of
 
@@ -125,9 +123,6 @@ def _open_tracking(plan: Plan, resumed: bool) -> None:
     """Import MLflow, which takes seconds, and check that its store takes the run.
 
     A resumed run does not need it at once, and of a sweep's trials the sweep has checked.
-
-    Raises:
-        UserError: it refuses the run, or does not answer at the run's first start.
     """
     import pipelines.tracking.mirror  # noqa: F401
     from pipelines.tracking import client
@@ -170,11 +165,7 @@ def new_record(plan: Plan, dataset_hash: str, **own: Any) -> RunRecord:
 
 
 def _check_resumable(plan: Plan, dataset_hash: str) -> None:
-    """Check that an existing run may be continued.
-
-    Raises:
-        UserError: ``--resume`` is not given, or settings or data are not the same.
-    """
+    """Check that an existing run may be continued, with equal settings and data."""
     if not plan.run.resume:
         raise UserError(
             f"The run id {plan.run_id} exists in {plan.run_uri}: add --resume to continue it, or "
@@ -189,9 +180,3 @@ def _check_resumable(plan: Plan, dataset_hash: str) -> None:
         listed = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
         raise UserError(f"The run {plan.run_id} cannot be resumed with other settings: {listed}.")
     check_same_data(f"The run {plan.run_id}", plan, earlier.dataset_hash, dataset_hash)
-
-
-def _metadata(record: RunRecord) -> dict[str, Any]:
-    """Return what a checkpoint's ``config.json`` holds beside the configuration."""
-    names = ["preset", "run_id", "data", "dataset_hash", "config_hash", "git_commit"]
-    return {name: getattr(record, name) for name in (*names, "threads", "versions", *HOW)}

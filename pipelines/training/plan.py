@@ -227,16 +227,11 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
     Raises:
         UserError: settings that cannot work together, or a place that is missing.
     """
-    sizes, share = sizes_of(config, run), max(1, run.workers)
-    if not sizes and config.batch_size % (2 * share):
+    parts = max(1, run.workers) * run.accumulate
+    if not sizes_of(config, run):
         raise UserError(
-            f"batch_size {config.batch_size} cannot be cut into {share} equal, even shares; "
-            f"choose a multiple of {2 * share}, or other --workers."
-        )
-    if not sizes:
-        raise UserError(
-            f"A worker's {config.batch_size // share} samples of a batch cannot be cut into "
-            f"{run.accumulate} equal, even parts; choose another --accumulate."
+            f"batch_size {config.batch_size} cannot be cut into {parts} equal, even parts; choose "
+            f"a multiple of {2 * parts}, or other --workers or --accumulate."
         )
     if run.compile and (config.objective.r1 or config.objective.r2):
         raise UserError(
@@ -244,7 +239,7 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
             "--objective.r1 0 and --objective.r2 0."
         )
     run_id = run.run_id or new_id(preset)
-    if not run_id.replace("-", "").replace("_", "").replace(".", "").isalnum():
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", run_id):
         raise UserError(f"--run-id {run_id!r} may hold letters, digits, '-', '_' and '.' only.")
     data_uri = run.data
     if data_uri is None and config.dataset == "digits":
@@ -269,14 +264,8 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
 def beside(plan: Plan, config: Config, run_id: str, parent_run: str | None = None) -> Plan:
     """Return the plan of another run beside this one: same places, its own settings and name."""
     run = dataclasses.replace(plan.run, parent_run=parent_run or plan.run.parent_run)
-    folder, _, _ = plan.run_uri.rpartition("/")
-    return dataclasses.replace(
-        plan,
-        config=config,
-        run=run,
-        run_id=run_id,
-        run_uri=storage.join(folder, run_id),
-    )
+    uri = storage.join(plan.run_uri.rpartition("/")[0], run_id)
+    return dataclasses.replace(plan, config=config, run=run, run_id=run_id, run_uri=uri)
 
 
 def check_data(plan: Plan) -> str:

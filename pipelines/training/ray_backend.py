@@ -25,6 +25,9 @@ def fit_ray(
 ) -> dict[str, Any]:
     """Train with Ray's workers and return rank 0's outcome.
 
+    Where workers fail, others continue from the last checkpoint; after three failures without a
+    new one the training ends.
+
     Args:
         plan, metadata: of the run, and of its checkpoints.
         key: of the run's record.
@@ -43,14 +46,13 @@ def fit_ray(
             break
         except TrainingFailedError as error:
             cause = _cause(error)
-            if room is None or isinstance(cause, UserError):
-                raise cause from error
             before, last = last, checkpoint.latest(plan.run_uri)
             failures = failures + 1 if last == before else 1
-            if failures > _FAILURES:
+            if failures > _FAILURES or isinstance(cause, UserError):
                 raise cause from error
             log.warning("The workers failed; the run continues from its last checkpoint.")
-            plan = plan.of_size(room())
+            if room is not None:
+                plan = plan.of_size(room())
     if "refused" in outcome:
         raise UserError(outcome["refused"])
     if "diverged" in outcome:
@@ -59,12 +61,11 @@ def fit_ray(
 
 
 def _fit(plan: Plan, metadata: dict[str, Any], key: str, *, elastic: bool) -> dict[str, Any]:
-    """Run one of Ray's trainers; an elastic run starts another, with other workers, if it fails."""
+    """Run one of Ray's trainers, which ends at the first failure of a worker."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    again = 0 if elastic else -1
     filesystem, path = storage.filesystem(storage.join(plan.run_uri, "ray"))
     trainer = TorchTrainer(
         _ray_worker,
@@ -78,10 +79,9 @@ def _fit(plan: Plan, metadata: dict[str, Any], key: str, *, elastic: bool) -> di
             name=plan.run_id,
             storage_path=path,
             storage_filesystem=filesystem,
+            # Workers that find no room are waited for, except where fewer will do.
             failure_config=FailureConfig(
-                max_failures=0 if elastic else _FAILURES,
-                max_preemption_failures=again,
-                controller_failure_limit=again,
+                max_preemption_failures=0, controller_failure_limit=0 if elastic else -1
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

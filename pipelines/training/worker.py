@@ -1,11 +1,9 @@
 """The loop of one rank: from the run's last checkpoint to the end of the training."""
 
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 def work(
     plan: Plan,
     metadata: dict[str, Any],
-    flushed: Callable[[], None] = lambda: None,
+    flushed: Callable[[bool], None] = lambda leaves: None,
     preempted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train on one rank, from the run's last checkpoint if there is one.
@@ -42,7 +40,8 @@ def work(
 
     Args:
         plan, metadata: of the run, and of its checkpoints.
-        flushed: called by rank 0 after each flush of metrics.
+        flushed: called by rank 0 after each flush of metrics, with whether a checkpoint was saved
+            because this machine will be taken away.
         preempted: returns, the same on every rank, whether this machine will soon be taken away;
             then a checkpoint is saved at the next flush, once.
 
@@ -58,15 +57,16 @@ def work(
     inputs = batches(config, source, state.step, rank, world_size, state.device)
     log_every = run.log_every or max(1, config.total_images // 100)
     save_every = run.save_every or max(1, config.total_images // 10)
-    before = state.images_seen
-    clock, writer = Clock(before), MetricsWriter(plan.run_uri)
+    before, since = state.images_seen, time.perf_counter()
+    laps: list[tuple[int, float]] = []  # images and seconds of training alone
+    writer = MetricsWriter(plan.run_uri)
     metrics: dict[str, float] = {}
     alarms, noticed = Alarms(config), False
     with contextlib.closing(writer):
         for progress in train(state, inputs, log_every, fastest_update(state)):
             seen = progress.images_seen
-            clock.lap(seen)
-            metrics = progress.metrics | {"rate/images_per_second": clock.rate}
+            laps.append((seen - before, time.perf_counter() - since))
+            metrics = progress.metrics | {"rate/images_per_second": _rate(laps[-1:])}
             save = progress.step == config.total_steps or seen // save_every > before // save_every
             leaves = preempted() and not noticed
             noticed = noticed or leaves
@@ -87,16 +87,20 @@ def work(
                     saved = checkpoint.save(state, plan.run_uri, metadata)
                     if run.keep and not config.is_points:  # Figure 2 shows all of them
                         checkpoint.prune(plan.run_uri, run.keep)
-                flushed()
-            before = seen
-            clock.resume()
+                flushed(leaves)
+            before, since = seen, time.perf_counter()
     return {
         "checkpoint": saved,
         "images_seen": state.images_seen,
-        "images_per_second": round(clock.steady_rate, 1),
+        "images_per_second": round(_rate(laps[1:] or laps), 1),  # the first holds warm-up
         "world_size": world_size,
         "metrics": metrics,
     }
+
+
+def _rate(laps: list[tuple[int, float]]) -> float:
+    """Return the images per second of some laps; 0 without any."""
+    return sum(images for images, _ in laps) / (sum(seconds for _, seconds in laps) or 1.0)
 
 
 def _state(plan: Plan) -> tuple[State, str | None]:
@@ -160,37 +164,6 @@ def _training_data(plan: Plan) -> Split | Stream | None:
         skip_bad=run.skip_bad,
         limit=int(run.cache_gb * 1e9),
     )
-
-
-@dataclass
-class Clock:
-    """Times training alone: what happens between ``lap`` and ``resume`` does not count."""
-
-    images: int
-    since: float = dataclasses.field(default_factory=time.perf_counter)
-    rate: float = 0.0
-    steady_images: int = 0
-    steady_seconds: float = 0.0
-    laps: int = 0
-
-    def lap(self, images_seen: int) -> None:
-        """Note that training came this far."""
-        seconds = time.perf_counter() - self.since
-        images, self.images = images_seen - self.images, images_seen
-        self.rate = images / seconds
-        self.laps += 1
-        if self.laps > 1:  # the first lap holds warm-up
-            self.steady_images += images
-            self.steady_seconds += seconds
-
-    def resume(self) -> None:
-        """Start the clock again after a pause."""
-        self.since = time.perf_counter()
-
-    @property
-    def steady_rate(self) -> float:
-        """Images per second after the first lap, or within it where it was the only one."""
-        return self.steady_images / self.steady_seconds if self.steady_seconds else self.rate
 
 
 def device_of(run: Run) -> torch.device:

@@ -10,6 +10,7 @@ from data_prep.building import build
 from ivegan.config import override, preset
 from pipelines.record import read_metrics
 from pipelines.training.fit import fit
+from pipelines.training.follow import Show
 from pipelines.training.plan import Run, resolve
 
 Start = Callable[..., tuple[dict[str, Any], list[dict[str, float]]]]
@@ -32,11 +33,13 @@ def ring(home: Path, store: str) -> Callable[..., Start]:
         sizes = {"batch_size": 64, "total_images": images}
         config = override(preset("ring"), sizes | settings)
 
-        def start(run_id: str = "a", **options: Any) -> tuple[dict[str, Any], list[Any]]:
+        def start(
+            run_id: str = "a", show: Show | None = None, **options: Any
+        ) -> tuple[dict[str, Any], list[Any]]:
             cadence: dict[str, Any] = {"log_every": 64, "save_every": 64 * 10}
             run = Run(workers=workers, run_id=run_id, **cadence | options)
             plan = resolve("ring", config, run)
-            return fit(plan), losses_of(plan.run_uri)
+            return fit(plan, show=show), losses_of(plan.run_uri)
 
         return start
 

@@ -5,18 +5,16 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import processes
 import pytest
+from local_cluster import servers
 from mlflow import MlflowClient
-from servers import all_servers
 
 from ivegan import storage
 from ivegan.errors import UserError
-from pipelines.cluster import session
 from pipelines.tracking import client as tracking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,18 +67,6 @@ def test_ray_starts_where_the_temporary_folder_has_a_long_path(home: Path) -> No
     command(home, *words, "one", "--batch-size", "256")
 
 
-def test_where_ray_keeps_its_files(monkeypatch) -> None:
-    """Not where the folder is another user's, nor where its path is too long for a socket."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        (folder / "ray").mkdir()
-        assert session._fits_ray(folder)
-        assert not session._fits_ray(folder / ("y" * 40))
-        monkeypatch.setattr(session.os, "access", lambda path, mode: False)
-        assert not session._fits_ray(folder)
-
-
-@pytest.mark.slow
 def test_several_first_runs_at_once_make_one_store(home: Path) -> None:
     code = "from pipelines.tracking.client import check; check('sqlite:///runs/m.db', 'ivegan-x')"
     with ThreadPoolExecutor(4) as pool:
@@ -134,7 +120,7 @@ def test_a_store_that_cannot_be_used_is_named(uri: str, sentence: str, monkeypat
 
 @pytest.mark.slow
 def test_a_database_that_lets_nobody_in_is_no_outage() -> None:
-    with all_servers() as cluster:
+    with servers() as cluster:
         if "postgresql" not in cluster.database:
             pytest.skip("install PostgreSQL (postgres and initdb) to test MLflow on it")
         uri = cluster.database.replace(cluster.secrets["database"], "sesame")

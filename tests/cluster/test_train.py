@@ -19,8 +19,8 @@ from ivegan.config import override, preset
 from ivegan.errors import UserError
 from ivegan.step import NonFiniteLossError
 from pipelines import train
+from pipelines.background import repeated
 from pipelines.training.fit import fit
-from pipelines.training.follow import following
 from pipelines.training.plan import Run, resolve
 
 
@@ -45,20 +45,13 @@ def test_a_run_leaves_checkpoints_metrics_parameters_and_figures(home, store, ri
     client = MlflowClient(store)
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
-    assert (
-        run.data.params.items()
-        >= {
-            "optim.lr_g": "0.0002",
-            "model.z_dim": "2",
-            "stream": "False",
-            "precision": "float32",
-        }.items()
-    )
+    expected = {"optim.lr_g": "0.0002", "model.z_dim": "2", "stream": "False"}
+    assert run.data.params.items() >= expected.items()
     assert run.data.tags["preset"] == "ring"
     assert len(run.data.tags["git_commit"]) >= 7
     history = client.get_metric_history(result["mlflow_run_id"], "loss/D")
-    expected = [(64 * k, loss["loss/D"]) for k, loss in enumerate(losses, 1)]
-    assert [(p.step, p.value) for p in history] == expected
+    assert [p.step for p in history] == [64 * k for k in range(1, 21)]
+    assert [p.value for p in history] == [loss["loss/D"] for loss in losses]
     kept = {f.path for f in client.list_artifacts(result["mlflow_run_id"])}
     assert {"config.json", "figures"} <= kept
 
@@ -98,12 +91,10 @@ def test_a_diverged_run_is_marked_failed(store, ring, mlflow_runs):
 
 
 def test_an_error_of_measuring_is_raised_when_the_workers_end():
-    class Follower:
-        def look(self) -> None:
-            raise RuntimeError("cannot score")
+    def look() -> None:
+        raise RuntimeError("cannot score")
 
-    follower: Any = Follower()
-    with pytest.raises(RuntimeError, match="cannot score"), following(follower):
+    with pytest.raises(RuntimeError, match="cannot score"), repeated(look, 60, "", last=True):
         pass
 
 
@@ -125,7 +116,7 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
     [
         ("mnist", {}, {}, "needs --data"),
         ("ring", {"batch_size": 6}, {"workers": 2}, "batch_size 6"),
-        ("ring", {"batch_size": 16}, {"accumulate": 3}, "cut into 3 equal, even parts"),
+        ("ring", {"batch_size": 16}, {"accumulate": 3}, "cut into 6 equal, even parts"),
         ("ring", {}, {"run_id": "a/b"}, "run-id"),
         ("mnist", {}, {"data": "nowhere"}, "nowhere"),
         ("mnist", {}, {"data": "digits"}, r"\(1, 16, 16\).*\(1, 32, 32\)"),
@@ -143,15 +134,19 @@ def test_impossible_settings_are_refused(
     assert not (home / "runs").exists()
 
 
-def test_an_uploaded_working_directory_holds_no_runs(home, monkeypatch):
+@pytest.mark.parametrize("pod", [False, True])
+def test_a_job_whose_files_are_lost_holds_no_runs(home, monkeypatch, pod):
+    """In the copy of a folder that Ray was given, and in a pod of Argo Workflows."""
     folder = home / "working_dir_files" / "_ray_pkg_0123"
     folder.mkdir(parents=True)
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(home if pod else folder)
+    if pod:
+        monkeypatch.setenv("METAFLOW_KUBERNETES_WORKLOAD", "1")
     with pytest.raises(UserError, match="--storage"):
         resolve("ring", preset("ring"), Run())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
     plan = resolve("ring", preset("ring"), Run(storage=str(home)))
-    assert not Path(plan.cache_dir).is_relative_to(folder)
+    assert not Path(plan.cache_dir).is_relative_to(Path.cwd())
 
 
 def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(home, store, capsys):

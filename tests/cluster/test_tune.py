@@ -18,11 +18,12 @@ from ivegan.config import PRESETS, override, preset
 from ivegan.errors import UserError
 from ivegan.evaluation import points
 from pipelines import options as cli
-from pipelines import train, tune
+from pipelines import record, train, tune
 from pipelines.sweeps import definition, driver, report, space, trial
 from pipelines.sweeps.definition import Sweep
 from pipelines.sweeps.driver import sweep
-from pipelines.training.plan import Run
+from pipelines.training.fit import new_record
+from pipelines.training.plan import Run, beside
 
 
 def small():
@@ -207,6 +208,19 @@ def test_restored_sweep_counts_trials_that_ended_before(capsys):
     assert "trial 001 is done; 2 of 3 have ended" in out
     assert "trial 002 stops early; 3 of 3 have ended" in out
     assert stopped == ["002"]
+
+
+def test_the_end_of_a_sweep_leaves_trials_of_another_running(home, store):
+    """Optuna names its trials, so they are found by the name of their sweep: S-2 begins with S."""
+    options = Sweep(sweep_id="s", search="optuna")
+    plan = definition.plan_of("ring", small(), options)
+    trials = [beside(plan, plan.config, f"{of}-a", of) for of in ("s", "s-2")]
+    for one in trials:
+        record.write_record(one.run_uri, new_record(one, "ring"))
+    with driver._trials_ended(plan, definition.define("ring", small(), options)):
+        pass
+    statuses = [record.read_record(one.run_uri).status for one in trials]
+    assert statuses == ["KILLED", "RUNNING"]
 
 
 def test_autoscaled_cluster_decides_how_many_trials_run_at_once(home, ray_cluster, monkeypatch):

@@ -184,5 +184,5 @@ def test_changes_take_the_type_of_their_setting():
         steps.parse_changes("seed=x", ring)
     with pytest.raises(UserError, match="needs a value"):
         steps.parse_changes("seed", ring)
-    with pytest.raises(UserError, match="no option worker"):
+    with pytest.raises(UserError, match="unexpected keyword argument 'worker': check --options"):
         steps.options_of({"worker": 2})

@@ -12,7 +12,7 @@ import pytest
 from local_cluster import BUCKET
 from mlflow import MlflowClient
 from processes import kill, program
-from servers import all_servers, check_delivered
+from servers import check_delivered
 
 from ivegan import storage
 from pipelines import record as records
@@ -26,7 +26,7 @@ def test_training_continues_without_its_mlflow_server(
     total, runs = 64 * 3_000, f"s3://{BUCKET}/back"
     words = ["--batch-size", "64", "--total-images", str(total), "--workers", "0"]
     words += ["--storage", runs, "--run-id", "a", "--optim.lr_g", "3e-4", "--json"]
-    with all_servers() as cluster:
+    with local_cluster.servers() as cluster:
         for name, value in cluster.environment.items():
             if not name.startswith("RAY_"):
                 monkeypatch.setenv(name, value)

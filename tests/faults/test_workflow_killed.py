@@ -6,15 +6,13 @@ The whole process group gets SIGKILL from inside a step, at a certain call of a 
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from processes import ROOT, command
+from processes import command
 
 from ivegan import storage
 
@@ -30,13 +28,7 @@ PLACES = {
 
 
 def workflow(*words: str, cwd: Path, kill_at: str = "") -> str:
-    """Return what the command prints, after seeing that it ended as it should."""
-    env = {}
-    if kill_at:
-        paths = f"{ROOT}/tests/support/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        env = {"KILL_AT": kill_at, "PYTHONPATH": paths}
-    status = -signal.SIGKILL if kill_at else 0
-    return command("workflow.py", *words, cwd=cwd, status=status, **env).stdout
+    return command("workflow.py", *words, cwd=cwd, kill_at=kill_at).stdout
 
 
 def outcome(result: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import pytest
 from cards import pictures_of
 from fault_proxy import Fault, FaultProxy, Request, times
+from local_cluster import servers
 from mlflow import MlflowClient
 from processes import command
-from servers import all_servers
 
 
 @pytest.mark.timeout(1800)
@@ -19,7 +19,7 @@ def test_a_step_is_tried_again_when_mlflow_was_away_and_prints_no_password(home,
     def plan(request: Request) -> Fault | None:
         return next((fault for one in plans if (fault := one(request))), None)
 
-    with all_servers() as cluster, FaultProxy(cluster.url("mlflow"), plan) as proxy:
+    with servers() as cluster, FaultProxy(cluster.url("mlflow"), plan) as proxy:
         account = cluster.environment["MLFLOW_TRACKING_USERNAME"], cluster.secrets["account"]
         done = command(
             *("workflow.py", "run", "ring", "--batch-size", "64", "--total-images", "1280"),

@@ -1,7 +1,7 @@
 """The Kubernetes documents of ``infra/kubernetes``, rendered, and what contradicts in them."""
 
 import functools
-import ipaddress
+import itertools
 import re
 import shutil
 import subprocess
@@ -22,6 +22,12 @@ FOLDERS = ("base", "overlays/self-contained", "overlays/aws", *(f"jobs/{job}" fo
 # What KubeRay adds to the pods of a cluster, by their role.
 HEAD = {"ray.io/is-ray-node": "yes", "ray.io/node-type": "head"}
 WORKER = {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
+RIGHTS = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+IMAGE = r"ivegan:\d+\.\d+\.\d+-(cpu|cuda)|docker\.io/.+:.+@sha256:[0-9a-f]{64}"
 
 Document = dict[str, Any]
 
@@ -76,158 +82,113 @@ def containers(documents: list[Document]) -> Iterator[Document]:
 
 def problems(documents: list[Document]) -> list[str]:
     """Return what the documents of one cluster contradict each other in."""
-    return [
-        *_references(documents),
-        *_mounts(documents),
-        *_services(documents),
-        *_addresses(documents),
-        *_ways(documents),
-    ]
+    checks = (_references, _mounts, _services, _ways)
+    return [problem for check in checks for problem in check(documents)]
 
 
-def _keys(documents: list[Document]) -> dict[tuple[str, str], set[str]]:
-    """Return the keys of every ConfigMap and Secret."""
-    kinds = [d for d in documents if d["kind"] in ("ConfigMap", "Secret")]
+def _keys(documents: list[Document], kind: str) -> dict[str, set[str]]:
+    """Return the keys of every ConfigMap or Secret by its name."""
     return {
-        (d["kind"], d["metadata"]["name"]): {*d.get("data", {}), *d.get("stringData", {})}
-        for d in kinds
+        d["metadata"]["name"]: {*d.get("data", {}), *d.get("stringData", {})}
+        for d in documents
+        if d["kind"] == kind
     }
 
 
 def _references(documents: list[Document]) -> Iterator[str]:
     """Yield references to a ConfigMap, a Secret or a key that does not exist."""
-    known = _keys(documents)
+    maps, known = _keys(documents, "ConfigMap"), _keys(documents, "Secret")
     for container in containers(documents):
         for source in container.get("envFrom", []):
-            for field, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):
-                if field in source and (kind, source[field]["name"]) not in known:
-                    yield f"{container['name']}: no {kind} {source[field]['name']}"
+            if "configMapRef" in source and source["configMapRef"]["name"] not in maps:
+                yield f"{container['name']}: no ConfigMap {source['configMapRef']['name']}"
         for variable in container.get("env", []):
             wanted = variable.get("valueFrom", {}).get("secretKeyRef")
-            if wanted and wanted["key"] not in known.get(("Secret", wanted["name"]), ()):
+            if wanted and wanted["key"] not in known.get(wanted["name"], ()):
                 yield f"{variable['name']}: no key {wanted['key']} in Secret {wanted['name']}"
     for template in templates(documents):
         for volume in template["spec"].get("volumes", []):
             if "secret" in volume:
-                name = volume["secret"]["secretName"]
-                keys = known.get(("Secret", name), set())
+                keys = known.get(volume["secret"]["secretName"], set())
                 items = {item["key"] for item in volume["secret"].get("items", [])}
                 if not keys or not items <= keys:
-                    yield f"volume {volume['name']}: no {sorted(items - keys)} in Secret {name}"
+                    yield f"volume {volume['name']}: no {sorted(items - keys)} in its Secret"
 
 
 def _mounts(documents: list[Document]) -> Iterator[str]:
-    """Yield mounts without a volume, and files that no mounted Secret holds."""
-    known = _keys(documents)
+    """Yield paths of settings that no mounted Secret holds."""
+    known = _keys(documents, "Secret")
     settings = {k: v for d in documents if d["kind"] == "ConfigMap" for k, v in d["data"].items()}
-    claims = {
-        claim["metadata"]["name"]
-        for d in documents
-        for claim in d.get("spec", {}).get("volumeClaimTemplates", [])
-    }
     for template in templates(documents):
         volumes = {v["name"]: v for v in template["spec"].get("volumes", [])}
         for container in template["spec"]["containers"]:
             files = set()
             for mount in container.get("volumeMounts", []):
-                if mount["name"] not in volumes.keys() | claims:
-                    yield f"{container['name']} mounts {mount['name']}, which is no volume"
                 secret = volumes.get(mount["name"], {}).get("secret", {}).get("secretName")
-                keys = known.get(("Secret", secret), set())
-                files |= {f"{mount['mountPath']}/{key}" for key in keys}
+                files |= {f"{mount['mountPath']}/{key}" for key in known.get(secret, ())}
             own = {e["name"]: e.get("value", "") for e in container.get("env", [])}
             for name, value in (settings if "envFrom" in container else {}).items() | own.items():
                 if value.startswith("/var/run/secrets") and value not in files:
                     yield f"{container['name']}: {name} is {value}, which no Secret holds"
 
 
-def _services(documents: list[Document]) -> Iterator[str]:
-    """Yield Services and budgets that select no pod, and ports that no container opens."""
-    pods = list(templates(documents))
-    for document in documents:
-        spec = document.get("spec", {})
-        if document["kind"] == "Service":
-            selected = [p for p in pods if spec["selector"].items() <= p["labels"].items()]
-            names = {port["name"] for p in selected for port in _ports(p)}
-            for port in spec["ports"]:
-                if port["targetPort"] not in names:
-                    yield f"Service {document['metadata']['name']}: no port {port['targetPort']}"
-        if document["kind"] == "PodDisruptionBudget":
-            labels = spec["selector"]["matchLabels"].items()
-            if not any(labels <= pod["labels"].items() for pod in pods):
-                yield f"{document['metadata']['name']} selects no pod"
-
-
 def _ports(template: Document) -> list[Document]:
     return [port for c in template["spec"]["containers"] for port in c.get("ports", [])]
 
 
-def _addresses(documents: list[Document]) -> Iterator[str]:
-    """Yield URLs of settings that no Service answers at."""
-    services = {
-        f"{d['metadata']['name']}:{port['port']}": d["metadata"]["name"]
-        for d in documents
-        if d["kind"] == "Service"
-        for port in d["spec"]["ports"]
-    }
-    for document in documents:
-        if document["kind"] == "ConfigMap":
-            for name, value in document["data"].items():
-                if value.startswith("http") and urlsplit(value).netloc not in services:
-                    yield f"{name} is {value}, but there are only {sorted(services)}"
+def _services(documents: list[Document]) -> Iterator[str]:
+    """Yield Services whose pods do not open a port, and URLs that no Service answers at."""
+    pods, addresses = list(templates(documents)), set()
+    for service in (d for d in documents if d["kind"] == "Service"):
+        name, spec = service["metadata"]["name"], service["spec"]
+        selected = [p for p in pods if spec["selector"].items() <= p["labels"].items()]
+        names = {port["name"] for p in selected for port in _ports(p)}
+        for port in spec["ports"]:
+            addresses.add(f"{name}:{port['port']}")
+            if port["targetPort"] not in names:
+                yield f"Service {name}: no port {port['targetPort']}"
+    for settings in (d["data"] for d in documents if d["kind"] == "ConfigMap"):
+        for name, value in settings.items():
+            if value.startswith("http") and urlsplit(value).netloc not in addresses:
+                yield f"{name} is {value}, but there are only {sorted(addresses)}"
     for container in containers(documents):
         for variable in container.get("env", []):
             if variable["name"] == "MLFLOW_SERVER_ALLOWED_HOSTS":
                 hosts = variable["value"].split(",")
-                if not {f"{container['name']}:*", f"{container['name']}:5000"} & {*hosts}:
+                if f"{container['name']}:*" not in hosts:
                     yield f"{container['name']} refuses requests by its Service's name"
 
 
 def _ways(documents: list[Document]) -> Iterator[str]:
-    """Yield network policies that select no pod, and ways that are open on one side only."""
-    policies = [d["spec"] for d in documents if d["kind"] == "NetworkPolicy"]
+    """Yield selectors of no pod, and ways that network policies open on the sender's side only."""
     pods = list(templates(documents))
+    ways: dict[str, set[tuple[int, int, int]]] = {"egress": set(), "ingress": set()}
 
-    def selects(selector: Document, pod: Document) -> bool:
-        return selector.get("matchLabels", {}).items() <= pod["labels"].items()
+    def selected(selector: Document) -> list[int]:
+        labels = selector.get("matchLabels", {}).items()
+        return [i for i, pod in enumerate(pods) if labels <= pod["labels"].items()]
 
-    def opened(pod: Document, direction: str, peer: Document, port: int) -> bool:
-        end = "from" if direction == "ingress" else "to"
-        return any(
-            selects(policy["podSelector"], pod)
-            and ("ports" not in rule or port in [p["port"] for p in rule["ports"]])
-            and any(selects(one["podSelector"], peer) for one in rule[end] if "podSelector" in one)
-            for policy in policies
-            for rule in policy.get(direction, [])
-            if end in rule
-        )
-
-    for policy in policies:
-        chosen = [pod for pod in pods if selects(policy["podSelector"], pod)]
-        if not chosen:
-            yield f"a network policy selects no pod: {policy['podSelector']}"
-            continue
-        for rule in policy.get("egress", []):
-            for peer in rule.get("to", []):
-                if "ipBlock" in peer:
-                    ipaddress.ip_network(peer["ipBlock"]["cidr"])
-                if "podSelector" not in peer or "namespaceSelector" in peer:
-                    continue
-                targets = [pod for pod in pods if selects(peer["podSelector"], pod)]
-                if not targets:
-                    yield f"a network policy leads to no pod: {peer['podSelector']}"
+    for spec in (d["spec"] for d in documents if d["kind"] == "PodDisruptionBudget"):
+        if not selected(spec["selector"]):
+            yield f"a disruption budget selects no pod: {spec['selector']}"
+    for policy in (d["spec"] for d in documents if d["kind"] == "NetworkPolicy"):
+        own = selected(policy["podSelector"])
+        for direction, end in (("egress", "to"), ("ingress", "from")):
+            for rule in policy.get(direction, []):
+                peers = [p["podSelector"] for p in rule.get(end, []) if {*p} == {"podSelector"}]
+                for selector in (policy["podSelector"], *peers):
+                    if not selected(selector):
+                        yield f"a network policy selects no pod: {selector}"
+                others = [i for selector in peers for i in selected(selector)]
                 for port in (p["port"] for p in rule.get("ports", [])):
-                    for target in targets:
-                        if port not in [p["containerPort"] for p in _ports(target)]:
-                            yield f"no container of {target['labels']} opens the port {port}"
-                        if not opened(target, "ingress", chosen[0], port):
-                            yield f"{target['labels']} lets nobody in at {port}"
-        for rule in policy.get("ingress", []):
-            for port in (p["port"] for p in rule.get("ports", [])):
-                for pod in chosen:
-                    opens = port in [p["containerPort"] for p in _ports(pod)]
-                    if not opens and pod["labels"].get("ray.io/node-type") != "worker":
-                        yield f"no container of {pod['labels']} opens the port {port}"
+                    senders, targets = (own, others) if end == "to" else (others, own)
+                    pairs = itertools.product(senders, targets)
+                    ways[direction] |= {(sender, target, port) for sender, target in pairs}
+    for _, target, port in ways["egress"]:
+        if port not in [p["containerPort"] for p in _ports(pods[target])]:
+            yield f"no container of {pods[target]['labels']} opens the port {port}"
+    for sender, target, port in ways["egress"] - ways["ingress"]:
+        yield f"{pods[target]['labels']} lets {pods[sender]['labels']} not in at {port}"
 
 
 def loose(documents: list[Document]) -> Iterator[str]:
@@ -242,44 +203,24 @@ def loose(documents: list[Document]) -> Iterator[str]:
         head = template["labels"].get("ray.io/node-type") == "head"  # its autoscaler needs it
         if not head and spec.get("automountServiceAccountToken") is not False:
             yield f"{names} gets a token of the API server"
-        if any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")):
-            yield f"{names} shares the host's namespaces"
-        for volume in spec.get("volumes", []):
-            if not {"emptyDir", "secret", "configMap"} & volume.keys():
-                yield f"volume {volume['name']} of {names} is of another kind"
     for container in containers(documents):
-        yield from _loose_container(container["name"], container)
-    for document in documents:
-        for spec in _clusters(document):
-            yield from _loose_rights("autoscaler", spec["autoscalerOptions"])
+        name, image = container["name"], container["image"]
+        if container.get("securityContext") != RIGHTS:
+            yield f"{name} has the rights {container.get('securityContext')}"
+        limits = container.get("resources", {}).get("limits", {})
+        if missing := {"cpu", "memory", "ephemeral-storage"} - limits.keys():
+            yield f"{name} has no limit of {sorted(missing)}"
+        if not re.fullmatch(IMAGE, image):
+            yield f"{name} runs {image}: a foreign image wants its digest, ours a version"
+    for options in _find(documents, "autoscalerOptions"):
+        if options.get("securityContext") != RIGHTS:
+            yield f"the autoscaler has the rights {options.get('securityContext')}"
 
 
-def _clusters(node: Any) -> Iterator[Document]:
-    """Yield the specifications of Ray clusters in a document."""
-    if isinstance(node, dict):
-        if "headGroupSpec" in node:
-            yield node
-        for inner in node.values():
-            yield from _clusters(inner)
-
-
-def _loose_rights(name: str, container: Document) -> Iterator[str]:
-    wanted = {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    if container.get("securityContext") != wanted:
-        yield f"{name} has the rights {container.get('securityContext')}"
-
-
-def _loose_container(name: str, container: Document) -> Iterator[str]:
-    yield from _loose_rights(name, container)
-    limits = container.get("resources", {}).get("limits", {})
-    if missing := {"cpu", "memory", "ephemeral-storage"} - limits.keys():
-        yield f"{name} has no limit of {sorted(missing)}"
-    image = container["image"]
-    if not re.fullmatch(
-        r"ivegan:\d+\.\d+\.\d+-(cpu|cuda)|docker\.io/.+:.+@sha256:[0-9a-f]{64}", image
-    ):
-        yield f"{name} runs {image}: a foreign image wants its digest, ours a version"
+def _find(node: Any, name: str) -> Iterator[Any]:
+    """Yield the values of a field at any depth."""
+    for key, inner in node.items() if isinstance(node, dict) else enumerate(node):
+        if key == name:
+            yield inner
+        elif isinstance(inner, (dict, list)):
+            yield from _find(inner, name)

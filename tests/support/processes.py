@@ -16,12 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(
-    *words: str, cwd: Path, status: int = 0, **variables: str
+    *words: str, cwd: Path, status: int = 0, kill_at: str = "", **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of ours to its end, ``train.py ring``, and check its exit status.
 
-    It leads a process group of its own, which a test's fault may kill.
+    With ``kill_at`` it and all that it starts get SIGKILL there (``killer/sitecustomize.py``).
     """
+    if kill_at:
+        paths = f"{ROOT}/tests/support/killer{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        variables |= {"KILL_AT": kill_at, "PYTHONPATH": paths}
+        status = -signal.SIGKILL
     done = subprocess.run(
         program(*words),
         cwd=cwd,

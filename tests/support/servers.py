@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import local_cluster
-import pytest
 from local_cluster import Cluster
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -18,20 +17,10 @@ from pipelines import record as records
 @contextmanager
 def s3_server(folder: Path) -> Iterator[Cluster]:
     """Run an S3 server of a test's own; the folder keeps its objects when it is killed."""
-    _require_swift()
-    cluster = Cluster(str(folder))
-    local_cluster.prepare(cluster)
+    cluster = local_cluster.prepare(folder, folder / "cluster.json")
     local_cluster.start_s3(cluster)
     yield cluster
     local_cluster.end(cluster, "s3", kill=True)
-
-
-@contextmanager
-def all_servers() -> Iterator[Cluster]:
-    """Run PostgreSQL, S3 and MLflow with accounts."""
-    _require_swift()
-    with local_cluster.servers() as cluster:
-        yield cluster
 
 
 def s3_variables(cluster: Cluster) -> dict[str, str]:
@@ -57,7 +46,3 @@ def check_delivered(client: MlflowClient, run: Run, run_uri: str) -> None:
         assert sorted((p.step, p.value, p.timestamp) for p in history) == sorted(wanted), name
     figures = {f"figures/{name}" for name in storage.list_names(f"{run_uri}/figures")}
     assert {f.path for f in client.list_artifacts(run.info.run_id, "figures")} == figures
-
-
-def _require_swift() -> None:
-    pytest.importorskip("swift", reason="the S3 server needs it: pip install ivegan[cluster]")
