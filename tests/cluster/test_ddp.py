@@ -76,6 +76,7 @@ def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_shards_and_checkpoints_live_in_a_bucket(s3, home, store, ray_cluster):
     """Built to S3, trained from there by two Ray workers, resumed and read back from there."""
     build("digits", source=None, out=f"{s3}/digits", workers=0)

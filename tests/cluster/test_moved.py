@@ -69,14 +69,14 @@ def test_ray_starts_where_the_temporary_folder_has_a_long_path(home: Path) -> No
 
 def test_several_first_runs_at_once_make_one_store(home: Path) -> None:
     code = "from pipelines.tracking.client import check; check('sqlite:///runs/m.db', 'ivegan-x')"
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:
         words = [sys.executable, "-c", code]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         runs = [
             pool.submit(subprocess.run, words, cwd=home, env=environment, capture_output=True)
-            for _ in range(4)
+            for _ in range(2)
         ]
-    assert [run.result().returncode for run in runs] == [0] * 4, runs[0].result().stderr
+    assert [run.result().returncode for run in runs] == [0] * 2, runs[0].result().stderr
     experiments = MlflowClient(f"sqlite:///{home}/runs/m.db").search_experiments()
     assert sorted(one.name for one in experiments) == ["Default", "ivegan-x"]
 

@@ -164,10 +164,8 @@ def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(h
     assert "images 640 of 640" in out
 
 
-@pytest.mark.parametrize(
-    ("workers", "by"),
-    [("0", signal.SIGINT), pytest.param("2", signal.SIGTERM, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "by"), [("0", signal.SIGINT), ("2", signal.SIGTERM)])
 def test_a_stopped_run_is_killed_in_mlflow_and_can_be_resumed(
     home, store, mlflow_runs, workers, by
 ):
