@@ -62,7 +62,7 @@ def test_training_ends_on_a_full_disk_and_continues_where_there_is_room(command,
     words = [*TRAIN, "--total-images", "1280", "--save-every", "64"]
     on_disk = ["--storage", str(disk.folder / "runs"), "--run-id", "a"]
     disk.leave(600_000)
-    (sentence,) = command(*words, *on_disk, status=2).splitlines()
+    *_, sentence = command(*words, *on_disk, status=2).splitlines()  # MLflow may lack a part
     assert sentence.startswith(f"No space is left for {disk.folder}/runs/a/")
     assert not (disk.folder / "runs/a" / LAST).exists()
     disk.change("size=64m")
