@@ -188,7 +188,8 @@ def test_closed_full_and_unread_outputs(home, store, redirection, status, messag
     assert message in done.stderr
     runs = (home / "runs" / "checkpoints").glob("*")
     ended = [record.read_record(str(run)).status for run in runs]
-    assert ended == ([] if status else ["FINISHED"])
+    # When a full disk is noticed depends on the size of the buffer of stdout.
+    assert ended == ["FINISHED"] or (status and "RUNNING" not in ended)
 
 
 @pytest.mark.parametrize(
