@@ -196,11 +196,16 @@ def find_run(tracked: MlflowClient, key: str) -> str | None:
 
 def log_settings(
     tracked: MlflowClient, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]
-) -> None:
-    """Write parameters that a run does not have yet, and tags; MLflow lets none change."""
-    existing = tracked.get_run(run_id).data.params
-    missing = [Param(k, str(v)) for k, v in params.items() if k not in existing]
+) -> Run:
+    """Write tags, and parameters that a run does not have yet: MLflow lets none change.
+
+    Returns:
+        the run as it was before.
+    """
+    before = tracked.get_run(run_id)
+    missing = [Param(k, str(v)) for k, v in params.items() if k not in before.data.params]
     tracked.log_batch(run_id, params=missing, tags=[RunTag(k, v) for k, v in tags.items()])
+    return before
 
 
 def log_file(tracked: MlflowClient, run_id: str, place: str, name: str, folder: str) -> None:

@@ -171,8 +171,8 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
         "mlflow.user": tracking.user(),
         **record.tags,
     }
-    tracking.log_settings(tracked, run_id, params, tags)
-    if "ended" in tracked.get_run(run_id).data.tags and "ended" not in record.tags:  # resumed
+    before = tracking.log_settings(tracked, run_id, params, tags)
+    if "ended" in before.data.tags and "ended" not in record.tags:  # resumed
         tracked.delete_tag(run_id, "ended")
     place = json.dumps({"uri": record.data or config.dataset})
     data = Dataset(config.dataset, record.dataset_hash[:36], "ivegan", place)
