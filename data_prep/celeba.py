@@ -50,6 +50,7 @@ _SIGNS = frozenset({"-1", "1"})
 # All that zipfile and zlib raise for a damaged file.
 _BROKEN_ZIP = (
     zipfile.BadZipFile,
+    KeyError,  # an image that went since the directory was read
     RuntimeError,
     EOFError,
     ValueError,

@@ -106,9 +106,7 @@ def command() -> None:
 def _record(uri: str, result: Mapping[str, Any]) -> None:
     """Copy an evaluation's files to the run's folder, and mirror the run."""
     from pipelines import record
-    from pipelines.models.register import store_of
-    from pipelines.tracking.client import TROUBLE, first_line
-    from pipelines.tracking.mirror import mirror
+    from pipelines.tracking.mirror import mirror_or_warn, store_of
 
     run_uri, _, name = uri.rpartition("/")
     folder = storage.join(run_uri, name.replace("checkpoint", "evaluation"))
@@ -120,13 +118,9 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
             storage.write_bytes(copy, data)
     except UserError as error:  # a run of another owner
         log.warning("The evaluation was not copied to %s: %s", folder, error)
-    if not record.exists(run_uri):
-        return
-    try:
-        mirror(run_uri, store_of(uri, checkpoint.read_metadata(uri)))
-    except TROUBLE as error:
-        remedy = "`registry.py sync` copies it."
-        log.warning("MLflow lacks this evaluation (%s); %s", first_line(error), remedy)
+    if record.exists(run_uri):
+        noted = checkpoint.read_metadata(uri).get("tracking_uri", "")  # by version 0.1
+        mirror_or_warn(run_uri, store_of(run_uri, noted), "this evaluation")
 
 
 def _resolve(uri: str) -> str:

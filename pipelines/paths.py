@@ -53,14 +53,13 @@ def tracking_uri(noted: str = "") -> str:
     """Return the URI of the MLflow store: MLFLOW_TRACKING_URI, or one SQLite file in runs/.
 
     Args:
-        noted: a store as files name it, to be returned with the password that they leave out. A
-            SQLite file may have been moved or copied with the project, so it is not looked for.
+        noted: the store that a file names, which precedes the one in runs/. A SQLite file may have
+            been moved or copied with the project, so it is not looked for.
     """
-    own = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if noted and public(own) != noted and sqlite_path(noted) is None:
-        return noted
-    if own:
+    if own := os.environ.get("MLFLOW_TRACKING_URI", ""):
         return own
+    if noted and sqlite_path(noted) is None:
+        return noted
     path = str(runs_dir() / "mlflow.db")
     quoted = path.replace("%", "%25").replace("?", "%3F")
     # With the plain scheme MLflow makes the folders of the path as it is quoted.

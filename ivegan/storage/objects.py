@@ -141,6 +141,8 @@ def _repetition(total: int) -> Callable[..., float | None]:
         if response is None:
             problem: Any = caught_exception
             may_pass = isinstance(problem, aws.ConnectionError | aws.HTTPClientError)
+        elif "Error" not in response[1] and response[0].status_code < 400:
+            return None
         else:
             problem = refusal(response[1], "a request", endpoint.host)
             may_pass = isinstance(problem, Unavailable)

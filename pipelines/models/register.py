@@ -1,7 +1,5 @@
 """Register both halves of a checkpoint as candidates in staging."""
 
-import os
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +8,6 @@ from mlflow.entities.model_registry import ModelVersion
 
 from ivegan import checkpoint, storage
 from ivegan.config import config_hash, flatten
-from pipelines import paths
 from pipelines import record as records
 from pipelines.models import package
 from pipelines.models.card import evaluations_of
@@ -57,7 +54,8 @@ def register(checkpoint_uri: str, *, dry_run: bool = False) -> dict[str, Any]:
         Half(kind=kind, preset=preset, config=config, network=network, metadata=metadata)
         for kind, network in zip(KINDS, (encoder, generator), strict=True)
     ]
-    with registry_client(store_of(uri, metadata)) as client:
+    noted = metadata.get("tracking_uri", "")  # by version 0.1
+    with registry_client(mirror.store_of(uri.rpartition("/")[0], noted)) as client:
         found = {half.kind: _version_of(client, half) for half in halves}
         versions = {kind: version for kind, version in found.items() if version is not None}
         missing = [half for half in halves if half.kind not in versions]
@@ -84,14 +82,6 @@ def register(checkpoint_uri: str, *, dry_run: bool = False) -> dict[str, Any]:
         "names": [half.name for half in halves],
         **rows,
     }
-
-
-def store_of(checkpoint_uri: str, metadata: Mapping[str, Any]) -> str:
-    """Return the MLflow store that a checkpoint's run is mirrored to, or the default one."""
-    if "MLFLOW_TRACKING_URI" in os.environ:
-        return paths.tracking_uri()
-    noted = metadata.get("tracking_uri", "")  # by version 0.1
-    return mirror.store_of(checkpoint_uri.rpartition("/")[0], noted)
 
 
 def _version_of(client: MlflowClient, half: Half) -> ModelVersion | None:

@@ -31,7 +31,7 @@ from pipelines.sweeps.figure import picture
 from pipelines.sweeps.report import ScorePrinter, command_of, result_of
 from pipelines.sweeps.trial import index_name, name_of, trial
 from pipelines.tracking import client as tracking
-from pipelines.tracking.mirror import mirror, run_id_of
+from pipelines.tracking.mirror import mirror_or_warn, run_id_of
 from pipelines.training.fit import fit, new_record, recorded
 from pipelines.training.plan import (
     Plan,
@@ -289,13 +289,10 @@ _EARLY = "stopped early by the sweep"
 
 
 def _end_trial(run_uri: str, store: str, reason: str) -> None:
-    """Record a trial that still runs as KILLED, and mirror it; ``sync`` repeats what fails."""
+    """Record a trial that still runs as KILLED, and mirror it."""
     if records.read_record(run_uri).status == "RUNNING":
         records.end_record(run_uri, "KILLED", ended=reason)
-    try:
-        mirror(run_uri, store)
-    except tracking.TROUBLE as error:
-        log.warning("MLflow lacks the end of %s: %s", run_uri, tracking.first_line(error))
+    mirror_or_warn(run_uri, store, f"the end of {run_uri}")
 
 
 def _end_stopped(run_uri: str, name: str) -> None:

@@ -104,8 +104,22 @@ def mirror(run_uri: str, uri: str) -> int:
     return len(new)
 
 
+def mirror_or_warn(run_uri: str, uri: str, what: str) -> None:
+    """Mirror a run; where MLflow does not take it, log what it lacks."""
+    try:
+        mirror(run_uri, uri)
+    except tracking.TROUBLE as error:
+        remedy = "`registry.py sync` copies it."
+        log.warning("MLflow lacks %s (%s); %s", what, tracking.first_line(error), remedy)
+
+
 def store_of(run_uri: str, default: str = "") -> str:
-    """Return the store that a run is mirrored to, with the password that no file holds."""
+    """Return the store that a run is mirrored to.
+
+    Args:
+        run_uri: the run's folder.
+        default: the store where ``mlflow.json`` names none.
+    """
     return tracking_uri(_Note.read(run_uri).tracking_uri or default)
 
 

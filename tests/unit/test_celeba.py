@@ -199,11 +199,18 @@ def test_a_wrong_image_is_reported_with_its_name(face_folder, content, sentence)
     assert "\n" not in str(error.value)
 
 
-def test_an_image_damaged_in_the_zip_is_reported(face_folder):
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda f: flip(f, b"JFIF"), "Bad CRC-32"),
+        (lambda f: rezip(f, {FIRST: None}), "'000001.jpg'"),  # lost since the plan
+    ],
+)
+def test_an_image_damaged_in_the_zip_is_reported(face_folder, spoil, reason):
     celeba.describe(str(face_folder), "celeba")
-    flip(face_folder, b"JFIF")
+    spoil(face_folder)
     celeba._images.cache_clear()  # as in another process
-    with pytest.raises(UserError, match=r"image 000001.jpg in .*zip is damaged \(Bad CRC-32"):
+    with pytest.raises(UserError, match=rf"image 000001.jpg in .*zip is damaged \({reason}"):
         tar(face_folder)
 
 
