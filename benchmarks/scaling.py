@@ -1,7 +1,6 @@
-"""Predict the rate of a run on 1 to 256 GPUs, or compare the prediction with two ranks on a CPU.
+"""Predict the rate of a run on 1 to 256 GPUs.
 
-    python benchmarks/scaling.py table --rate 2070 --share 64 --network 12.5e9
-    python benchmarks/scaling.py measure mnist --model.width 0.25 --batch-size 64
+    python benchmarks/scaling.py --rate 2070 --share 64 --network 12.5e9
 
 A step is the time to compute a rank's share, and the time to add the gradients of all ranks, which
 nothing hides here: DDP overlaps part of it with the backward pass, so predictions are low. The
@@ -9,29 +8,10 @@ slowest of computing, exchanging, reading and decoding is the bottleneck. The la
 object.
 """
 
-import argparse
-import dataclasses
 import json
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-import torch.distributed as dist
 import tyro
-from common import configured, metadata, random_samples
-from torch.multiprocessing.spawn import spawn
-
-from ivegan.config import PRESETS, Config
-from ivegan.data.batches import batches
-from ivegan.data.cache import Split
-from ivegan.layers.fast import keep_freed_memory
-from ivegan.networks import Discriminators, EncoderGenerator
-from ivegan.step import create_state, distribute, train_step
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -105,82 +85,5 @@ def table(job: Job) -> list[dict[str, float | str]]:
     return rows
 
 
-def steps(config: Config, samples: np.ndarray, rank: int, world: int) -> Iterator[float]:
-    """Train on a rank and yield the seconds of each step."""
-    state = create_state(config, "cpu", torch.float32)
-    if world > 1:
-        distribute(state)
-    labels = np.zeros(len(samples), np.int64)
-    split = Split(images=samples, labels=labels, keys=[], dataset_hash="")
-    for x, draws in batches(config, split, 0, rank, world, state.device):
-        start = time.perf_counter()
-        train_step(state, x, draws)
-        yield time.perf_counter() - start
-
-
-def gradients(config: Config) -> int:
-    """Return the bytes that a step exchanges."""
-    networks = (EncoderGenerator(config.model), Discriminators(config.model))
-    return sum(4 * p.numel() for network in networks for p in network.parameters())
-
-
-def exchanges(size: int) -> Iterator[float]:
-    """Add vectors of so many bytes of all ranks, and yield the seconds of each addition."""
-    vector = torch.zeros(size // 4)
-    while True:
-        start = time.perf_counter()
-        dist.all_reduce(vector)
-        yield time.perf_counter() - start
-
-
-def measure(rank: int, store: str, options: argparse.Namespace) -> None:
-    """Compare the prediction with two ranks: alone, adding gradients, and training together."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    config = configured(options)
-    half = dataclasses.replace(config, batch_size=config.batch_size // 2)
-    samples = random_samples(config, 2048)
-    cases = {
-        "alone": steps(half, samples, 0, 1),
-        "exchange": exchanges(gradients(config)),
-        "together": steps(config, samples, rank, 2),
-    }
-    ratios = []
-    for _ in range(options.rounds):
-        times = {}
-        for name, case in cases.items():
-            dist.barrier()  # both compute at a time: they share the caches and the memory
-            times[name] = statistics.median([next(case) for _ in range(options.steps + 2)][2:])
-        times["predicted"] = times["alone"] + times["exchange"]
-        ratios.append(times["predicted"] / times["together"])
-        if rank == 0:
-            print("  ".join(f"{k} {v * 1000:,.1f} ms" for k, v in times.items()), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    if rank == 0:
-        report = metadata(options, config) | {"gradient_bytes": gradients(config)}
-        report |= {"predicted_by_measured": statistics.median(ratios)}
-        print(json.dumps(report | {"range": [min(ratios), max(ratios)]}), flush=True)
-
-
-def main() -> None:
-    """Print a table or the rounds, and one JSON object."""
-    verb, *words = sys.argv[1:] or ["--help"]
-    if verb == "table":
-        print(json.dumps(table(tyro.cli(Job, args=words))))
-        return
-    parser = argparse.ArgumentParser(usage="scaling.py table --help | measure PRESET [OPTIONS]")
-    parser.add_argument("verb", choices=("table", "measure"))
-    parser.add_argument("preset", choices=list(PRESETS))
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--model.width", dest="width", type=float)
-    parser.add_argument("--steps", type=int, default=10, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.set_defaults(device="cpu", precision="float32")
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(measure, (f"file://{folder}/store", parser.parse_args()), nprocs=2)
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(table(tyro.cli(Job))))
