@@ -43,8 +43,7 @@ def demo(cluster: Cluster) -> None:
     source = os.environ.get("IVEGAN_TEST_DATA")
     preset, raw = ("mnist", f"{source}/mnist") if source else ("digits", None)
     data, runs = f"s3://{BUCKET}/data/{preset}", f"s3://{BUCKET}/runs"
-    small = ["--model.width", "0.25"] if source else []
-    places = [preset, "--data", data, "--storage", runs, *small]
+    places = [preset, "--data", data, "--storage", runs, "--model.width", "0.25"]
     run = f"demo-{secrets.token_hex(3)}"
     on_a_node = ("--entrypoint-num-cpus", "1")  # what computes in the driver leaves the head alone
     build = ["data_prep/build.py", preset, "--out", data, *(["--source", raw] if raw else [])]
