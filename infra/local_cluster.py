@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -269,7 +269,7 @@ def _start_ray(cluster: Cluster, name: str, words: list[Any]) -> None:
     # By default all nodes of a machine share this folder, and one cleans up what another uses.
     words = [*words, "--temp-dir", home / "ray"]
     # By default one port for all nodes; each has an address of its own elsewhere.
-    words += ["--dashboard-agent-listen-port", free_port()]
+    words += ["--dashboard-agent-listen-port", *free_ports()]
     own = {
         "IVEGAN_CACHE": f"{home}/cache",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -298,7 +298,7 @@ def prepare(folder: Path, state: Path) -> Cluster:
     cluster = Cluster(
         state=str(state),
         folder=str(folder),
-        ports={name: free_port() for name in names},
+        ports=dict(zip(names, free_ports(len(names)), strict=True)),
         secrets={name: secrets.token_hex(16) for name in keys},
     )
     own = folder / "secrets"
@@ -371,11 +371,11 @@ def _status(url: str, **post: Any) -> int:
         return 0
 
 
-def free_port() -> int:
-    """Return a free port of loopback."""
-    with socket.socket() as one:
-        one.bind((HOST, 0))
-        return one.getsockname()[1]
+def free_ports(count: int = 1) -> list[int]:
+    """Return free ports of loopback, no two of them equal."""
+    with ExitStack() as stack:  # one that is closed may be given again
+        held = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in held]
 
 
 def command() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from local_cluster import free_port
+from local_cluster import free_ports
 from processes import kill, wait_for
 
 from ivegan import checkpoint
@@ -41,7 +41,7 @@ def pair(home: Path, store: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 @pytest.mark.slow
 def test_mlflow_serves_a_registered_model_over_http(pair, home, store):
     """``mlflow models serve`` in a process of its own, asked as any client would ask it."""
-    url, log = f"http://127.0.0.1:{free_port()}", home / "log"
+    url, log = f"http://127.0.0.1:{free_ports()[0]}", home / "log"
     programs = Path(sys.executable).parent
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # as activated: it looks for uvicorn
     words = [programs / "mlflow", "models", "serve", "--env-manager", "local"]

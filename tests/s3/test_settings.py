@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 from fault_proxy import Fault, FaultProxy, Request
-from local_cluster import free_port
+from local_cluster import free_ports
 from pyarrow import fs
 
 from ivegan import storage
@@ -179,7 +179,7 @@ def test_all_attempts_are_made_with_few_pauses_though_botocore_would_stop(
     monkeypatch.setattr("botocore.retries.quota.RetryQuota.acquire", lambda *_: False)  # used up
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports()[0]}")
     with storage.longer_retries(), pytest.raises(UserError, match="does not answer"):
         storage.read_bytes("s3://bucket/key")
     assert len(pauses) == 21
