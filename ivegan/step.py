@@ -53,7 +53,7 @@ class State:
     """D, D' and their trunk: ``Discriminators``, inside DDP where there are several ranks."""
     optimizer_g: Optimizer
     optimizer_d: Optimizer
-    average: nn.Module | None
+    average: EncoderGenerator | None
     """Exponential moving average of E and G, if ``optim.ema`` is not zero."""
     annealing: Tensor
     """This step's factor on what ``objective.anneal`` names; read on the device."""
@@ -190,7 +190,7 @@ class MicroBatch(NamedTuple):
 def _update_discriminators(
     state: State, batches: list[MicroBatch]
 ) -> tuple[list[dict[str, Tensor]], list[Generated]]:
-    """Update D and D' to tell T(x) from x_hat and x from x_prior; return scalars and E's and G's.
+    """Update D and D' to tell T(x) from x_hat and x from x_prior; return scalars and fakes.
 
     With one micro-batch, G's autograd graph serves the generators' phase too: only D changes.
     """

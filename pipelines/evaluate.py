@@ -49,10 +49,11 @@ class Evaluate(cli.Options):
 def evaluate_checkpoint(options: Evaluate) -> dict[str, Any]:
     """Measure a checkpoint and return what ``ivegan.evaluation.evaluate.evaluate`` returns.
 
-    The run's own numbers, of all held-out samples, are also copied to its folder and to MLflow.
+    The run's own numbers, of all held-out samples of the data that it was trained on, are also
+    copied to its folder and to MLflow.
     """
     assert options.out is not None, "a place for the report"
-    uri = _resolve(options.checkpoint)
+    uri = options.checkpoint
     checkpoint.keep(uri)
     with storage.longer_retries():
         result = evaluate(
@@ -65,7 +66,9 @@ def evaluate_checkpoint(options: Evaluate) -> dict[str, Any]:
             limit=options.limit,
             protocol=options.protocol,
         )
-        if options.limit is None and options.protocol is None:
+        metadata = result["metadata"]
+        same_data = metadata["dataset_hash"] in (None, metadata["evaluated_dataset_hash"])
+        if same_data and options.limit is options.protocol is None and options.seed == 0:
             _record(uri, result)
     return result
 
@@ -106,10 +109,10 @@ def command() -> None:
 def _record(uri: str, result: Mapping[str, Any]) -> None:
     """Copy an evaluation's files to the run's folder, and mirror the run."""
     from pipelines import record
-    from pipelines.tracking.mirror import mirror_or_warn, store_of
+    from pipelines.tracking.mirror import forget, mirror_or_warn, store_of
 
-    run_uri, _, name = uri.rpartition("/")
-    folder = storage.join(run_uri, name.replace("checkpoint", "evaluation"))
+    run_uri = uri.rpartition("/")[0]
+    folder = record.evaluation_uri(run_uri, result["metadata"]["images_seen"])
     out = result["report"].rpartition("/")[0]
     try:
         for path in (*result["figures"].values(), result["report"], f"{out}/metrics.json"):
@@ -119,6 +122,7 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
     except UserError as error:  # a run of another owner
         log.warning("The evaluation was not copied to %s: %s", folder, error)
     if record.exists(run_uri):
+        forget(run_uri, folder)  # an earlier one of this checkpoint
         noted = checkpoint.read_metadata(uri).get("tracking_uri", "")  # by version 0.1
         mirror_or_warn(run_uri, store_of(run_uri, noted), "this evaluation")
 

@@ -16,7 +16,7 @@ _UI = "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 
 
 def runs_dir() -> Path:
-    """Return the git-ignored folder of local defaults, ``runs`` below the present folder.
+    """Return the git-ignored folder of local defaults, ``runs`` in the working directory.
 
     Raises:
         UserError: nothing is kept there: it is the copy that a Ray job was uploaded in, or in a pod

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.training.plan import Plan
 
-LOSSES = {"D": "loss/D", "D'": "loss/D_prime", "GE": "loss/GE_pair", "G'": "loss/GE_prior"}
+LOSSES = {"D": "loss/D", "D'": "loss/D_prime", "pair": "loss/GE_pair", "prior": "loss/GE_prior"}
 
 
 class Display:

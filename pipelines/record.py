@@ -1,8 +1,10 @@
-"""The record of a run: files in its folder, written whole by the process that knows their content.
+"""The record of a run: files in its folder, each written atomically by the process that owns it.
 
-    run.json                      settings, data, code and status, written by the driver
-    metrics/0000012800.jsonl      points of one flush, written by rank 0; never rewritten
-    figures/samples-0000012800.png
+    run.json                             settings, data, code and status, by the driver
+    metrics/0000012800.jsonl             one flush of metrics, by rank 0; never rewritten
+    metrics/0000012800-score.jsonl       scores of a sweep's trial, by its driver
+    figures/samples-0000012800.png       by rank 0
+    evaluation-0000012800/metrics.json   numbers, figures and report, by evaluate.py
 
 MLflow is a mirror of these files (``pipelines.tracking.mirror``); nothing is read back from it.
 """
@@ -175,10 +177,15 @@ def list_runs(storage_uri: str) -> list[str]:
     return [uri for uri in (storage_uri, *below) if exists(uri)]
 
 
+def evaluation_uri(run_uri: str, images_seen: int) -> str:
+    """Return the folder of a checkpoint's evaluation."""
+    return storage.join(run_uri, f"evaluation-{images_seen:010d}")
+
+
 def write_points(
     run_uri: str, images_seen: int, metrics: Mapping[str, float], suffix: str = ""
 ) -> None:
-    """Write one file of points, unless it exists; numbers that are not finite are left out."""
+    """Write the metrics of one flush, unless they exist; those that are not finite are left out."""
     name = f"{images_seen:010d}{suffix and f'-{suffix}'}.jsonl"
     where = storage.join(run_uri, METRICS, name)
     finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
@@ -187,16 +194,20 @@ def write_points(
         _write_new(where, json.dumps(point).encode() + b"\n")
 
 
-def read_points(uri: str) -> list[Point]:
-    """Return the points of one file."""
-    return [read(line, Point, uri, "delete it") for line in storage.read_bytes(uri).splitlines()]
+def read_point(uri: str) -> Point:
+    """Return the metrics of one flush.
+
+    Raises:
+        UserError: the file is damaged, or the storage does not give it.
+    """
+    return read(storage.read_bytes(uri), Point, uri, "delete it")
 
 
 def sound_points(uris: Iterable[str]) -> Iterator[Point]:
-    """Yield the points of many files; a damaged one is left out with a warning."""
+    """Yield the metrics of many files; a damaged one is left out with a warning."""
     for uri in uris:
         try:
-            yield from read_points(uri)
+            yield read_point(uri)
         except DamagedError as error:
             log.warning("%s", error)
 

@@ -4,9 +4,9 @@
     python pipelines/train.py ring --workers 0 --optim.lr_g 1e-4
     ray job submit -- python pipelines/train.py celeba --data s3://bucket/celeba --workers 8 --gpu
 
-The workers compute and write points, figures and checkpoints into the run's folder. This process,
-the driver, starts them, shows progress from that folder and mirrors it to MLflow, so neither a slow
-terminal nor a dead tracking server delays a step.
+The workers compute and write metrics, figures and checkpoints into the run's folder. This process,
+the driver, starts them, shows progress from that folder and mirrors it to MLflow, so a dead
+tracking server delays no step, and with workers neither does a slow terminal.
 """
 
 import json

@@ -11,6 +11,7 @@ folder without ``config.json`` is an unfinished upload and counts as absent.
 
 from ivegan.checkpoint.content import load_networks, restore, save
 from ivegan.checkpoint.folder import (
+    CONFIG,
     PREFIX,
     checkpoints,
     clear_unfinished,
@@ -22,6 +23,7 @@ from ivegan.checkpoint.folder import (
 )
 
 __all__ = [
+    "CONFIG",
     "PREFIX",
     "checkpoints",
     "clear_unfinished",

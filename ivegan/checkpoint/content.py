@@ -52,8 +52,8 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
     return uri
 
 
-def restore(state: State, uri: str) -> dict[str, Any]:
-    """Load a checkpoint into a state and return the metadata saved with it.
+def restore(state: State, uri: str) -> None:
+    """Load a checkpoint into a state.
 
     Raises:
         UserError: the checkpoint is of another architecture, or not readable.
@@ -74,7 +74,6 @@ def restore(state: State, uri: str) -> dict[str, Any]:
     state.step = metadata["step"]
     for optimizer in (state.optimizer_g, state.optimizer_d):
         optimizer.restart(state.step)
-    return metadata
 
 
 def load_networks(uri: str) -> tuple[Config, Encoder, Generator, dict[str, Any]]:

@@ -17,6 +17,7 @@ from ivegan.config import Config
 from ivegan.data.cache import Split
 from ivegan.data.stream import Stream, reading_threads
 from ivegan.data.tars import read_shard
+from ivegan.errors import UserError
 from ivegan.shapes import UInt8
 from ivegan.transforms import to_float
 
@@ -37,7 +38,8 @@ def batches(
 
     They are prepared in a thread, some steps ahead, except points on a CPU.
 
-    Without a source, points of ``ring`` or ``grid`` are drawn. Copies do not wait for the device.
+    Without a source, points of ``ring`` or ``grid`` are drawn. Copies to the device are
+    asynchronous.
     """
     pin = device.type == "cuda"
 
@@ -65,17 +67,19 @@ def batches(
 
 
 def first_images(source: Split | Stream, count: int) -> UInt8[np.ndarray, "n c h w"]:
-    """Return the first images of the first shard, for figures."""
+    """Return the first images of the first readable shard, for figures."""
     if isinstance(source, Split):
         return source.images[:count]
     manifest = source.manifest
-    first = manifest.of_split(source.split)[0]
-    samples = read_shard(source.data_uri, first, manifest.image_shape, skip_bad=source.skip_bad)
-    return np.stack([sample.image for sample in samples[:count]])
+    for shard in manifest.of_split(source.split):
+        samples = read_shard(source.data_uri, shard, manifest.image_shape, skip_bad=source.skip_bad)
+        if samples:
+            return np.stack([sample.image for sample in samples[:count]])
+    raise UserError(f"{source.data_uri} has no readable {source.split} sample: build it again.")
 
 
 def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield indefinite items that another thread makes, ``count`` items ahead."""
+    """Yield the items of an endless iterator, which a thread computes ``count`` items ahead."""
     with reading_threads(1) as pool:
         pending = deque(pool.submit(next, items) for _ in range(count))
         while True:

@@ -14,7 +14,6 @@ from torch import nn
 
 from ivegan import checkpoint, storage
 from ivegan.config import PROTOCOLS, Config
-from ivegan.data.manifest import read_manifest
 from ivegan.errors import UserError
 from ivegan.evaluation import figures, images, points
 from ivegan.evaluation.report import PREFIX, Figure, render
@@ -70,14 +69,14 @@ def evaluate(
         own, protocol = PROTOCOLS[config.protocol], protocol or config.protocol
         rules = PROTOCOLS[protocol]._replace(ring=own.ring, grid=own.grid)
         metadata |= {"protocol": protocol, "evaluated": limit or rules.samples}
+        metadata["evaluated_dataset_hash"] = config.dataset
         metrics, pages = points.evaluate(sampler, uri, seed, metadata["evaluated"], rules)
     else:
         metadata["data"] = data_uri or saved.get("data")
         if not metadata["data"]:
             raise UserError(f"The checkpoint {uri} does not record its data: give --data.")
-        metadata["evaluated_dataset_hash"] = read_manifest(metadata["data"]).hash
         split = images.load(config, metadata["data"], "test", Path(cache_dir), limit)
-        metadata["evaluated"] = len(split.x)
+        metadata |= {"evaluated": len(split.x), "evaluated_dataset_hash": split.hash}
         metrics, pages = images.evaluate(sampler, split, Path(cache_dir), seed)
     return _write(str(out), {PREFIX + k: v for k, v in metrics.items()}, metadata, pages)
 

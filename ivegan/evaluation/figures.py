@@ -1,4 +1,4 @@
-"""Grids of images and densities: arrays in, pillow images out; no checkpoint, no file.
+"""Grids of images and densities: arrays in, pillow images out; a run's figures, as PNGs.
 
 All is drawn with pillow alone, because training draws it too and runs without matplotlib; scatter
 plots are in ``plots``. Each picture has a title and a note above it, one line each.

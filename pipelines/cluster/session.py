@@ -183,7 +183,7 @@ def _room(each: dict[str, float]) -> int:
 
 
 def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) -> T:
-    """Return what a call returns that is made in another thread.
+    """Make a call in another thread and return its result.
 
     In the main one Ray Train would take Ctrl-C over, and an exception that a signal raises inside
     Ray gets lost: a terminated run would continue.
@@ -204,7 +204,7 @@ def in_a_thread(call: Callable[[], T], cut: Callable[[], object] | None = None) 
 
 
 def started(call: Callable[..., T], *given: Any) -> Future[T]:
-    """Return what a call will have returned that another thread makes; no exit waits for it."""
+    """Make a call in a daemon thread and return its Future."""
     outcome: Future[T] = Future()
 
     def make() -> None:

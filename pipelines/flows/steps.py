@@ -16,7 +16,7 @@ from pipelines.paths import runs_dir
 from pipelines.progress import Display
 from pipelines.sweeps import definition, driver, space
 from pipelines.tracking.mirror import run_id_of
-from pipelines.training.fit import fit
+from pipelines.training.fit import HOW, fit
 from pipelines.training.plan import Execution, Plan, beside, check_data, resolve, run_of, shared
 
 
@@ -148,8 +148,7 @@ def inputs_of(plan: Plan) -> dict[str, Any]:
         "world_size": max(1, plan.run.workers),
         "threads": plan.run.threads,
         "device": "cuda" if plan.run.gpu else "cpu",
-        "precision": plan.run.precision,
-        "stream": plan.run.stream,
+        **{option: getattr(plan.run, option) for option in HOW.values()},
     }
 
 
@@ -175,7 +174,7 @@ def train(flow: Any, plan: Plan) -> dict[str, Any]:
 
 
 def finished_result(plan: Plan) -> dict[str, Any] | None:
-    """Return the result of a finished run, as ``fit`` returned it; None if it is not finished."""
+    """Return the result of a finished run, with the rate of its last flush; None if unfinished."""
     last = checkpoint.latest(plan.run_uri)
     if last is None or records.read_record(plan.run_uri).status != "FINISHED":
         return None

@@ -6,7 +6,7 @@ from typing import Any
 
 from ivegan import storage
 from ivegan.evaluation import report
-from pipelines.record import sound_evaluation
+from pipelines.record import evaluation_uri, sound_evaluation
 
 _DATA = {
     "ring": "Points of a mixture of Gaussians, drawn from a formula.",
@@ -74,7 +74,7 @@ def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
     seeds: dict[int, dict[str, float]] = {}
     shared = None
     for name in (run_id, *storage.list_names(folder)):
-        uri = storage.join(folder, name, f"evaluation-{images_seen:010d}", "metrics.json")
+        uri = f"{evaluation_uri(storage.join(folder, name), images_seen)}/metrics.json"
         if storage.exists(uri) and (found := sound_evaluation(uri)) is not None:
             config, data = found.metadata["config"], found.metadata.get("dataset_hash")
             settings = {**config, "seed": None, "dataset_hash": data}

@@ -136,6 +136,7 @@ def _mlflow_run(client: MlflowClient, checkpoint_uri: str, half: Half) -> str:
     metadata, config = half.metadata, half.config
     name, key = str(metadata.get("run_id")), metadata.get("mlflow_run_id")  # of version 0.1
     if records.exists(run_uri := checkpoint_uri.rpartition("/")[0]):
+        mirror.mirror(run_uri, client.tracking_uri)  # MLflow may have been away during the run
         key = mirror.run_id_of(run_uri)
     if key is not None and (existing := tracking.find_run(client, key)) is not None:
         return existing

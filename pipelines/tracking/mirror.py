@@ -62,7 +62,7 @@ class _Note:
         storage.write_bytes(storage.join(run_uri, NOTE), text.encode())
 
     def lacks(self, names: list[str], state: str) -> list[str] | None:
-        """Return the files that are not copied; None if the record is neither."""
+        """Return the files that MLflow lacks; None if it has everything, the record included."""
         new = [name for name in names if name not in self.files]
         return new if new or state != self.record else None
 
@@ -92,7 +92,7 @@ def mirror(run_uri: str, uri: str) -> int:
     _copy_points(tracked, run_id, run_uri, [name for name in new if name.endswith(".jsonl")])
     for name in new:
         if name.endswith("/metrics.json"):
-            _copy_evaluation(tracked, run_id, record, storage.join(run_uri, name))
+            _copy_evaluation(tracked, run_id, storage.join(run_uri, name))
         if not name.endswith(".jsonl"):
             folder = "figures" if name.startswith("figures/") else "evaluation"
             tracking.log_file(tracked, run_id, run_uri, name, folder)
@@ -113,6 +113,15 @@ def mirror_or_warn(run_uri: str, uri: str, what: str) -> None:
         log.warning("MLflow lacks %s (%s); %s", what, tracking.first_line(error), remedy)
 
 
+def forget(run_uri: str, folder: str) -> None:
+    """Let the next mirror copy a folder of a run once more, because its files have changed."""
+    note = _Note.read(run_uri)
+    below = f"{folder.rpartition('/')[2]}/"
+    files = [name for name in note.files if not name.startswith(below)]
+    if files != note.files:
+        dataclasses.replace(note, files=files).write(run_uri)
+
+
 def store_of(run_uri: str, default: str = "") -> str:
     """Return the store that a run is mirrored to.
 
@@ -124,7 +133,7 @@ def store_of(run_uri: str, default: str = "") -> str:
 
 
 def run_id_of(run_uri: str) -> str:
-    """Return the MLflow id of a run; its key as long as there is none."""
+    """Return the MLflow id of a run, or its key where it has not been mirrored yet."""
     return _Note.read(run_uri).run_id or records.read_record(run_uri).key
 
 
@@ -205,11 +214,13 @@ def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[s
         tracked.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
-def _copy_evaluation(tracked: MlflowClient, run_id: str, record: RunRecord, uri: str) -> None:
-    """Copy an evaluation's numbers, at a time that is the same if they are copied again."""
+def _copy_evaluation(tracked: MlflowClient, run_id: str, uri: str) -> None:
+    """Copy those numbers of an evaluation that MLflow has not, or has with another value."""
     if (found := records.sound_evaluation(uri)) is not None:
         images_seen = int(uri.rpartition("/")[0].rpartition("-")[2])
-        metrics = [Metric(k, v, record.started, images_seen) for k, v in found.metrics.items()]
+        old = tracked.get_run(run_id).data.metrics
+        new = [(k, v) for k, v in found.metrics.items() if old.get(k) != v]
+        metrics = [Metric(k, v, records.now(), images_seen) for k, v in new]
         tracked.log_batch(run_id, metrics=metrics)
 
 

@@ -5,14 +5,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ivegan import checkpoint, storage
-from ivegan.checkpoint import PREFIX
+from ivegan import storage
+from ivegan.checkpoint import CONFIG, PREFIX
 from ivegan.errors import UserError
-from pipelines.record import METRICS, read_points, write_points
+from pipelines.record import METRICS, read_point, write_points
 from pipelines.training.plan import Plan
 
 log = logging.getLogger(__name__)
 
+_FLUSH = re.compile(rf"{METRICS}/(\d+)\.jsonl")
+_SAVED = re.compile(rf"{PREFIX}(\d+)/{re.escape(CONFIG)}")
 Event = dict[str, Any]
 Show = Callable[[Event], None]
 Measure = Callable[[str], dict[str, float]]
@@ -23,13 +25,11 @@ class Follower:
 
     def __init__(self, plan: Plan, show: Show | None, measure: Measure | None) -> None:
         self._plan, self._show, self._measure = plan, show, measure
-        self._folder = storage.join(plan.run_uri, METRICS)
-        self._names = set(storage.list_names(self._folder))
-        self._saved = set(checkpoint.checkpoints(plan.run_uri))
+        self._seen = set(storage.list_files(plan.run_uri))
         self._warned = False
 
     def look(self) -> None:
-        """Pass on what is new; trouble with the storage is left to the workers, who write to it."""
+        """Pass on what is new; errors of the storage are logged once, the workers raise them."""
         try:
             events = self._new_events()
         except UserError as error:
@@ -46,21 +46,16 @@ class Follower:
                 self._show(event)
 
     def _new_events(self) -> list[Event]:
-        # Checkpoints first: the points of a checkpoint are written before it.
-        saved = {
-            f"{name.removeprefix(PREFIX)}.jsonl": storage.join(self._plan.run_uri, name)
-            for name in storage.list_names(self._plan.run_uri)
-            if name.startswith(PREFIX)
-        }
-        saved = {name: uri for name, uri in saved.items() if uri not in self._saved}
-        saved = {k: uri for k, uri in saved.items() if storage.exists(f"{uri}/config.json")}
-        names = set(storage.list_names(self._folder)) - self._names
-        flushes = {name for name in names if re.fullmatch(r"\d+\.jsonl", name)}
+        run_uri = self._plan.run_uri
+        new = set(storage.list_files(run_uri)) - self._seen
+        numbers = {m[1] for name in new if (m := _FLUSH.fullmatch(name) or _SAVED.fullmatch(name))}
         events = []
-        for name in sorted(flushes | saved.keys()):
-            (point,) = read_points(storage.join(self._folder, name))
+        for number in sorted(numbers):
+            # Of a checkpoint they are written first, though a listing may lack them.
+            point = read_point(storage.join(run_uri, METRICS, f"{number}.jsonl"))
             event = {"images_seen": point.images_seen, "metrics": dict(point.metrics)}
-            events.append(event | ({"checkpoint": saved[name]} if name in saved else {}))
-        self._names |= names
-        self._saved |= set(saved.values())
+            if f"{PREFIX}{number}/{CONFIG}" in new:
+                event["checkpoint"] = storage.join(run_uri, f"{PREFIX}{number}")
+            events.append(event)
+        self._seen |= new
         return events

@@ -142,7 +142,7 @@ class Run(Execution):
     resume: bool = False
     """Continue the run id from its last checkpoint if it has one, start it otherwise."""
     log_every: int = 0
-    """Images between two lines of progress; 0 is a hundredth of the run."""
+    """Images between two flushes of metrics; 0 is a hundredth of the run."""
     keep: int = 3
     """Last checkpoints that a run of images keeps, beside those that were evaluated or registered;
     0 is all."""
@@ -295,8 +295,8 @@ def check_same_data(what: str, plan: Plan, before: str, now: str) -> None:
     """
     if before != now:
         raise UserError(
-            f"{what} was begun on other data: {plan.data_uri} had the hash {before[:12]} then and "
-            f"has {now[:12]} now; give --data as it was, or begin anew under another name."
+            f"{what} was started on different data: {plan.data_uri} had the hash {before[:12]} "
+            f"then and has {now[:12]} now; give --data as it was, or start anew under another name."
         )
 
 

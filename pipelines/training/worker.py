@@ -79,7 +79,8 @@ def work(
                 raised_metrics = {f"alarm/{name}": 1.0 for name in raised}
                 writer.add(seen, metrics | raised_metrics | system_metrics(state.device))
                 if save:
-                    figures = progress_figures(state.encoder_generator, config, pictured)
+                    shown = state.average or state.encoder_generator  # as an evaluation does
+                    figures = progress_figures(shown, config, pictured)
                     for name, png in figures.items():
                         writer.add_figure(name, seen, png)
                 if save or leaves:
@@ -116,9 +117,11 @@ def _state(plan: Plan) -> tuple[State, str | None]:
             )
     state = create_state(plan.config, device_of(run), getattr(torch, run.precision))
     state.micro_batches = run.accumulate
+    start = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         checkpoint.clear_unfinished(plan.run_uri)
-    start = _agree(checkpoint.latest(plan.run_uri))
+        start = checkpoint.latest(plan.run_uri)
+    start = _agree(start)
     if start:
         checkpoint.restore(state, start)
     if run.compile:
@@ -180,7 +183,7 @@ def device_of(run: Run) -> torch.device:
 
 
 def _agree(value: str | None) -> str | None:
-    """Return rank 0's value on every rank: a listing may change between two ranks' looks."""
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]

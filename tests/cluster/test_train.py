@@ -107,7 +107,7 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
     manifest = json.loads((data / "manifest.json").read_text())
     labels = manifest["label_names"]
     (data / "manifest.json").write_text(json.dumps({**manifest, "label_names": labels[::-1]}))
-    with pytest.raises(UserError, match=r"run moved was begun on other data: .*hash"):
+    with pytest.raises(UserError, match=r"run moved was started on different data: .*hash"):
         fit(resolve("digits", override(config, {"total_images": 64}), run))
 
 

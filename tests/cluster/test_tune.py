@@ -151,7 +151,7 @@ def test_sweep_is_not_restored_on_other_data(home, store, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sweep("ring", small(), Sweep(sweep_id="s", samples=1))
     monkeypatch.setattr(driver, "check_data", lambda plan: "another hash")
-    with pytest.raises(UserError, match="The sweep s was begun on other data"):
+    with pytest.raises(UserError, match="The sweep s was started on different data"):
         tune.main("ring", small(), Sweep(restore="s"))
 
 

@@ -16,7 +16,7 @@ from ivegan.config import preset, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
 from pipelines.record import MetricsWriter, RunRecord
-from pipelines.tracking.mirror import mirror, mirrored, run_id_of, sync, waiting
+from pipelines.tracking.mirror import forget, mirror, mirrored, run_id_of, sync, waiting
 
 
 def run_folder(storage: Path, run_id: str = "a", status: str = "FINISHED", **changes) -> str:
@@ -74,6 +74,25 @@ def test_a_run_deleted_in_mlflow_stays_deleted(store, home, mlflow_runs):
     Path(run_uri, "mlflow.json").unlink()
     assert mirror(run_uri, store) == 0
     assert mlflow_runs(store) == []
+
+
+def test_a_repeated_evaluation_replaces_its_numbers_and_files(store, home, mlflow_runs):
+    run_uri = run_folder(home / "runs")
+    folder = Path(records.evaluation_uri(run_uri, 192))
+    folder.mkdir()
+    metadata = {"config": to_dict(preset("ring"))}
+    for value in (0.9, 0.5, 0.5):
+        found = {"metrics": {"eval/modes": 8.0, "eval/near": value}, "metadata": metadata}
+        (folder / "metrics.json").write_text(json.dumps(found))
+        (folder / "report.html").write_text(f"near {value}")
+        forget(run_uri, str(folder))
+        mirror(run_uri, store)
+    (run,) = mlflow_runs(store)
+    assert run.data.metrics["eval/near"] == 0.5
+    assert points(store, run.info.run_id, "eval/modes") == [(192, 8.0)]
+    assert points(store, run.info.run_id, "eval/near") == [(192, 0.9), (192, 0.5)]
+    place = MlflowClient(store).download_artifacts(run.info.run_id, "evaluation/report.html")
+    assert Path(place).read_text() == "near 0.5"
 
 
 def test_two_mirrors_at_once_leave_one_run(store, home, mlflow_runs):

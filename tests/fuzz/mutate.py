@@ -217,7 +217,7 @@ def targets(root: Path) -> list[Target]:
         Target("weights", run, parts, state, has_digest=True),
         Target("config.json", run, (f"{saved.name}/config.json",), state),
         Target("run.json", run, ("run.json",), _record),
-        Target("points", run, (metrics,), lambda f: record.read_points(f"{f}/{metrics}")),
+        Target("points", run, (metrics,), lambda f: record.read_point(f"{f}/{metrics}")),
         Target("idx", root / "idx", _names(root / "idx"), raw(mnist)),
         Target("celeba", root / "faces", _names(root / "faces"), raw(celeba)),
         Target("evaluation", run, (EVALUATION,), lambda f: card.evaluations_of(f, 16)),

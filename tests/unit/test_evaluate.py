@@ -298,6 +298,19 @@ def test_what_cannot_be_evaluated_is_refused(digits_dataset, tmp_path):
             main(options)
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "options", "own"),
+    [("ring", {}, True), ("ring", {"seed": 1}, False), ("other data", {}, False)],
+)
+def test_only_the_own_evaluation_goes_into_the_runs_folder(
+    trained_on, options, own, home, tmp_path
+):
+    state = create_state(override(preset("ring"), {"model.width": 0.25}))
+    uri = checkpoint.save(state, str(home / "run"), {"dataset_hash": trained_on})
+    main(Evaluate(checkpoint=uri, out=str(tmp_path / "out"), **options))
+    assert (home / "run" / "evaluation-0000000000" / "metrics.json").exists() == own
+
+
 @pytest.mark.parametrize("half", ["encoder", "generator"])
 def test_networks_that_diverged_are_named(half, cache, tmp_path):
     state = create_state(override(preset("ring"), {"model.width": 0.25}))

@@ -28,6 +28,8 @@ from pipelines.models import card, gate, package, stages
 from pipelines.models.pull import pull
 from pipelines.models.register import register
 from pipelines.models.stages import overview, promote, rollback
+from pipelines.record import RunRecord, write_record
+from pipelines.tracking.mirror import sync
 
 PASS = {"quality": 1.0}, None, []
 ENCODER, GENERATOR = NAMES = "ivegan-digits-encoder", "ivegan-digits-generator"
@@ -120,6 +122,24 @@ def test_pairs_move_and_come_back_together_with_the_same_files(registered):
     assert register(checkpoints[1])["new"] is False
     assert stages_in(store)["2"] == ("staging", "Staging")
     assert len(stages_in(store)) == 2
+
+
+def test_a_run_that_mlflow_missed_is_mirrored_before_it_is_registered(home, store, mlflow_runs):
+    uri = saved(home / "runs" / "checkpoints", "a")
+    record = RunRecord(
+        run_id="a",
+        preset="digits",
+        config=checkpoint.read_metadata(uri)["config"],
+        experiment="ivegan-digits",
+        key="a-key",
+        status="FINISHED",
+    )
+    write_record(uri.rpartition("/")[0], record)
+    registered = register(uri)
+    assert sync(home / "runs" / "checkpoints") == {}
+    (run,) = mlflow_runs(store)
+    assert run.info.run_id == registered["mlflow_run_id"]
+    assert run.data.tags["run_key"] == "a-key"
 
 
 def test_a_damaged_pair_in_production_can_be_replaced(registered):

@@ -15,7 +15,7 @@ import torch
 from datasets import write_dataset
 
 from ivegan.config import override, preset
-from ivegan.data.batches import _ahead, batches
+from ivegan.data.batches import _ahead, batches, first_images
 from ivegan.data.cache import load_split
 from ivegan.data.manifest import read_manifest
 from ivegan.data.stream import Stream, _Lanes
@@ -143,10 +143,16 @@ def test_missing_shards_are_left_out_but_not_all_of_them(tmp_path, caplog):
     missing = set(range(48)) - set(itertools.chain(*read(stream(uri, skip_bad=True), 16, 30)))
     assert len(missing) == 12
     assert ": 12 of 12 samples left out" in caplog.text
+    shards.sort()
+    shards[0].write_bytes(b"")
+    pictured = first_images(stream(uri, skip_bad=True), 10)  # of the next shard that is there
+    assert 12 <= min(numbers(torch.from_numpy(pictured)))
     for path in shards:
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"No sample of .* can be read"):
         read(stream(uri, skip_bad=True), 16, 1)
+    with pytest.raises(UserError, match="has no readable train sample"):
+        first_images(stream(uri, skip_bad=True), 10)
 
 
 def test_the_cache_leaves_out_bad_samples_if_asked_and_never_by_itself(tmp_path, caplog):
