@@ -4,14 +4,12 @@ The arrays are memory-mapped files in a folder that is named by the manifest's h
 set that is built anew is decoded anew.
 """
 
-import fcntl
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from ivegan.errors import UserError
 from ivegan.shapes import Int, UInt8
 from ivegan.storage import local_sentences
 from ivegan.storage.digest import is_sound, write_sums
+from ivegan.storage.local import lock
 
 log = logging.getLogger(__name__)
 
@@ -101,18 +100,6 @@ def load_split(
                 keys=np.load(folder / "keys.npy", mmap_mode="r"),
                 dataset_hash=manifest.hash,
             )
-
-
-@contextmanager
-def lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock that ends with the process; yield whether it is held."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _make_room(root: Path, keep: str, needed: int, limit: int) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
 
 from ivegan.config import Transform
-from ivegan.data.cache import lock
 from ivegan.shapes import Float, UInt8
 from ivegan.storage import local, local_sentences
 from ivegan.storage.digest import digest, is_sound, write_sums
@@ -107,7 +106,7 @@ def classifier_of(
     with local_sentences(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Of several processes that want it at once, the trials of a sweep say, one trains it.
-        with lock(folder.with_suffix(".lock")):
+        with local.lock(folder.with_suffix(".lock")):
             if not is_sound(folder):
                 log.info("training the classifier of the evaluation, once per data set")
                 model = train_classifier(images, labels, settings)

@@ -125,7 +125,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write all files of an evaluation, ``metrics.json`` last, and return its summary."""
     files = {f"{page.name}.png": figures.png(page.image) for page in pages}
-    files["report.html"] = render(metrics, metadata, pages).encode()
+    files["report.html"] = render(metrics, metadata, pages, files).encode()
     result = {"metrics": metrics, "metadata": metadata}
     files["metrics.json"] = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
     for name, data in files.items():

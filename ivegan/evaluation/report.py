@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from ivegan.config import flatten, from_dict
-from ivegan.evaluation.figures import png
 
 PREFIX = "eval/"
 """Of every number's name in ``metrics.json`` and in MLflow."""
@@ -94,14 +93,16 @@ def headline(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
 
 
 def render(
-    metrics: Mapping[str, float], metadata: Mapping[str, Any], figures: Sequence[Figure]
+    metrics: Mapping[str, float],
+    metadata: Mapping[str, Any],
+    figures: Sequence[Figure],
+    files: Mapping[str, bytes],
 ) -> str:
-    """Return the page: numbers, figures inside it, and the metadata of the run."""
+    """Return the page: numbers, the PNG files of the figures, and the metadata of the run."""
     from jinja2 import Environment
 
-    pages = [
-        (page, base64.b64encode(png(page.image)).decode(), _shown_width(page)) for page in figures
-    ]
+    pngs = [base64.b64encode(files[f"{figure.name}.png"]).decode() for figure in figures]
+    pages = list(zip(figures, pngs, map(_shown_width, figures), strict=True))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((_FOLDER / "report.html.j2").read_text("utf-8")).render(
         title=f"IVE-GAN on {metadata['dataset']}",

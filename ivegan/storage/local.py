@@ -1,6 +1,7 @@
 """Files and folders of this machine, which appear whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -72,3 +73,15 @@ def delete_folder(folder: Path) -> None:
     if folder.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             folder.rename(Path(beside) / folder.name)
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock that ends with the process; yield whether it is held."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -21,8 +21,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from ivegan import storage
-from ivegan.data.cache import lock
 from ivegan.errors import UserError, public
+from ivegan.storage.local import lock
 from pipelines.paths import sqlite_path
 
 log = logging.getLogger(__name__)

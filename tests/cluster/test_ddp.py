@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -54,15 +55,25 @@ def test_a_ray_of_its_own_leaves_no_process_behind(home):
         assert psutil.Process(int(done.stdout)).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_ray_that_does_not_start_is_a_sentence(home, monkeypatch):
+@pytest.mark.parametrize(
+    ("attached", "error", "sentence"),
+    [
+        (False, Exception("It timed out."), "Ray did not start .*timed out.*--workers 0"),
+        (True, ConnectionError("No answer"), "No answer: .* RAY_AUTH_TOKEN .* of the cluster"),
+    ],
+)
+def test_a_ray_that_does_not_let_in_is_a_sentence(home, attached, error, sentence, monkeypatch):
     def init(**_: Any) -> None:
-        raise Exception("The current node timed out during startup.")
+        raise error
 
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(UserError, match=r"Ray did not start .*timed out.*--workers 0"):
-        ray_session().__enter__()
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        if attached:
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        with pytest.raises(UserError, match=sentence):
+            ray_session().__enter__()
 
 
 def test_two_ray_workers_follow_the_plain_loop(home, ray_cluster, ring):

@@ -146,7 +146,7 @@ def test_missing_shards_are_left_out_but_not_all_of_them(tmp_path, caplog):
     shards.sort()
     shards[0].write_bytes(b"")
     pictured = first_images(stream(uri, skip_bad=True), 10)  # of the next shard that is there
-    assert 12 <= min(numbers(torch.from_numpy(pictured)))
+    assert min(numbers(torch.from_numpy(pictured))) >= 12
     for path in shards:
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"No sample of .* can be read"):
