@@ -1,6 +1,6 @@
 """The production topology as processes: a head without CPUs, two nodes, token, accounts and keys.
 
-One cluster for all tests, in their order: each takes minutes on two cores.
+One cluster for all tests, each of which takes minutes on two cores.
 """
 
 import json
@@ -19,6 +19,7 @@ from local_cluster import BUCKET, Cluster
 from mlflow import MlflowClient
 from servers import check_delivered
 
+from data_prep.building import build
 from ivegan import checkpoint, storage
 from ivegan.config import preset
 from ivegan.errors import UserError
@@ -49,9 +50,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     local_cluster.down(state)
 
 
-def until(event: str) -> None:
-    """Return once an object exists."""
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster, shards: None) -> bytes:
+    """Return the weights of a run that nothing disturbs."""
+    local_demo.submit(cluster, *TRAINING, "--run-id", "unbroken")
+    each_metric_once("unbroken")
+    return weights("unbroken")
+
+
+@pytest.fixture(scope="module")
+def shards(cluster: Cluster) -> None:
+    """Build the digits, unless the whole way has."""
+    build("digits", source=None, out=DATA, workers=0)
+
+
+def until(cluster: Cluster, job: str, event: str) -> None:
+    """Return once an object exists that a job writes."""
     while not storage.exists(event):
+        assert local_cluster.ask_ray(cluster, f"/api/jobs/{job}")["status"] != "FAILED"
         time.sleep(0.5)  # between two looks; the test's timeout ends them
 
 
@@ -160,23 +176,21 @@ def test_a_job_without_places_or_room_prints_what_to_do(cluster, capfd):
         assert re.search(sentence, "".join(capfd.readouterr()))
 
 
-def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(cluster):
-    local_demo.submit(cluster, *TRAINING, "--run-id", "unbroken")
+def test_a_run_that_lost_a_node_ends_with_the_weights_of_an_unbroken_one(cluster, unbroken):
     broken = (*TRAINING, "--run-id", "broken", "--wait-for-nodes", "600")
     job = local_demo.submit(cluster, *broken, wait=False)
-    until(f"{RUNS}/broken/checkpoint-0000001280/config.json")
+    until(cluster, job, f"{RUNS}/broken/checkpoint-0000001280/config.json")
     local_cluster.end(cluster, "node-1", kill=True)
     local_cluster.start_node(cluster, "node-1")
     local_demo.finish(cluster, job)
-    assert weights("broken") == weights("unbroken")
-    each_metric_once("unbroken")
+    assert weights("broken") == unbroken
     each_metric_once("broken")
 
 
-def test_a_node_whose_end_is_announced_saves_a_checkpoint_first(cluster):
+def test_a_node_whose_end_is_announced_saves_a_checkpoint_first(cluster, unbroken):
     noticed = (*TRAINING, "--run-id", "noticed", "--save-every", "7680", "--wait-for-nodes", "600")
     job = local_demo.submit(cluster, *noticed, wait=False)
-    until(f"{RUNS}/noticed/metrics")
+    until(cluster, job, f"{RUNS}/noticed/metrics")
     listing = local_cluster.ask_ray(cluster, "/api/v0/nodes?detail=1")["data"]["result"]["result"]
     (leaving,) = [n for n in listing if (n["node_name"], n["state"]) == ("node-1", "ALIVE")]
     words = ["--node-id", leaving["node_id"], "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -190,14 +204,14 @@ def test_a_node_whose_end_is_announced_saves_a_checkpoint_first(cluster):
     local_cluster.start_node(cluster, "node-1")
     local_demo.finish(cluster, job)
     assert not saved[0].endswith("0000007680")  # the only one that was due
-    assert weights("noticed") == weights("unbroken")
+    assert weights("noticed") == unbroken
     each_metric_once("noticed")
 
 
-def test_an_elastic_run_continues_on_the_node_that_is_left(cluster):
+def test_an_elastic_run_continues_on_the_node_that_is_left(cluster, shards):
     elastic = (*TRAINING, "--run-id", "elastic", "--workers", "1:2", "--keep", "0")
     job = local_demo.submit(cluster, *elastic, wait=False)
-    until(f"{RUNS}/elastic/checkpoint-0000001280/config.json")
+    until(cluster, job, f"{RUNS}/elastic/checkpoint-0000001280/config.json")
     local_cluster.end(cluster, "node-1", kill=True)
     local_demo.finish(cluster, job)
     local_cluster.start_node(cluster, "node-1")
@@ -211,11 +225,11 @@ def test_an_elastic_run_continues_on_the_node_that_is_left(cluster):
     each_metric_once("elastic")
 
 
-def test_a_sweep_goes_through_an_outage_of_mlflow_and_s3(cluster):
+def test_a_sweep_goes_through_an_outage_of_mlflow_and_s3(cluster, shards):
     words = ["pipelines/tune.py", "digits", "--data", DATA, "--storage", RUNS, "--sweep-id", "s"]
     words += ["--samples", "2", "--scores", "2", "--total-images", "6400", "--score-images", "200"]
     job = local_demo.submit(cluster, *words, wait=False)
-    until(f"{RUNS}/s-000/run.json")
+    until(cluster, job, f"{RUNS}/s-000/run.json")
     for name in ("mlflow", "s3"):
         local_cluster.end(cluster, name, kill=True)
     time.sleep(30)  # the outage

@@ -18,9 +18,11 @@ from pipelines import record as records
 def s3_server(folder: Path) -> Iterator[Cluster]:
     """Run an S3 server of a test's own; the folder keeps its objects when it is killed."""
     cluster = local_cluster.prepare(folder, folder / "cluster.json")
-    local_cluster.start_s3(cluster)
-    yield cluster
-    local_cluster.end(cluster, "s3", kill=True)
+    try:
+        local_cluster.start_s3(cluster)
+        yield cluster
+    finally:
+        local_cluster.end(cluster, "s3", kill=True)
 
 
 def s3_variables(cluster: Cluster) -> dict[str, str]:
