@@ -92,7 +92,10 @@ def client(uri: str) -> MlflowClient:
             raise UserError(
                 f"The MLflow store {path} cannot be opened ({error}); set MLFLOW_TRACKING_URI."
             ) from error
+    chosen = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
+    if chosen is None:  # it sets the variable as well, as if the user had chosen the store
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     try:
         return MlflowClient(uri)
     except (ImportError, NoSuchModuleError) as error:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from processes import program
@@ -10,6 +11,7 @@ from processes import program
 from ivegan.config import preset
 from ivegan.errors import UserError
 from pipelines.models.stages import overview
+from pipelines.paths import tracking_uri
 from pipelines.tracking import client as tracking
 from pipelines.tracking import journals
 from pipelines.tracking.mirror import sync
@@ -73,6 +75,12 @@ def test_a_journal_of_version_0_1_is_delivered_once(home, store, mlflow_runs):
     assert [(p.step, p.value, p.timestamp) for p in history] == [(64, 1.5, 2000)]
     paths = [file.path for file in MlflowClient(store).list_artifacts(run_id, "figures")]
     assert paths == ["figures/samples-0000000064.png"]
+
+
+def test_a_store_that_is_opened_does_not_become_the_users_choice(store):
+    tracking.client(store)
+    assert mlflow.get_tracking_uri() == store
+    assert tracking_uri("http://another:5000") == "http://another:5000"
 
 
 def test_an_error_without_a_text_is_named_by_its_kind():
