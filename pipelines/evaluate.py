@@ -119,10 +119,10 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
             data = storage.read_bytes(path)
             copy = storage.join(folder, path.rpartition("/")[2])
             storage.write_bytes(copy, data)
+        forget(run_uri, folder)  # an earlier one of this checkpoint
     except UserError as error:  # a run of another owner
         log.warning("The evaluation was not copied to %s: %s", folder, error)
     if record.exists(run_uri):
-        forget(run_uri, folder)  # an earlier one of this checkpoint
         noted = checkpoint.read_metadata(uri).get("tracking_uri", "")  # by version 0.1
         mirror_or_warn(run_uri, store_of(run_uri, noted), "this evaluation")
 

@@ -215,10 +215,12 @@ def _copy_points(tracked: MlflowClient, run_id: str, run_uri: str, names: list[s
 
 
 def _copy_evaluation(tracked: MlflowClient, run_id: str, uri: str) -> None:
-    """Copy those numbers of an evaluation that MLflow has not, or has with another value."""
+    """Copy an evaluation's numbers; where MLflow has one of this checkpoint, those that differ."""
     if (found := records.sound_evaluation(uri)) is not None:
         images_seen = int(uri.rpartition("/")[0].rpartition("-")[2])
-        old = tracked.get_run(run_id).data.metrics
+        history = tracked.get_metric_history(run_id, next(iter(found.metrics), "eval/"))
+        again = images_seen in [point.step for point in history]
+        old = tracked.get_run(run_id).data.metrics if again else {}
         new = [(k, v) for k, v in found.metrics.items() if old.get(k) != v]
         metrics = [Metric(k, v, records.now(), images_seen) for k, v in new]
         tracked.log_batch(run_id, metrics=metrics)

@@ -93,6 +93,9 @@ def test_a_repeated_evaluation_replaces_its_numbers_and_files(store, home, mlflo
     assert points(store, run.info.run_id, "eval/near") == [(192, 0.9), (192, 0.5)]
     place = MlflowClient(store).download_artifacts(run.info.run_id, "evaluation/report.html")
     assert Path(place).read_text() == "near 0.5"
+    folder.rename(records.evaluation_uri(run_uri, 256))  # of a later checkpoint, equal numbers
+    mirror(run_uri, store)
+    assert points(store, run.info.run_id, "eval/modes") == [(192, 8.0), (256, 8.0)]
 
 
 def test_two_mirrors_at_once_leave_one_run(store, home, mlflow_runs):
