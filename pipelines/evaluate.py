@@ -68,7 +68,7 @@ def evaluate_checkpoint(options: Evaluate) -> dict[str, Any]:
         )
         metadata = result["metadata"]
         same_data = metadata["dataset_hash"] in (None, metadata["evaluated_dataset_hash"])
-        if same_data and options.limit is options.protocol is None and options.seed == 0:
+        if same_data and (options.limit, options.protocol, options.seed) == (None, None, 0):
             _record(uri, result)
     return result
 
