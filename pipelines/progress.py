@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from pipelines.record import RATE
 from pipelines.training.plan import Plan
 
 LOSSES = {"D": "loss/D", "D'": "loss/D_prime", "pair": "loss/GE_pair", "prior": "loss/GE_prior"}
@@ -41,7 +42,7 @@ class Display:
         if not (saved or due or self.terminal):
             return
         self.printed = (seen, time.monotonic())
-        rate = metrics["rate/images_per_second"]
+        rate = metrics[RATE]
         left = timedelta(seconds=round((self.total - seen) / rate))
         losses = "  ".join(f"{label} {metrics[name]:.3f}" for label, name in LOSSES.items())
         line = (

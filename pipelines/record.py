@@ -31,7 +31,10 @@ from ivegan.storage.schema import DamagedError, check, parse_json, read
 log = logging.getLogger(__name__)
 
 RUN, METRICS, FIGURES = "run.json", "metrics", "figures"
+RATE = "rate/images_per_second"  # of each flush
 SCHEMA = 1
+HOW = ("stream", "precision", "accumulate", "compile")
+"""Options that numbers depend on."""
 ENDED = ("FINISHED", "FAILED", "KILLED")
 _REMEDY = "restore or delete it"
 
@@ -46,7 +49,7 @@ class RunRecord:
     preset: str
     config: dict[str, Any]
     precision: str = "float32"
-    micro_batches: int = 1
+    accumulate: int = 1
     stream: bool = False
     compile: bool = False
     threads: int = 1
@@ -115,6 +118,8 @@ def read_record(run_uri: str) -> RunRecord:
     found = parse_json(storage.read_bytes(where), where, _REMEDY)
     if isinstance(found, dict) and "schema" not in found:
         found = _of_older_run(found, run_uri, where)
+    if isinstance(found, dict) and "micro_batches" in found:  # as a later version called it
+        found["accumulate"] = found.pop("micro_batches")
     return check(found, RunRecord, where, _REMEDY)
 
 
@@ -127,7 +132,6 @@ def _of_older_run(found: dict[str, Any], run_uri: str, where: str) -> dict[str, 
         "schema": 0,
         "run_id": run_id,
         "preset": found.get("preset", found["config"]["dataset"]),
-        "micro_batches": found.get("accumulate", 1),
         "threads": found.get("threads_per_worker", 1),
         "experiment": f"ivegan-{found['config']['dataset']}",
         "key": found.get("run_key") or found.get("mlflow_run_id") or run_id,
@@ -234,10 +238,19 @@ def read_metrics(run_uri: str) -> list[Point]:
     return list(sound_points(storage.join(folder, name) for name in names))
 
 
-def curve(run_uri: str, name: str) -> tuple[list[int], list[float]]:
-    """Return images seen and values of a metric."""
-    points = {p.images_seen: p.metrics[name] for p in read_metrics(run_uri) if name in p.metrics}
-    return sorted(points), [points[images] for images in sorted(points)]
+def points_with(run_uri: str, name: str) -> list[Point]:
+    """Return the points of a run that have a metric, one for each number of images seen."""
+    points = {p.images_seen: p for p in read_metrics(run_uri) if name in p.metrics}
+    return [points[images] for images in sorted(points)]
+
+
+def training_seconds(flushes: Iterable[Point], start: int = 0) -> float:
+    """Return the seconds of training alone of flushes, the first since a number of images seen."""
+    seconds = 0.0
+    for point in flushes:
+        seconds += (point.images_seen - start) / point.metrics[RATE]
+        start = point.images_seen
+    return seconds
 
 
 class MetricsWriter:

@@ -20,6 +20,7 @@ from ivegan.checkpoint.folder import (
     latest,
     prune,
     read_metadata,
+    uri_of,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "read_metadata",
     "restore",
     "save",
+    "uri_of",
 ]

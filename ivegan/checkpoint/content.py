@@ -14,7 +14,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ivegan import storage
-from ivegan.checkpoint.folder import CONFIG, PREFIX, REMEDY, read_checked, read_metadata
+from ivegan.checkpoint.folder import CONFIG, REMEDY, read_checked, read_metadata, uri_of
 from ivegan.config import Config, from_dict, to_dict
 from ivegan.errors import UserError
 from ivegan.networks import Encoder, Generator
@@ -34,7 +34,7 @@ def save(state: State, run_uri: str, metadata: dict[str, Any]) -> str:
         run_uri: ``STORAGE/RUN_ID``.
         metadata: plain values for ``config.json``: run id, dataset hash, world size, and the like.
     """
-    uri = storage.join(run_uri, f"{PREFIX}{state.images_seen:010d}")
+    uri = uri_of(run_uri, state.images_seen)
     optimizers = {name: o.state_dict() for name, o in _optimizers(state).items()}
     files = {
         _WEIGHTS: save_safetensors(_named_weights(state)),

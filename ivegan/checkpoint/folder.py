@@ -109,6 +109,11 @@ def clear_unfinished(run_uri: str) -> None:
         storage.delete_folder(uri)
 
 
+def uri_of(run_uri: str, images_seen: int) -> str:
+    """Return the URI of a run's checkpoint after a number of images."""
+    return storage.join(run_uri, f"{PREFIX}{images_seen:010d}")
+
+
 def find(uri: str) -> str:
     """Return the checkpoint that a URI names: itself, or the newest one of a run's folder.
 

@@ -15,8 +15,7 @@ from pipelines import record as records
 from pipelines.paths import runs_dir
 from pipelines.progress import Display
 from pipelines.sweeps import definition, driver, space
-from pipelines.tracking.mirror import run_id_of
-from pipelines.training.fit import HOW, fit
+from pipelines.training.fit import fit, result_of
 from pipelines.training.plan import Execution, Plan, beside, check_data, resolve, run_of, shared
 
 
@@ -148,7 +147,7 @@ def inputs_of(plan: Plan) -> dict[str, Any]:
         "world_size": max(1, plan.run.workers),
         "threads": plan.run.threads,
         "device": "cuda" if plan.run.gpu else "cpu",
-        **{option: getattr(plan.run, option) for option in HOW.values()},
+        **{name: getattr(plan.run, name) for name in records.HOW},
     }
 
 
@@ -161,7 +160,8 @@ def train(flow: Any, plan: Plan) -> dict[str, Any]:
     options = options_of(flow.options)
     if not options.run_id:
         plan = beside(plan, plan.config, f"{plan.preset}-{digest(inputs_of(plan))[:12]}")
-    if finished := finished_result(plan):
+    if _is_finished(plan):
+        finished = result_of(plan.run_uri)
         print(f"{plan.run_id} is trained already: {finished['checkpoint']}")
         return {**finished, "reused": True}
     print(f"training {plan.run_id}: {plan.config.total_steps:,} steps of {plan.config.batch_size}")
@@ -173,25 +173,12 @@ def train(flow: Any, plan: Plan) -> dict[str, Any]:
     return {**result, "reused": False}
 
 
-def finished_result(plan: Plan) -> dict[str, Any] | None:
-    """Return the result of a finished run, with the rate of its last flush; None if unfinished."""
+def _is_finished(plan: Plan) -> bool:
+    """Return whether a run has ended with all images of the plan seen."""
     last = checkpoint.latest(plan.run_uri)
     if last is None or records.read_record(plan.run_uri).status != "FINISHED":
-        return None
-    metadata = checkpoint.read_metadata(last)
-    if metadata["images_seen"] != plan.images:
-        return None
-    metrics = [p.metrics for p in records.read_metrics(plan.run_uri)]
-    metrics = next((m for m in reversed(metrics) if "loss/D" in m), {})
-    return {
-        "run_id": plan.run_id,
-        "mlflow_run_id": run_id_of(plan.run_uri),
-        "checkpoint": last,
-        "images_seen": metadata["images_seen"],
-        "images_per_second": metrics.get("rate/images_per_second"),
-        "world_size": metadata["world_size"],
-        "metrics": metrics,
-    }
+        return False
+    return checkpoint.read_metadata(last)["images_seen"] == plan.images
 
 
 def reports_uri(flow: Any) -> str:

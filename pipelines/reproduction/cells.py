@@ -29,7 +29,7 @@ from ivegan.step import NonFiniteLossError
 from ivegan.storage import schema
 from pipelines.digits import prepare_digits
 from pipelines.paths import cache_dir
-from pipelines.record import read_metrics, read_record
+from pipelines.record import RATE, points_with, read_record, training_seconds
 from pipelines.reproduction.tasks import IVE_GAN, Cell
 from pipelines.training.fit import fit
 from pipelines.training.plan import Run, git_commit, resolve
@@ -107,11 +107,7 @@ def recorded(cell: Cell, checkpoint_uri: str, run: Run) -> Result:
         raise UserError(f"{checkpoint_uri} is not {cell.name}: it differs in {names}.")
     run_uri = checkpoint_uri.rpartition("/")[0]
     run = dataclasses.replace(run, precision=read_record(run_uri).precision)
-    seconds, before = 0.0, 0
-    for point in read_metrics(run_uri):
-        if "rate/images_per_second" in point.metrics:
-            seconds += (point.images_seen - before) / point.metrics["rate/images_per_second"]
-            before = point.images_seen
+    seconds = training_seconds(points_with(run_uri, RATE))
     numbers = _measure(cell, encoder, generator, run)
     return _result(cell, run, seconds, metadata["images_seen"], numbers, metadata["git_commit"])
 

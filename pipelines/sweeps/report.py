@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune import Callback
 
-from ivegan import storage
+from ivegan import checkpoint, storage
 from ivegan.config import flatten
 from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
@@ -110,39 +110,32 @@ def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
 def _trial_result(
     plan: Plan, objective: SearchObjective, name: str, settings: dict[str, Any], end: Any
 ) -> dict[str, Any]:
-    """Return the result of a trial, from its run folder and from Tune's last report.
-
-    Tune forgets reports of a trial that ended just before a kill; the run folder may lack the last
-    score of a trial that was stopped early.
-    """
-    last = (end.metrics if end is not None else None) or {}
-    diverged = bool(last.get("diverged"))
+    """Return the result of a trial: its numbers from its run folder, its end from Tune."""
     run_id = f"{plan.run_id}-{name}"
     run_uri = storage.join(plan.run_uri.rpartition("/")[0], run_id)
-    images, scores = records.curve(run_uri, objective.metric)
-    if objective.metric in last and last["images_seen"] > max(images, default=0):
-        images.append(last["images_seen"])
-        scores.append(last[objective.metric])
-    seen = max(images, default=0)
-    if diverged:
+    points = records.points_with(run_uri, objective.metric)
+    seen = points[-1].images_seen if points else 0
+    if end is not None and (end.metrics or {}).get("diverged"):
         state = "diverged"
     elif end is not None and end.error:
         state = "failed"
-    elif not scores:
+    elif not points:
         state = "not scored"
     else:
         state = "done" if seen >= plan.images else "stopped early"
-    parts = {k: float(v) for k, v in last.items() if k.startswith("valid/") and not diverged}
+    scores = points[-1].metrics if points and state != "diverged" else {objective.metric: None}
     return {
         "trial": name,
         "run_id": run_id,
         "config": settings,
-        **parts,
-        objective.metric: scores[-1] if scores and not diverged else None,
+        **scores,
         "images_seen": seen,
         "state": state,
-        "checkpoint": last.get("checkpoint"),
-        "curve": {"images_seen": images, objective.metric: scores},
+        "checkpoint": checkpoint.uri_of(run_uri, seen) if points else None,
+        "curve": {
+            "images_seen": [point.images_seen for point in points],
+            objective.metric: [point.metrics[objective.metric] for point in points],
+        },
     }
 
 

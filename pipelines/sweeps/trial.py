@@ -10,6 +10,7 @@ from ivegan import checkpoint
 from ivegan.config import override
 from ivegan.step import NonFiniteLossError
 from pipelines.paths import cache_dir
+from pipelines.record import write_points
 from pipelines.sweeps.space import SearchObjective
 from pipelines.training.fit import fit
 from pipelines.training.follow import Event
@@ -51,11 +52,12 @@ def trial(
     def show(event: Event) -> None:
         if "checkpoint" in event:  # a trial that the scheduler stops ends in this call
             scores = {k: v for k, v in event["metrics"].items() if k.startswith("valid/")}
-            tune.report(scores | {k: event[k] for k in ("images_seen", "checkpoint")})
+            tune.report(scores | {"images_seen": event["images_seen"]})
 
     if last := checkpoint.latest(own.run_uri):
-        images_seen = checkpoint.read_metadata(last)["images_seen"]
-        show({"metrics": measure(last), "images_seen": images_seen, "checkpoint": last})
+        images_seen, scores = checkpoint.read_metadata(last)["images_seen"], measure(last)
+        write_points(own.run_uri, images_seen, scores, "score")
+        show({"metrics": scores, "images_seen": images_seen, "checkpoint": last})
     # A diverged trial is not tried again, and its earlier scores do not count.
     with contextlib.suppress(NonFiniteLossError):
         fit(own, show=show, measure=measure)

@@ -181,7 +181,7 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
     params |= record.params
     if record.kind == "train":
         params |= {"threads": record.threads, "stream": record.stream, "compile": record.compile}
-        params |= {"precision": record.precision, "accumulate": record.micro_batches}
+        params |= {"precision": record.precision, "accumulate": record.accumulate}
     source = "tune.py" if record.kind == "sweep" or record.parent else "train.py"
     tags = {
         "preset": record.preset,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ivegan import storage
+from ivegan import checkpoint, storage
 from ivegan.config import config_hash, flatten, from_dict, to_dict
 from ivegan.errors import UserError
 from pipelines import record as records
@@ -25,7 +25,7 @@ from pipelines.cluster.session import (
     started,
     terminated_by_signal,
 )
-from pipelines.record import RunRecord
+from pipelines.record import HOW, RATE, RunRecord
 from pipelines.training.follow import Follower, Measure, Show
 from pipelines.training.plan import Plan, check_data, check_same_data, git_commit, sizes_of
 from pipelines.training.ray_backend import fit_ray
@@ -37,17 +37,10 @@ GRACE = 20.0
 """Seconds after SIGTERM in which a run in this process reaches its next flush, to save there."""
 LOOK = 1.0
 """Seconds between two looks at the folder of a run on Ray."""
-# Names in run.json of the options that numbers depend on, and their names as options.
-HOW = {
-    "stream": "stream",
-    "precision": "precision",
-    "micro_batches": "accumulate",
-    "compile": "compile",
-}
 
 
 def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None) -> dict[str, Any]:
-    """Train as planned and return what ``--json`` prints: ids, checkpoint, rate, last metrics.
+    """Train as planned and return what ``--json`` prints, as ``result_of`` does.
 
     Args:
         plan: from ``resolve``.
@@ -83,7 +76,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         metadata = {name: getattr(record, name) for name in (*names, "threads", "versions", *HOW)}
         if plan.run.workers:
             with repeated(follower.look, LOOK, "progress", last=True):
-                result = fit_ray(plan, metadata, record.key, room if len(sizes) > 1 else None)
+                fit_ray(plan, metadata, record.key, room if len(sizes) > 1 else None)
         else:
 
             def flushed(leaves: bool) -> None:
@@ -91,11 +84,36 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
                 if leaves:
                     raise Terminated
 
-            result = work(plan, metadata, flushed, asked_to_end)
+            work(plan, metadata, flushed, asked_to_end)
             follower.look()
+    with storage.longer_retries():
+        return result_of(plan.run_uri)
+
+
+def result_of(run_uri: str) -> dict[str, Any]:
+    """Return the result of a run with a checkpoint: ids, checkpoint, rate and last metrics.
+
+    The rate, in images per second, is the one of the whole run without its first flush.
+    """
     from pipelines.tracking.mirror import run_id_of
 
-    return {"run_id": plan.run_id, "mlflow_run_id": run_id_of(plan.run_uri), **result}
+    last, points = checkpoint.find(run_uri), records.points_with(run_uri, RATE)
+    metadata = checkpoint.read_metadata(last)
+    metrics = points[-1].metrics if points else {RATE: 0.0}
+    rate = metrics[RATE]
+    if len(points) > 1:  # the first holds warm-up
+        start, end = points[0].images_seen, points[-1].images_seen
+        rate = (end - start) / records.training_seconds(points[1:], start)
+    of_machine = ("system/", "alarm/")
+    return {
+        "run_id": records.read_record(run_uri).run_id,
+        "mlflow_run_id": run_id_of(run_uri),
+        "checkpoint": last,
+        "images_seen": metadata["images_seen"],
+        "images_per_second": round(rate, 1),
+        "world_size": metadata["world_size"],
+        "metrics": {k: v for k, v in metrics.items() if not k.startswith(of_machine)},
+    }
 
 
 @contextlib.contextmanager
@@ -142,7 +160,7 @@ def new_record(plan: Plan, dataset_hash: str, **own: Any) -> RunRecord:
         "run_id": plan.run_id,
         "preset": plan.preset,
         "config": to_dict(plan.config),
-        **{name: getattr(run, option) for name, option in HOW.items()},
+        **{name: getattr(run, name) for name in HOW},
         "threads": run.threads,
         "world_size": max(1, run.workers),
         "data": plan.data_uri,
@@ -173,8 +191,8 @@ def _check_resumable(plan: Plan, dataset_hash: str) -> None:
         )
     earlier = records.read_record(plan.run_uri)
     before, now = flatten(from_dict(earlier.config)), flatten(plan.config)
-    for name, option in HOW.items():
-        now[option], before[option] = getattr(plan.run, option), getattr(earlier, name)
+    for name in HOW:
+        now[name], before[name] = getattr(plan.run, name), getattr(earlier, name)
     changed = [k for k in now if now[k] != before[k] and k != "total_images"]
     if changed:
         listed = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)

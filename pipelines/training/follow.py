@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ivegan import storage
-from ivegan.checkpoint import CONFIG, PREFIX
+from ivegan.checkpoint import CONFIG, PREFIX, uri_of
 from ivegan.errors import UserError
 from pipelines.record import METRICS, read_point, write_points
 from pipelines.training.plan import Plan
@@ -55,7 +55,7 @@ class Follower:
             point = read_point(storage.join(run_uri, METRICS, f"{number}.jsonl"))
             event = {"images_seen": point.images_seen, "metrics": dict(point.metrics)}
             if f"{PREFIX}{number}/{CONFIG}" in new:
-                event["checkpoint"] = storage.join(run_uri, f"{PREFIX}{number}")
+                event["checkpoint"] = uri_of(run_uri, point.images_seen)
             events.append(event)
         self._seen |= new
         return events

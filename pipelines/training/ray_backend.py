@@ -17,13 +17,14 @@ from pipelines.training.worker import work
 
 log = logging.getLogger(__name__)
 
+_Outcome = UserError | NonFiniteLossError | None
 _FAILURES = 3  # of workers that a run continues after
 
 
 def fit_ray(
     plan: Plan, metadata: dict[str, Any], key: str, room: Callable[[], int] | None = None
-) -> dict[str, Any]:
-    """Train with Ray's workers and return rank 0's outcome.
+) -> None:
+    """Train with Ray's workers.
 
     Where workers fail, others continue from the last checkpoint; after three failures without a
     new one the training ends.
@@ -42,7 +43,7 @@ def fit_ray(
     failures, last = 0, None
     while True:
         try:
-            outcome = _fit(plan, metadata, key, elastic=room is not None)
+            failure = _fit(plan, metadata, key, elastic=room is not None)
             break
         except TrainingFailedError as error:
             cause = _cause(error)
@@ -53,14 +54,11 @@ def fit_ray(
             log.warning("The workers failed; the run continues from its last checkpoint.")
             if room is not None:
                 plan = plan.of_size(room())
-    if "refused" in outcome:
-        raise UserError(outcome["refused"])
-    if "diverged" in outcome:
-        raise NonFiniteLossError(outcome["diverged"])
-    return outcome
+    if failure is not None:
+        raise failure
 
 
-def _fit(plan: Plan, metadata: dict[str, Any], key: str, *, elastic: bool) -> dict[str, Any]:
+def _fit(plan: Plan, metadata: dict[str, Any], key: str, *, elastic: bool) -> _Outcome:
     """Run one of Ray's trainers, which ends at the first failure of a worker."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -86,20 +84,18 @@ def _fit(plan: Plan, metadata: dict[str, Any], key: str, *, elastic: bool) -> di
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    outcome = in_a_thread(trainer.fit).return_value
-    assert isinstance(outcome, dict), "rank 0 returns the outcome"
-    return outcome
+    return in_a_thread(trainer.fit).return_value
 
 
-def _ray_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """Train on one of Ray's ranks."""
-    # Returned, not raised: each retry would end in the same way.
+def _ray_worker(payload: dict[str, Any]) -> _Outcome:
+    """Train on one of Ray's ranks; return an error that each retry would end in."""
     if refusal := unshared(payload["plan"].run_uri, payload["key"]):
-        return {"refused": refusal}
+        return UserError(refusal)
     try:
-        return work(payload["plan"], payload["metadata"], preempted=_preempted)
+        work(payload["plan"], payload["metadata"], preempted=_preempted)
     except NonFiniteLossError as error:
-        return {"diverged": str(error)}
+        return NonFiniteLossError(str(error))
+    return None
 
 
 def _preempted() -> bool:

@@ -22,7 +22,7 @@ from ivegan.layers.fast import keep_freed_memory
 from ivegan.speed.graph import fastest_update
 from ivegan.step import State, create_state, distribute, train
 from pipelines.paths import cache_dir
-from pipelines.record import MetricsWriter
+from pipelines.record import RATE, MetricsWriter
 from pipelines.training.plan import Plan, Run, stream_of
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def work(
     metadata: dict[str, Any],
     flushed: Callable[[bool], None] = lambda leaves: None,
     preempted: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+) -> None:
     """Train on one rank, from the run's last checkpoint if there is one.
 
     Rank 0 writes points, figures and checkpoints into the run's folder.
@@ -44,29 +44,23 @@ def work(
             because this machine will be taken away.
         preempted: returns, the same on every rank, whether this machine will soon be taken away;
             then a checkpoint is saved at the next flush, once.
-
-    Returns:
-        Checkpoint, images seen, steady rate, world size and the last metrics.
     """
     run, config = plan.run, plan.config
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     metadata = {**metadata, "world_size": world_size}
-    state, saved = _state(plan)
+    state = _state(plan)
     source = _training_data(plan)
     pictured = first_images(source, 10) if source is not None and rank == 0 else None
     inputs = batches(config, source, state.step, rank, world_size, state.device)
     log_every = run.log_every or max(1, config.total_images // 100)
     save_every = run.save_every or max(1, config.total_images // 10)
     before, since = state.images_seen, time.perf_counter()
-    laps: list[tuple[int, float]] = []  # images and seconds of training alone
     writer = MetricsWriter(plan.run_uri)
-    metrics: dict[str, float] = {}
     alarms, noticed = Alarms(config), False
     with contextlib.closing(writer):
         for progress in train(state, inputs, log_every, fastest_update(state)):
             seen = progress.images_seen
-            laps.append((seen - before, time.perf_counter() - since))
-            metrics = progress.metrics | {"rate/images_per_second": _rate(laps[-1:])}
+            metrics = progress.metrics | {RATE: (seen - before) / (time.perf_counter() - since)}
             save = progress.step == config.total_steps or seen // save_every > before // save_every
             leaves = preempted() and not noticed
             noticed = noticed or leaves
@@ -85,27 +79,15 @@ def work(
                         writer.add_figure(name, seen, png)
                 if save or leaves:
                     writer.join()  # a resumed run computes no earlier points again
-                    saved = checkpoint.save(state, plan.run_uri, metadata)
+                    checkpoint.save(state, plan.run_uri, metadata)
                     if run.keep and not config.is_points:  # Figure 2 shows all of them
                         checkpoint.prune(plan.run_uri, run.keep)
                 flushed(leaves)
             before, since = seen, time.perf_counter()
-    return {
-        "checkpoint": saved,
-        "images_seen": state.images_seen,
-        "images_per_second": round(_rate(laps[1:] or laps), 1),  # the first holds warm-up
-        "world_size": world_size,
-        "metrics": metrics,
-    }
 
 
-def _rate(laps: list[tuple[int, float]]) -> float:
-    """Return the images per second of some laps; 0 without any."""
-    return sum(images for images, _ in laps) / (sum(seconds for _, seconds in laps) or 1.0)
-
-
-def _state(plan: Plan) -> tuple[State, str | None]:
-    """Return the state to train on from, and the checkpoint that it was restored from."""
+def _state(plan: Plan) -> State:
+    """Return the state to train on from: that of the run's last checkpoint if it has one."""
     run = plan.run
     torch.set_num_threads(run.threads)
     if not run.gpu:
@@ -128,7 +110,7 @@ def _state(plan: Plan) -> tuple[State, str | None]:
         for network in (state.generator_side, state.discriminator_side):
             network.compile(dynamic=False)
     distribute(state)
-    return state, start
+    return state
 
 
 def has_bfloat16() -> bool:

@@ -23,7 +23,7 @@ from pipelines.sweeps import definition, driver, report, space, trial
 from pipelines.sweeps.definition import Sweep
 from pipelines.sweeps.driver import sweep
 from pipelines.training.fit import new_record
-from pipelines.training.plan import Run, beside
+from pipelines.training.plan import Plan, Run, beside
 
 
 def small():
@@ -121,11 +121,18 @@ def interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def end_of(index: int, images: int = 0, error: Exception | None = None, **scores: float) -> Any:
-    """Return Tune's result of a trial; without images, of one that never reported."""
-    metrics = {f"valid/{k}": v for k, v in scores.items()} | {"images_seen": images}
-    metrics = metrics if images else {}
-    return SimpleNamespace(path=f"tune/{index:03d}", metrics=metrics, error=error, config=None)
+def searched(plan: Plan, scores: dict[int, dict[str, float]], failed: int = -1) -> list[Any]:
+    """Stand in for a search: write each trial's last scores and return Tune's results."""
+    for index, own in scores.items():
+        images = int(own.pop("images", plan.images))
+        run_uri = beside(plan, plan.config, f"{plan.run_id}-{index:03d}").run_uri
+        named = {f"valid/{name}": value for name, value in own.items()}
+        record.write_points(run_uri, images, named, "score")
+    errors = dict.fromkeys(scores) | ({failed: RuntimeError("no memory")} if failed >= 0 else {})
+    return [
+        SimpleNamespace(path=f"tune/{index:03d}", metrics={}, error=error, config=None)
+        for index, error in errors.items()
+    ]
 
 
 def test_interrupted_sweep_names_its_restore_and_keeps_its_options(
@@ -159,12 +166,11 @@ def test_trials_are_sorted_by_their_score_and_those_without_one_come_last(
     home, store, digits_dataset, mlflow_runs, monkeypatch, capsys
 ):
     """The distance decides, though quality would prefer another trial."""
-    ends = [
-        end_of(0, 1280, quality=0.9, frechet=30.0),
-        end_of(1, error=RuntimeError("no memory")),
-        end_of(2, 640, quality=0.1, frechet=3.0),
-    ]
-    monkeypatch.setattr(driver, "_search", lambda *_: ends)
+    scores = {
+        0: {"quality": 0.9, "frechet": 30.0},
+        2: {"images": 640, "quality": 0.1, "frechet": 3.0},
+    }
+    monkeypatch.setattr(driver, "_search", lambda plan, *_: searched(plan, scores, failed=1))
     config = override(preset("digits"), {"total_images": 1280})
     options = Sweep(samples=4, sweep_id="s", data=digits_dataset, score="valid/frechet")
     result = tune.main("digits", config, options)
@@ -259,15 +265,12 @@ def test_sweep_without_a_score_raises_a_sentence(home, store, mlflow_runs, monke
 
 def test_best_trials_are_confirmed_on_fresh_seeds(home, store, monkeypatch, capsys):
     """The best of the search diverges on one of two fresh seeds; the second is stable."""
-    length = 64 * 40
-    search = [end_of(i, length, quality=q) for i, q in enumerate((0.9, 0.8, 0.1))]
-    confirm = [end_of(i, length, quality=q) for i, q in ((0, 0.9), (2, 0.6), (3, 0.7))]
-    searches = iter([search, confirm])
+    searches = iter([{0: 0.9, 1: 0.8, 2: 0.1}, {0: 0.9, 2: 0.6, 3: 0.7}])
     definitions = []
 
     def ends(plan, definition, options):
         definitions.append(definition)
-        return next(searches)
+        return searched(plan, {i: {"quality": q} for i, q in next(searches).items()})
 
     monkeypatch.setattr(driver, "_search", ends)
     result = tune.main("ring", small(), Sweep(samples=3, sweep_id="s", confirm=2))

@@ -166,7 +166,7 @@ def test_a_record_of_version_0_1_0_is_read(home):
     (home / "old").mkdir()
     (home / "old" / "run.json").write_text(json.dumps(old))
     record = records.read_record(str(home / "old"))
-    assert (record.micro_batches, record.key, record.precision) == (2, "old-1", "float32")
+    assert (record.accumulate, record.key, record.precision) == (2, "old-1", "float32")
     assert waiting(home) == {}  # its journal delivers it
 
 
