@@ -80,18 +80,12 @@ def describe(source: str | None, name: str) -> Source:
     if storage.exists(source) and not storage.list_names(source):
         raise UserError(f"{source} is one file: unpack it, and give the folder of its IDX files.")
     _half.cache_clear()
-    train, test = _half(source, "train"), _half(source, "test")
-    valid = len(train.images) // VALID_SHARE
-    first, last = _classes(source)
+    places, (first, last) = _places(source), _classes(source)
     return Source(
         dataset=name,
         image_shape=(1, SIDE, SIDE),
-        splits={
-            "train": len(train.images) - valid,
-            "valid": valid,
-            "test": len(test.images),
-        },
-        sources=train.sources | test.sources,
+        splits={split: len(own) for split, own in places.items()},
+        sources=_half(source, "train").sources | _half(source, "test").sources,
         settings={
             "image": f"zero padded to {SIDE}x{SIDE}",
             "split": f"valid is the last 1/{VALID_SHARE} of the training file",
@@ -103,14 +97,20 @@ def describe(source: str | None, name: str) -> Source:
 def read(source: str, split: str, start: int, stop: int) -> Iterator[Sample]:
     """Yield the samples of one split from start to stop."""
     half = _half(source, "test" if split == "test" else "train")
-    first = len(half.images) - len(half.images) // VALID_SHARE if split == "valid" else 0
     (file, _), (lowest, _) = half.sources, _classes(source)
-    for place in range(first + start, first + stop):
+    for number, place in enumerate(_places(source)[split][start:stop], start):
         image = half.images[place]
         spare = [SIDE - side for side in image.shape]
         padded = np.pad(image, [(room // 2, room - room // 2) for room in spare])
         meta = {"label": int(half.labels[place]) - lowest, "source": f"{file}#{place}"}
-        yield Sample(f"{split}-{place - first:06d}", padded[None], meta)
+        yield Sample(f"{split}-{number:06d}", padded[None], meta)
+
+
+def _places(source: str) -> dict[str, range]:
+    """Return where each split's samples lie in the file of its half."""
+    total, test = (len(_half(source, name).images) for name in ("train", "test"))
+    first = total - total // VALID_SHARE
+    return {"train": range(first), "valid": range(first, total), "test": range(test)}
 
 
 def fetched(source: str, out: str) -> str:

@@ -8,12 +8,12 @@ noise_ignored            G(z', E(x)) is the same image for every z'
 
 from collections import deque
 from collections.abc import Mapping
-from math import log
 
 import numpy as np
 import torch
 
 from ivegan.config import Config
+from ivegan.losses import discriminator_loss
 from ivegan.networks import EncoderGenerator, in_eval_mode
 from ivegan.transforms import to_float
 
@@ -39,10 +39,11 @@ class Alarms:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._raised: set[str] = set()
-        pairs = 1 if config.objective.loss == "relativistic" else 2
+        alike = torch.zeros(1)
+        chance = float(discriminator_loss(alike, alike, config.objective.loss))
         self._chance = {
-            "loss/D": pairs * log(2) * (1 + config.objective.mismatched),
-            "loss/D_prime": pairs * log(2),
+            "loss/D": chance * (1 + config.objective.mismatched),
+            "loss/D_prime": chance,
         }
         self._shares: deque[dict[str, float]] = deque(maxlen=_WINDOW)
 

@@ -101,20 +101,20 @@ def run(arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         mistake, run_id = Path(tmp) / "mistake", Path(tmp) / "run_id"
         sys.stdout.flush()
-        flow = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, str(_FLOW), "--quiet", *arguments, "--run-id-file", str(run_id)],
             env={**os.environ, MISTAKE: str(mistake)},
             stdout=subprocess.PIPE,  # the reader of ours may close it, which would fail Metaflow
             stderr=subprocess.STDOUT,  # the error sentence alone is on ours
             text=True,
-        )
-        ended = False
-        while not ended:  # Ctrl-C reaches Metaflow too, which then ends its steps
-            with contextlib.suppress(KeyboardInterrupt):
-                for line in flow.stdout or ():
-                    print(line, end="", flush=True)
-                ended = True
-        status = flow.wait()
+        ) as flow:
+            ended = False
+            while not ended:  # Ctrl-C reaches Metaflow too, which then ends its steps
+                with contextlib.suppress(KeyboardInterrupt):
+                    for line in flow.stdout or ():
+                        print(line, end="", flush=True)
+                    ended = True
+            status = flow.wait()
         if status and mistake.exists():  # of the step that failed last
             raise UserError(mistake.read_text())
         if status:

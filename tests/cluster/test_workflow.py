@@ -142,15 +142,16 @@ def test_metaflows_cache_is_not_shared_with_other_users(home, monkeypatch):
     assert f"/ivegan-{os.getuid()}/" in os.environ["METAFLOW_CLIENT_CACHE_PATH"]
 
 
-@pytest.mark.slow
-def test_metaflow_decorators_apply_to_each_step(home, store):
-    """A training of a thousand million images takes longer than 6 s."""
-    words = ["run", "ring", "--total-images", "1000000000", "--workers", "0"]
-    limits = ["--with", "timeout:seconds=6", "--with", "retry:times=1,minutes_between_retries=0"]
-    done = workflow(*limits, *words, cwd=home, status=1)
-    assert "Task is starting (retry)." in done.stdout
-    assert done.stdout.count("Step train timed out after 0 hours, 0 minutes, 6 seconds") >= 2
-    assert "continue it with `workflow.py resume`" in done.stderr
+def test_a_workflow_that_metaflow_ends_names_its_continuation(tmp_path, monkeypatch, capsys):
+    ending = tmp_path / "flow.py"
+    ending.write_text("print('a line'); raise SystemExit(3)")
+    monkeypatch.setattr(runner, "_FLOW", ending)
+    with pytest.raises(SystemExit) as stop:
+        runner.run(["run"])
+    assert stop.value.code == 3
+    out, err = capsys.readouterr()
+    assert out == "a line\n"
+    assert "continue it with `workflow.py resume`" in err
 
 
 @pytest.mark.parametrize(
