@@ -30,7 +30,8 @@ class Evaluate(cli.Options):
     """Measure a checkpoint or a registered model, and draw the paper's figures."""
 
     checkpoint: str
-    """A checkpoint's folder, a run's folder (its newest is taken) or a models:/ URI."""
+    """A checkpoint's folder, a run's folder (its newest is taken) or a models:/ URI, of which the
+    checkpoint is measured: registration has compared the two."""
     out: str | None = None
     """Folder or s3:// URI for metrics.json, the figures and report.html."""
     data: str | None = None
