@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("ivegan", "data_prep", "pipelines")
-LAZY = {"webdataset", "boto3", "botocore", "pyarrow", "matplotlib", "sklearn", "tyro"}
+LAZY = {"webdataset", "boto3", "botocore", "pyarrow", "matplotlib", "sklearn", "tyro", "pydantic"}
 # A folder may import these of ours, itself, and any module at the top of its own package.
 ALLOWED = {
     "ivegan": {"ivegan"},
