@@ -114,12 +114,9 @@ def _record(uri: str, result: Mapping[str, Any]) -> None:
 
     run_uri = uri.rpartition("/")[0]
     folder = record.evaluation_uri(run_uri, result["metadata"]["images_seen"])
-    out = result["report"].rpartition("/")[0]
     try:
-        for path in (*result["figures"].values(), result["report"], f"{out}/metrics.json"):
-            data = storage.read_bytes(path)
-            copy = storage.join(folder, path.rpartition("/")[2])
-            storage.write_bytes(copy, data)
+        for name, content in result["files"].items():
+            storage.write_bytes(storage.join(folder, name), content)
         forget(run_uri, folder)  # an earlier one of this checkpoint
     except UserError as error:  # a run of another owner
         log.warning("The evaluation was not copied to %s: %s", folder, error)

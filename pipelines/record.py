@@ -1,4 +1,4 @@
-"""The record of a run: files in its folder, each written atomically by the process that owns it.
+"""The record of a run: files in its folder, each written atomically.
 
     run.json                             settings, data, code and status, by the driver
     metrics/0000012800.jsonl             one flush of metrics, by rank 0; never rewritten
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from ivegan import storage
-from ivegan.config import Config, to_dict
+from ivegan.config import Config, from_dict, to_dict
 from ivegan.storage.schema import DamagedError, check, parse_json, read
 
 log = logging.getLogger(__name__)
@@ -223,8 +223,9 @@ def sound_evaluation(uri: str) -> Evaluation | None:
         if isinstance(found, dict) and "facts" in found:  # as version 0.1 called it
             found["metadata"] = found.pop("facts")
         evaluation = check(found, Evaluation, uri, _REMEDY)
-        config = check(evaluation.metadata.get("config"), Config, uri, _REMEDY)
-        evaluation.metadata["config"] = to_dict(config)  # with settings that it did not know yet
+        config = evaluation.metadata.get("config")
+        check(config, Config, uri, _REMEDY)
+        evaluation.metadata["config"] = to_dict(from_dict(config))  # as this version writes it
         return evaluation
     except DamagedError as error:
         log.warning("%s", error)

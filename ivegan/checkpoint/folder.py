@@ -52,7 +52,7 @@ def read_metadata(uri: str) -> dict[str, Any]:
 def read_checked(uri: str, name: str, metadata: dict[str, Any]) -> bytes:
     """Return a file of a checkpoint after comparing its digest, if one was stored."""
     content = storage.read_bytes(storage.join(uri, name))
-    if metadata.get("files", {}).get(name, sha256_hex(content)) != sha256_hex(content):
+    if metadata.get("files", {}).get(name) not in (None, sha256_hex(content)):
         raise DamagedError(f"{storage.join(uri, name)} is not what was saved: {REMEDY}.")
     return content
 

@@ -60,7 +60,7 @@ class Stream:
         lanes = self.check(config, world_size)
         share = lanes // world_size
         rank_lanes = range(rank * share, (rank + 1) * share)
-        reader: Iterable[Tensor | str] = _Lanes(self, config, step, rank_lanes, lanes)
+        reader: Iterable[Tensor | UserError] = _Lanes(self, config, step, rank_lanes, lanes)
         loaders = 1
         if self.loaders:
             loaders = math.gcd(share, self.loaders)
@@ -77,8 +77,8 @@ class Stream:
         while True:
             batch = []
             for piece in itertools.islice(pieces, loaders):
-                if isinstance(piece, str):
-                    raise UserError(piece)
+                if isinstance(piece, UserError):
+                    raise piece
                 batch.append(piece)
             yield torch.cat(batch)
 
@@ -110,8 +110,8 @@ class _Lanes(IterableDataset):
         self.skip = step * self.width
         self.shards = stream.manifest.of_split(stream.split)
 
-    def __iter__(self) -> Iterator[UInt8[Tensor, "n c h w"] | str]:
-        """Yield this process's share of one batch after the other, or last an error's sentence.
+    def __iter__(self) -> Iterator[UInt8[Tensor, "n c h w"] | UserError]:
+        """Yield this process's share of one batch after the other, or last an error.
 
         An error raised in a loader's process would reach the rank as the text of its traceback.
         """
@@ -125,7 +125,7 @@ class _Lanes(IterableDataset):
                     images = [one for lane in lanes for one in itertools.islice(lane, self.width)]
                     yield torch.from_numpy(np.stack(images))
             except UserError as error:
-                yield str(error)
+                yield error
 
     def _images(self, lane: int, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         """Yield the images of a lane, reading a shard ahead."""

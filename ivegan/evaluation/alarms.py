@@ -1,4 +1,4 @@
-"""Signs that training learns nothing, from what a run computes anyway.
+"""Signs that training learns nothing, from its losses and from G and E on a few images.
 
 discriminator_won        D or D' separates real from generated samples without error
 discriminator_at_chance  D' does not separate them at all

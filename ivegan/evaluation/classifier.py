@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
 
 from ivegan.config import Transform
+from ivegan.order import NUM_TRANSFORM_DRAWS
 from ivegan.shapes import Float, UInt8
 from ivegan.storage import local, local_sentences
 from ivegan.storage.digest import digest, is_sound, write_sums
@@ -158,7 +159,7 @@ def _train(images: np.ndarray, labels: np.ndarray, settings: Settings) -> Classi
             rest = torch.randperm(len(images), generator=generator)
         chosen, rest = rest[:batch_size], rest[batch_size:]
         x = model.shrink(to_float(torch.from_numpy(images[chosen.numpy()])))
-        x = transform(x, torch.rand(batch_size, 7, generator=generator), moves)
+        x = transform(x, torch.rand(batch_size, NUM_TRANSFORM_DRAWS, generator=generator), moves)
         loss = loss_of(model(x), targets[chosen])
         optimizer.zero_grad()
         loss.backward()

@@ -45,7 +45,8 @@ def evaluate(
 
     Returns:
         ``metrics`` (floats under ``eval/same_class`` and the like, explained in ``report``),
-        ``metadata`` (checkpoint, data, settings), ``figures`` (paths by name), ``report`` (a path).
+        ``metadata`` (checkpoint, data, settings), ``figures`` (paths by name), ``report`` (a path),
+        ``files`` (contents by name).
 
     Raises:
         UserError: no checkpoint, data of another shape, or networks that diverged.
@@ -75,9 +76,10 @@ def evaluate(
         metadata["data"] = data_uri or saved.get("data")
         if not metadata["data"]:
             raise UserError(f"The checkpoint {uri} does not record its data: give --data.")
-        split = images.load(config, metadata["data"], "test", Path(cache_dir), limit)
+        left_out, cache = saved.get("skip_bad", False), Path(cache_dir)
+        split = images.load(config, metadata["data"], "test", cache, limit, skip_bad=left_out)
         metadata |= {"evaluated": len(split.x), "evaluated_dataset_hash": split.hash}
-        metrics, pages = images.evaluate(sampler, split, Path(cache_dir), seed)
+        metrics, pages = images.evaluate(sampler, split, cache, seed)
     return _write(str(out), {PREFIX + k: v for k, v in metrics.items()}, metadata, pages)
 
 
@@ -90,6 +92,7 @@ def quality(
     *,
     seed: int = 0,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, float]:
     """Return ``quality``, one number in [0, 1] to choose between runs by, and its components.
 
@@ -107,6 +110,7 @@ def quality(
         cache_dir: for decoded images and the trained classifier.
         limit: validation images at most, and five times as many of the train split; for searches,
             which score often.
+        skip_bad: leave out train images that training has left out.
     """
     device = next(generator.parameters()).device
     sampler = Sampler(config, encoder, generator, device)
@@ -114,9 +118,10 @@ def quality(
         parts, beside = points.quality(sampler, seed), {}
     else:
         assert data_uri is not None, "images come with their data"
-        split = images.load(config, data_uri, "valid", Path(cache_dir), limit)
+        cache = Path(cache_dir)
+        split = images.load(config, data_uri, "valid", cache, limit, skip_bad=skip_bad)
         train = None if limit is None else 5 * limit
-        parts, beside = images.quality(sampler, split, Path(cache_dir), seed, train)
+        parts, beside = images.quality(sampler, split, cache, seed, train)
     return {"quality": sum(parts.values()) / len(parts), **parts, **beside}
 
 
@@ -134,4 +139,5 @@ def _write(
         **result,
         "figures": {page.name: storage.join(out, f"{page.name}.png") for page in pages},
         "report": storage.join(out, "report.html"),
+        "files": files,
     }

@@ -60,9 +60,17 @@ class EvaluationData(NamedTuple):
 
 
 def load(
-    config: Config, data_uri: str, name: str, cache_dir: Path, limit: int | None
+    config: Config,
+    data_uri: str,
+    name: str,
+    cache_dir: Path,
+    limit: int | None,
+    *,
+    skip_bad: bool = False,
 ) -> EvaluationData:
     """Return the train split and held-out images of the split so named, at most ``limit``.
+
+    With ``skip_bad``, train images are left out that training has left out.
 
     Raises:
         UserError: images of another shape than the networks take.
@@ -73,7 +81,7 @@ def load(
             f"The images of {data_uri} are {tuple(manifest.image_shape)}, but the checkpoint's "
             f"networks take {shape}; give the data set that it was trained on."
         )
-    train = load_split(data_uri, "train", cache_dir)
+    train = load_split(data_uri, "train", cache_dir, skip_bad=skip_bad)
     held_out = load_split(data_uri, name, cache_dir)
     chosen = _at_most(limit, len(held_out.images))
     return EvaluationData(

@@ -61,22 +61,26 @@ def reconstructed_points(
     x_hat: Float[np.ndarray, "k n 2"],
     dataset: str,
     protocol: Protocol = PROTOCOLS["pacgan"],
+    noise_std: float = 0.5**0.5,
 ) -> dict[str, float]:
     """Return how well G(z', E(x)) follows x: to its mode, and from there with T's spread.
 
     ``right_mode``: share of variations whose nearest mode is that of x.
-    ``residual_std_ratio``: std of G(z', E(x)) - x over that of T, sigma / sqrt(2), for variations
-    in the right mode; 1 is D's optimum.
+    ``residual_std_ratio``: std of G(z', E(x)) - x over that of T, sigma / sqrt(2) unless
+    ``noise_std`` says otherwise, for variations in the right mode; 1 is D's optimum.
     ``residual_p``: p-value of a Kolmogorov-Smirnov test that these are distributed as T's shifts.
+    Without T there are no such two.
     """
     from scipy.stats import kstest
 
     _, std = modes(dataset, protocol)
-    target = std / np.sqrt(2)
+    target = std * noise_std
     wanted, _ = nearest_modes(x, dataset)
     found = np.stack([nearest_modes(points, dataset)[0] for points in x_hat])
     right = found == wanted
     residuals = (x_hat - x)[right]
+    if not noise_std:
+        return {"right_mode": float(right.mean())}
     if len(residuals) < 2:
         return {"right_mode": float(right.mean()), "residual_std_ratio": 0.0, "residual_p": 0.0}
     return {

@@ -1,7 +1,5 @@
 """Measures and figures of a checkpoint trained on points, ``ring`` or ``grid``."""
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,14 +22,12 @@ def evaluate(
     """Return metrics of so many points, and figures with the older checkpoints of the run."""
     dataset = sampler.config.dataset
     num_modes = len(order.modes(dataset)[0])
-    scores = functools.partial(mixtures.mixture, dataset=dataset, protocol=protocol)
     x, z, prior, x_hat = _draw(sampler, count, seed, protocol)
-    of_variations = scores(x_hat[0])
+    of_variations = mixtures.mixture(x_hat[0], dataset, protocol)
     names = ("modes", "high_quality", "std_ratio")
     result = {
-        **scores(prior),
-        **perfect(dataset, count, seed, protocol),
-        **mixtures.reconstructed_points(x, x_hat, dataset, protocol),
+        **_of_samples(prior, dataset, seed, protocol),
+        **_of_variations(sampler, x, x_hat, protocol),
         **{f"recon_{name}": of_variations[name] for name in names},
         "modes_total": float(num_modes),
         "right_mode_chance": 1 / num_modes,
@@ -55,16 +51,26 @@ def perfect(dataset: str, count: int, seed: int, protocol: Protocol) -> dict[str
 def measure(sampler: Sampler, seed: int) -> dict[str, float]:
     """Return the numbers of an evaluation; of samples alone where there is no encoder."""
     dataset, protocol = sampler.config.dataset, PROTOCOLS[sampler.config.protocol]
-    count = protocol.samples
-    result = {
-        **mixtures.mixture(sampler.prior_samples(count, seed), dataset, protocol),
-        **perfect(dataset, count, seed, protocol),
-    }
     if sampler.encoder is None:
-        return result
-    x = true_points(dataset, count, seed, protocol)
-    _, x_hat = variations(sampler, x, seed)
-    return result | mixtures.reconstructed_points(x, x_hat, dataset, protocol)
+        samples = sampler.prior_samples(protocol.samples, seed)
+        return _of_samples(samples, dataset, seed, protocol)
+    x, _, prior, x_hat = _draw(sampler, protocol.samples, seed, protocol)
+    samples = _of_samples(prior, dataset, seed, protocol)
+    return samples | _of_variations(sampler, x, x_hat, protocol)
+
+
+def _of_samples(
+    samples: np.ndarray, dataset: str, seed: int, protocol: Protocol
+) -> dict[str, float]:
+    scores = mixtures.mixture(samples, dataset, protocol)
+    return scores | perfect(dataset, len(samples), seed, protocol)
+
+
+def _of_variations(
+    sampler: Sampler, x: np.ndarray, x_hat: np.ndarray, protocol: Protocol
+) -> dict[str, float]:
+    dataset, noise_std = sampler.config.dataset, sampler.config.transform.noise_std
+    return mixtures.reconstructed_points(x, x_hat, dataset, protocol, noise_std)
 
 
 def quality(sampler: Sampler, seed: int) -> dict[str, float]:
@@ -73,7 +79,7 @@ def quality(sampler: Sampler, seed: int) -> dict[str, float]:
     x, _, prior, x_hat = _draw(sampler, protocol.samples, seed, protocol)
     samples = mixtures.mixture(prior, dataset, protocol)
     return {
-        "right_mode": mixtures.reconstructed_points(x, x_hat, dataset, protocol)["right_mode"],
+        "right_mode": _of_variations(sampler, x, x_hat, protocol)["right_mode"],
         "coverage": float(np.exp(-samples["reverse_kl_all"])),
         "high_quality": min(samples["high_quality"] / PERFECT_SHARE, 1.0),
     }

@@ -126,7 +126,7 @@ def list_names(uri: str | Path) -> list[str]:
     with sentences(uri) as place:
         if isinstance(place, Path):
             return sorted(child.name for child in place.iterdir()) if place.is_dir() else []
-    return sorted({name.partition("/")[0] for name in list_files(uri)})
+        return objects.list_names(place)
 
 
 def list_files(uri: str | Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ivegan.errors import UserError
@@ -169,11 +169,27 @@ def head(place: Object) -> Mapping[str, Any] | None:
 
 def list_objects(place: Object) -> dict[str, int]:
     """Return all objects below a prefix: relative name -> bytes."""
-    bucket, key = place
-    prefix = f"{key}/" if key else ""
-    pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    prefix, pages = _pages(place)
     contents = [item for page in pages for item in page.get("Contents", [])]
     return {item["Key"].removeprefix(prefix): item["Size"] for item in contents}
+
+
+def list_names(place: Object) -> list[str]:
+    """Return the names directly below a prefix, of objects and of what others share, sorted."""
+    prefix, pages = _pages(place, Delimiter="/")
+    names: set[str] = set()
+    for page in pages:
+        found = [item["Key"] for item in page.get("Contents", [])]
+        found += [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        names |= {name.removeprefix(prefix).rstrip("/") for name in found}
+    return sorted(names - {""})
+
+
+def _pages(place: Object, **options: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+    bucket, key = place
+    prefix = f"{key}/" if key else ""
+    paginator = s3_client().get_paginator("list_objects_v2")
+    return prefix, paginator.paginate(Bucket=bucket, Prefix=prefix, **options)
 
 
 def upload(place: Object, data: bytes) -> None:

@@ -112,9 +112,9 @@ class IveGanFlow(FlowSpec):
         current.card.append(Markdown(f"# {self.preset}: run {run_id}"))
         rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]
         current.card.append(Table(rows, headers=["metric", "value", "compare with"]))
-        for name, uri in sorted(result["figures"].items()):
+        for name in sorted(result["figures"]):
             current.card.append(Markdown(f"### {name.replace('_', ' ')}"))
-            current.card.append(Image(storage.read_bytes(uri)))
+            current.card.append(Image(result["files"][f"{name}.png"]))
         self.next(self.register)
 
     @step

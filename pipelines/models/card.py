@@ -44,7 +44,8 @@ def render(
     config = metadata["config"]
     lines = [f"# {name}", "", usage, "", "## Intended use", "", _USE[half], "", "## Data", ""]
     lines += [_DATA[config["dataset"]], "", f"Data set hash: `{metadata.get('dataset_hash')}`", ""]
-    moved = {k: v for k, v in config["transform"].items() if v and k not in ("border", "condition")}
+    ways = ("border", "condition", "encoder")
+    moved = {k: v for k, v in config["transform"].items() if v and k not in ways}
     lines += ["## Training", "", f"IVE-GAN, {metadata['images_seen']:,} images seen, one seed."]
     lines += [f"Transformations: {', '.join(f'{k} {v}' for k, v in moved.items())}.", ""]
     origin = ("run_id", "mlflow_run_id", "git_commit", "config_hash")

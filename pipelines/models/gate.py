@@ -50,7 +50,8 @@ def examine(
 
     def measure(pair: Halves) -> dict[str, float]:
         encoder, generator = pair
-        return quality(encoder.config, encoder.network, generator.network, shards_uri, cache_dir)
+        networks, left_out = (encoder.network, generator.network), metadata.get("skip_bad", False)
+        return quality(encoder.config, *networks, shards_uri, cache_dir, skip_bad=left_out)
 
     scores = measure(candidate)
     former = None if incumbent is None else measure(incumbent)

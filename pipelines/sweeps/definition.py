@@ -17,7 +17,7 @@ from ivegan.storage import schema
 from pipelines.paths import new_id, runs_uri
 from pipelines.sweeps import space
 from pipelines.sweeps.space import SearchObjective
-from pipelines.training.plan import Execution, Plan, resolve, run_of
+from pipelines.training.plan import Execution, Plan, Run, resolve, run_of
 
 FILE = "sweep.json"
 _FREE = ("dry_run", "json", "restore", "resume", "sweep_id", "storage")  # options of one call
@@ -190,6 +190,7 @@ def plan_of(preset: str, config: Config, options: Sweep) -> Plan:
         run_id=options.sweep_id or new_id(f"sweep-{preset}"),
         workers=options.workers if options.workers > 1 else 0,
         save_every=-(-config.total_images // options.scores),
+        keep=0 if options.workers > 1 else Run.keep,  # those workers do not wait for a score
         resume=True,
     )
     return resolve(preset, config, run)

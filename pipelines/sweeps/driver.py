@@ -12,6 +12,7 @@ from typing import Any
 from ivegan import storage
 from ivegan.config import Config, override
 from ivegan.config import preset as preset_of
+from ivegan.errors import UserError
 from pipelines import record as records
 from pipelines.claim import PATIENCE, claimed
 from pipelines.cluster.session import (
@@ -127,6 +128,11 @@ def _confirmed(
         candidate["confirmed_scores"] = own  # None: the candidate diverged on that seed
         candidate["confirmed"] = None if None in own else sum(own) / len(own)
     best.sort(key=lambda t: objective.rank(t["confirmed"]))
+    if best[0]["confirmed"] is None:
+        raise UserError(
+            f"Each of the best {len(best)} trials of {plan.run_id} diverged on a fresh seed: let "
+            "--space search smaller learning rates, or confirm more trials with --confirm."
+        )
     others = [t for t in result["trials"] if "confirmed" not in t]
     return result | {
         "trials": best + others,

@@ -80,6 +80,7 @@ def score(plan: Plan, checkpoint_uri: str, limit: int) -> dict[str, float]:
         cache_dir(plan.cache_dir),
         seed=SEED,
         limit=limit or None,
+        skip_bad=plan.run.skip_bad,
     )
     return {f"valid/{name}": value for name, value in scores.items()}
 

@@ -180,8 +180,7 @@ def _write_settings(tracked: MlflowClient, run_id: str, record: RunRecord, run_u
     params = {k: v for k, v in flatten(config).items() if f"space.{k}" not in record.params}
     params |= record.params
     if record.kind == "train":
-        params |= {"threads": record.threads, "stream": record.stream, "compile": record.compile}
-        params |= {"precision": record.precision, "accumulate": record.accumulate}
+        params |= {name: getattr(record, name) for name in ("threads", *records.HOW)}
     source = "tune.py" if record.kind == "sweep" or record.parent else "train.py"
     tags = {
         "preset": record.preset,

@@ -26,7 +26,7 @@ from pipelines.cluster.session import (
     terminated_by_signal,
 )
 from pipelines.record import HOW, RATE, RunRecord
-from pipelines.training.follow import Follower, Measure, Show
+from pipelines.training.follow import Event, Follower, Measure, Show
 from pipelines.training.plan import Plan, check_data, check_same_data, git_commit, sizes_of
 from pipelines.training.ray_backend import fit_ray
 from pipelines.training.worker import work
@@ -74,18 +74,18 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
         # What a checkpoint's config.json holds beside the configuration.
         names = ("preset", "run_id", "data", "dataset_hash", "config_hash", "git_commit")
         metadata = {name: getattr(record, name) for name in (*names, "threads", "versions", *HOW)}
+        metadata["skip_bad"] = plan.run.skip_bad
         if plan.run.workers:
             with repeated(follower.look, LOOK, "progress", last=True):
                 fit_ray(plan, metadata, record.key, room if len(sizes) > 1 else None)
         else:
 
-            def flushed(leaves: bool) -> None:
-                follower.look()
+            def flushed(event: Event, leaves: bool) -> None:
+                follower.pass_on(event)
                 if leaves:
                     raise Terminated
 
             work(plan, metadata, flushed, asked_to_end)
-            follower.look()
     with storage.longer_retries():
         return result_of(plan.run_uri)
 
@@ -97,7 +97,7 @@ def result_of(run_uri: str) -> dict[str, Any]:
     """
     from pipelines.tracking.mirror import run_id_of
 
-    last, points = checkpoint.find(run_uri), records.points_with(run_uri, RATE)
+    last, points = checkpoint.checkpoints(run_uri)[-1], records.points_with(run_uri, RATE)
     metadata = checkpoint.read_metadata(last)
     metrics = points[-1].metrics if points else {RATE: 0.0}
     rate = metrics[RATE]

@@ -38,12 +38,16 @@ class Follower:
             self._warned = True
             return
         for event in events:
-            if self._measure is not None and "checkpoint" in event:
-                scores = self._measure(event["checkpoint"])
-                write_points(self._plan.run_uri, event["images_seen"], scores, "score")
-                event["metrics"] |= scores
-            if self._show is not None:
-                self._show(event)
+            self.pass_on(event)
+
+    def pass_on(self, event: Event) -> None:
+        """Measure a checkpoint, and show the event."""
+        if self._measure is not None and "checkpoint" in event:
+            scores = self._measure(event["checkpoint"])
+            write_points(self._plan.run_uri, event["images_seen"], scores, "score")
+            event["metrics"] |= scores
+        if self._show is not None:
+            self._show(event)
 
     def _new_events(self) -> list[Event]:
         run_uri = self._plan.run_uri

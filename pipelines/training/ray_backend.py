@@ -134,6 +134,7 @@ def _cause(error: Exception) -> Exception:
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, UserError):
-                return UserError(str(cause))
+                kind = storage.Unavailable if isinstance(cause, storage.Unavailable) else UserError
+                return kind(str(cause))
             cause = cause.__cause__
     return error

@@ -23,6 +23,7 @@ from ivegan.speed.graph import fastest_update
 from ivegan.step import State, create_state, distribute, train
 from pipelines.paths import cache_dir
 from pipelines.record import RATE, MetricsWriter
+from pipelines.training.follow import Event
 from pipelines.training.plan import Plan, Run, stream_of
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 def work(
     plan: Plan,
     metadata: dict[str, Any],
-    flushed: Callable[[bool], None] = lambda leaves: None,
+    flushed: Callable[[Event, bool], None] = lambda event, leaves: None,
     preempted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train on one rank, from the run's last checkpoint if there is one.
@@ -40,8 +41,8 @@ def work(
 
     Args:
         plan, metadata: of the run, and of its checkpoints.
-        flushed: called by rank 0 after each flush of metrics, with whether a checkpoint was saved
-            because this machine will be taken away.
+        flushed: called by rank 0 after each flush with its event, and with whether a checkpoint was
+            saved because this machine will be taken away.
         preempted: returns, the same on every rank, whether this machine will soon be taken away;
             then a checkpoint is saved at the next flush, once.
     """
@@ -70,8 +71,9 @@ def work(
                     raised += alarms.of_networks(state.encoder_generator, pictured)
                 for name in raised:
                     log.warning("After %s images: %s.", f"{seen:,}", SENTENCES[name])
-                raised_metrics = {f"alarm/{name}": 1.0 for name in raised}
-                writer.add(seen, metrics | raised_metrics | system_metrics(state.device))
+                metrics |= {f"alarm/{name}": 1.0 for name in raised} | system_metrics(state.device)
+                event: Event = {"images_seen": seen, "metrics": metrics}
+                writer.add(seen, metrics)
                 if save:
                     shown = state.average or state.encoder_generator  # as an evaluation does
                     figures = progress_figures(shown, config, pictured)
@@ -79,10 +81,10 @@ def work(
                         writer.add_figure(name, seen, png)
                 if save or leaves:
                     writer.join()  # a resumed run computes no earlier points again
-                    checkpoint.save(state, plan.run_uri, metadata)
+                    event["checkpoint"] = checkpoint.save(state, plan.run_uri, metadata)
                     if run.keep and not config.is_points:  # Figure 2 shows all of them
                         checkpoint.prune(plan.run_uri, run.keep)
-                flushed(leaves)
+                flushed(event, leaves)
             before, since = seen, time.perf_counter()
 
 

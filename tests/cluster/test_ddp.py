@@ -17,7 +17,7 @@ from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
 from data_prep.building import build
-from ivegan import checkpoint
+from ivegan import checkpoint, storage
 from ivegan.config import override, preset
 from ivegan.errors import UserError
 from pipelines.cluster.session import ray_session
@@ -139,6 +139,11 @@ def test_a_run_continues_with_the_workers_that_find_room(home, room, ends, tried
     with contextlib.nullcontext() if ends == 2 else pytest.raises(WorkerGroupError):
         ray_backend.fit_ray(plan, {}, "", room)
     assert sizes == tried  # three failures without a new checkpoint end it
+
+
+def test_an_outage_in_a_worker_is_one_of_the_driver():
+    error = WorkerGroupError("workers failed", {0: storage.Unavailable("The store is away.")})
+    assert isinstance(ray_backend._cause(error), storage.Unavailable)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ivegan import checkpoint
 from ivegan.config import override, preset
 from ivegan.errors import UserError
+from ivegan.evaluation import images
 from ivegan.step import NonFiniteLossError
 from pipelines import train
 from pipelines.background import repeated
@@ -253,5 +254,10 @@ def test_bad_samples_are_left_out_of_training_on_request(small_digits, tmp_path,
         small_digits("stopped", workers=0)
     result, _ = small_digits("left-out", workers=0, on_bad_sample="skip")
     assert result["images_seen"] == 16 * 12
+    metadata, uri = checkpoint.read_metadata(result["checkpoint"]), str(tmp_path / "ten-shards")
+    measured = functools.partial(images.load, preset("digits"), uri, "valid", tmp_path / "c", None)
+    assert len(measured(skip_bad=metadata["skip_bad"]).train) < 1350
+    with pytest.raises(UserError, match="is not the one of the manifest"):
+        measured()
     assert "shard-00003.tar: " in caplog.text
     assert "of 135 samples left out" in caplog.text

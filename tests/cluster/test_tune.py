@@ -283,6 +283,9 @@ def test_best_trials_are_confirmed_on_fresh_seeds(home, store, monkeypatch, caps
     first, second = definitions[1].trials[:2]
     assert first["seed"] != second["seed"]
     assert first | {"seed": 0} == second | {"seed": 0} == definitions[0].trials[0] | {"seed": 0}
+    searches = iter([{0: 0.9}, {0: 0.9}])
+    with pytest.raises(UserError, match="Each of the best 1 trials of t diverged on a fresh seed"):
+        tune.main("ring", small(), Sweep(samples=1, sweep_id="t", confirm=1))
 
 
 @pytest.mark.slow

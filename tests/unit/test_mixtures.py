@@ -90,6 +90,11 @@ def test_variations_of_another_mode_or_another_spread_are_noticed(rng):
     assert copies["residual_p"] < 1e-6
     shifted = mixtures.reconstructed_points(x, x[None] + 0.005, "ring")
     assert shifted["residual_std_ratio"] == pytest.approx(2**0.5)
+    protocol = PROTOCOLS["pacgan"]
+    half = mixtures.reconstructed_points(x, x[None] + 0.005, "ring", protocol, 0.5**0.5 / 2)
+    assert half["residual_std_ratio"] == pytest.approx(2 * 2**0.5)  # of a T of half the std
+    without = mixtures.reconstructed_points(x, x[None], "ring", protocol, 0.0)
+    assert without == {"right_mode": 1.0}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from datasets import write_dataset
 
+from ivegan import storage
 from ivegan.config import override, preset
 from ivegan.data.batches import _ahead, batches, first_images
 from ivegan.data.cache import load_split
@@ -111,6 +113,15 @@ def spoil(uri: str, shard: int, sample: int) -> str:
     raw[image + 128] ^= 1  # the first byte after the header of the .npy file
     path.write_bytes(raw)
     return key
+
+
+def test_an_outage_reaches_the_rank_as_one(tmp_path, monkeypatch):
+    uri = write(tmp_path / "set", [12] * 4)
+    monkeypatch.setattr(
+        "ivegan.data.stream.read_shard", Mock(side_effect=storage.Unavailable("Away."))
+    )
+    with pytest.raises(storage.Unavailable):
+        read(stream(uri, loaders=0), 16, 4)
 
 
 def test_a_wrong_byte_stops_the_stream_with_shard_and_key(tmp_path):
