@@ -1,11 +1,8 @@
 """Shards that Ray tasks write, here and in an object store."""
 
-import json
-
 import numpy as np
 import pytest
 from datasets import files_of, write_faces
-from processes import command
 
 from data_prep.building import build
 from data_prep.verify import verify
@@ -50,14 +47,3 @@ def test_a_cluster_that_does_not_answer_is_reported_at_once(idx_folder, tmp_path
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(UserError, match=r"No Ray cluster answers at RAY_ADDRESS 127\.0\.0\.1:9"):
         build("mnist", str(idx_folder), str(tmp_path / "out"), workers=2)
-
-
-@pytest.mark.slow
-def test_the_program_starts_its_own_ray_and_answers_in_json(idx_folder, tmp_path):
-    out = tmp_path / "out"
-    words = ["mnist", "--source", str(idx_folder), "--out", str(out), "--workers", "2", "--json"]
-    answer = json.loads(command("build.py", *words, cwd=tmp_path).stdout.splitlines()[-1])
-    assert set(answer) == {"manifest", "shards", "samples", "bytes", "skipped", "seconds"}
-    assert answer["manifest"] == f"{out}/manifest.json"
-    assert answer["samples"] == 34
-    assert verify(str(out)) == []

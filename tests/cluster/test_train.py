@@ -116,12 +116,16 @@ def test_a_run_is_not_resumed_on_other_data(home, store, digits_dataset):
     ("preset_name", "changes", "options", "sentence"),
     [
         ("mnist", {}, {}, "needs --data"),
-        ("ring", {"batch_size": 6}, {"workers": 2}, "batch_size 6"),
         ("ring", {"batch_size": 16}, {"accumulate": 3}, "cut into 6 equal, even parts"),
         ("ring", {}, {"run_id": "a/b"}, "run-id"),
         ("mnist", {}, {"data": "nowhere"}, "nowhere"),
         ("mnist", {}, {"data": "digits"}, r"\(1, 16, 16\).*\(1, 32, 32\)"),
-        ("digits", {}, {"data": "digits", "workers": 16, "stream": True}, "streamed by 1 to"),
+        (
+            "digits",
+            {},
+            {"data": "digits", "workers": 16, "stream": True},
+            "has 2 shards .* 1 to 2 workers, .*not by 16: build it wi",
+        ),
         ("ring-plus", {}, {"compile": True}, "--compile cannot compute the gradient penalties"),
     ],
 )
@@ -222,12 +226,9 @@ def test_a_streamed_run_continues_bit_for_bit(small_digits):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_precision_and_micro_batches_change_roundings_only(small_digits):
-    """Group norm treats each sample alone, so micro-batches change nothing else."""
+def test_precision_changes_roundings_only(small_digits):
     train = functools.partial(small_digits, workers=0, norm="group")
     _, whole = train("whole")
-    _, divided = train("divided", accumulate=4)
-    assert divided == pytest.approx(whole, rel=1e-3, abs=1e-3)
     _, half = train("half", precision="bfloat16")
     assert half != whole
     assert half == pytest.approx(whole, rel=0.1, abs=0.1)

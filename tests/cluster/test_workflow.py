@@ -181,8 +181,6 @@ def test_changes_take_the_type_of_their_setting():
     ring = preset("ring")
     changes = steps.parse_changes("optim.lr_g=1e-4, seed=3,transform.condition=true", ring)
     assert changes == {"optim.lr_g": 1e-4, "seed": 3, "transform.condition": True}
-    with pytest.raises(UserError, match=r"seed takes values of type int, not 'x'"):
-        steps.parse_changes("seed=x", ring)
     with pytest.raises(UserError, match="needs a value"):
         steps.parse_changes("seed", ring)
     with pytest.raises(UserError, match="unexpected keyword argument 'worker': check --options"):

@@ -124,20 +124,12 @@ def test_the_marker_goes_up_last_and_comes_down_first(s3, monkeypatch):
     assert calls == [*first, *second, *first]
 
 
-@pytest.mark.parametrize(
-    ("number", "sentence"),
-    [
-        (errno.ENOSPC, "No space is left for {}: free some, or choose another place."),
-        (errno.EACCES, "{} may not be read or written: change its permissions."),
-    ],
-    ids=errno.errorcode.get,
-)
-def test_a_disk_that_refuses_is_reported_in_a_sentence(number, sentence, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_is_reported_in_a_sentence(tmp_path, monkeypatch):
     uri, target = tmp_path / "x", tmp_path / "target"
     storage.write_bytes(uri, b"old")
 
     def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "replace", refuse)
     for act, named in (
@@ -146,7 +138,8 @@ def test_a_disk_that_refuses_is_reported_in_a_sentence(number, sentence, tmp_pat
     ):
         with pytest.raises(UserError) as caught:
             act()
-        assert str(caught.value) == sentence.format(named)
+        sentence = f"No space is left for {named}: free some, or choose another place."
+        assert str(caught.value) == sentence
         assert storage.list_files(tmp_path) == {"x": 3}
     assert storage.read_bytes(uri) == b"old"
 
@@ -163,8 +156,6 @@ def test_a_list_leaves_out_what_goes_while_it_is_made(tmp_path, monkeypatch):
         ("InternalError", 500, storage.Unavailable),
         ("RequestTimeout", 400, storage.Unavailable),
         ("429", 429, storage.Unavailable),
-        ("BadDigest", 400, storage.Unavailable),
-        ("NotImplemented", 501, UserError),
         ("ExpiredToken", 400, UserError),
     ],
 )
@@ -184,7 +175,6 @@ def test_refusals_are_distinguished(code, status, kind):
     [
         (aws.SSLError(endpoint_url="x", error="y"), "is not trusted: set AWS_CA_BUNDLE"),
         (aws.ProxyConnectionError(proxy_url="http://p:1"), "The proxy on the way to http://s:1 do"),
-        (aws.IncompleteReadError(actual_bytes=1, expected_bytes=2), "was cut off again and again"),
         (aws.CredentialRetrievalError(provider="role", error_msg="no"), "cannot be asked for"),
     ],
 )
@@ -268,12 +258,3 @@ def test_wrong_credentials_are_reported_and_missing_ones_too(s3, monkeypatch):
         without.setenv("AWS_CONFIG_FILE", os.devnull)
         with pytest.raises(UserError, match="There are no credentials"):
             storage.read_bytes(f"{s3}/x")
-
-
-def test_a_store_that_does_not_answer_is_named(monkeypatch):
-    monkeypatch.setattr(objects, "ATTEMPTS", 1)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "x")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(storage.Unavailable, match=r"at http://127\.0\.0\.1:9 does not answer"):
-        storage.exists("s3://bucket/x")

@@ -93,20 +93,6 @@ def test_a_mistake_and_ctrl_c_are_one_line_on_stderr_with_a_status(capsys, argv,
     assert (code, err) == (status, message)
 
 
-@pytest.mark.parametrize(
-    ("argv", "name"),
-    [
-        ([], "Which cake"),
-        (["a", "--oven-hat", "1"], "--oven-heat"),
-    ],
-)
-def test_a_wrong_argument_is_named_on_stderr_with_status_2(capsys, argv, name):
-    code, out, err = exit_of(capsys, cli.run, bake, Bake, argv=argv)
-    assert (code, out) == (2, "")
-    assert name in err
-    assert "kitchen.py --help" in err
-
-
 def test_the_preset_comes_first_and_has_a_default():
     for name in PRESETS:
         assert preset(name) == (name, PRESETS[name], Run())
@@ -242,6 +228,3 @@ def test_numbers_of_workers_are_those_that_divide_the_batch(capsys):
         with pytest.raises(SystemExit, match="2"):
             cli.parse_preset(["--workers", words], PRESETS, plan.Run, default="digits")
         assert words in capsys.readouterr().err
-    _, config, run = cli.parse_preset(["--workers", "3:3"], PRESETS, plan.Run, default="digits")
-    with pytest.raises(UserError, match="cannot be cut into 3 equal, even parts"):
-        plan.resolve("digits", config, run)

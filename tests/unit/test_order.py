@@ -27,19 +27,6 @@ def test_every_sample_comes_once_per_epoch(num_samples):
     assert (stream[:batch_size] != order.batch_indices(8, num_samples, batch_size, 0)).any()
 
 
-@pytest.mark.parametrize("name", ["ring", "digits"])
-def test_ranks_together_have_the_same_batch_and_draws(name):
-    config, world_size = override(preset(name), {"batch_size": 16}), 4
-    whole = order.batch_indices(3, 50, 16, 11)
-    parts = [order.batch_indices(3, 50, 16, 11, r, world_size) for r in range(world_size)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-    whole = order.draw(config, 5)
-    parts = [order.draw(config, 5, r, world_size) for r in range(world_size)]
-    for field in order.Draws._fields:
-        together = torch.cat([getattr(part, field) for part in parts])
-        torch.testing.assert_close(together, getattr(whole, field), rtol=0, atol=0)
-
-
 def test_draws_have_the_distributions_they_claim():
     draws = order.draw(override(preset("mnist"), {"batch_size": 20_000}), 0)
     assert draws.z_prior.abs().max() <= 1
@@ -95,14 +82,6 @@ def test_lanes_together_read_every_sample_once_per_epoch(sizes, lanes):
 def first_samples(pieces: Iterator[order.Piece], count: int) -> list[tuple[int, int]]:
     flat = ((piece.shard, int(place)) for piece in pieces for place in piece.samples)
     return list(itertools.islice(flat, count))
-
-
-@pytest.mark.parametrize("sizes", SHARD_SIZES, ids=str)
-def test_a_lane_resumes_anywhere_as_if_it_had_read_what_came_before(sizes):
-    whole = first_samples(order.lane_pieces(3, sizes, 1, 2), 80)
-    for skip in (0, 1, 4, 5, 23, 60):
-        rest = first_samples(order.lane_pieces(3, sizes, 1, 2, skip), 80 - skip)
-        assert rest == whole[skip:]
 
 
 def test_lanes_differ_from_each_other_and_from_epoch_to_epoch():

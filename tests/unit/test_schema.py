@@ -43,7 +43,6 @@ def test_what_was_written_is_read() -> None:
     ("text", "problem"),
     [
         ("", "Expecting value"),
-        (json.dumps(dataclasses.asdict(GOOD))[:40], "Unterminated|delimiter|Expecting"),
         ("[" * 3000, "recursion|Expecting value"),  # Python 3.13 reads so deep
         ("[]", "it: Input should be an object"),
         ('{"kind": "a"}', "ratio: Field required"),
@@ -64,7 +63,6 @@ def test_what_was_written_is_read() -> None:
             r"counts\.n: Input should",
         ),
         ('{"kind": "a", "ratio": 1, "parent": 5}', "parent: Input should be a valid string"),
-        ("\xff", "damaged"),
     ],
 )
 def test_damage_is_a_sentence(text: str, problem: str) -> None:

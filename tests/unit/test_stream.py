@@ -83,12 +83,6 @@ def test_processes_that_read_ahead_change_nothing(tmp_path):
     assert read(ahead, 16, 20, start=2) == read(source, 16, 20, start=2)
 
 
-def test_fewer_shards_than_ranks_are_a_sentence(tmp_path):
-    source = stream(write(tmp_path / "set", [64, 64]))
-    with pytest.raises(UserError, match=r"has 2 shards .* 1 to 2 workers, .*not by 4: build it wi"):
-        source.check(override(preset("mnist"), {"batch_size": 64}), 4)
-
-
 def test_batches_carry_the_same_draws_as_from_the_cache(tmp_path):
     config = override(preset("mnist"), {"batch_size": 16})
     uri = write(tmp_path / "set", [40] * 4)
