@@ -6,15 +6,13 @@ import os
 # waiting for each other. Commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gzip
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from datasets import idx, write_faces
+from datasets import write_faces, write_idx
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from servers import s3_server
@@ -23,7 +21,6 @@ from servers import s3_variables as variables_of
 from ivegan import storage
 from pipelines.cluster.session import this_python
 
-RNG = np.random.default_rng(0)
 # Ray's workers have the nice value 15: they would wait for all other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -57,16 +54,15 @@ def digits_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def digits_copy(digits_dataset: str, tmp_path: Path) -> Path:
+    """Return a copy of the digits that a test may spoil."""
+    return Path(shutil.copytree(digits_dataset, tmp_path / "digits"))
+
+
+@pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
     """Return a folder in MNIST's layout with 24 + 10 images, half of the files gzipped."""
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    for half, count in (("train", 24), ("t10k", 10)):
-        images = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        (folder / f"{half}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
-        (folder / f"{half}-labels-idx1-ubyte").write_bytes(idx(labels))
-    return folder
+    return write_idx(tmp_path / "raw", train=24, test=10, packed=True)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from datasets import idx, write_faces
+from datasets import write_faces, write_idx
 
 from data_prep import building, celeba, mnist
 from data_prep.build import build
@@ -149,7 +149,7 @@ def targets(root: Path) -> list[Target]:
     own = record.RunRecord(run_id="run", preset="digits-plus", config=to_dict(config), key="run-1")
     record.write_record(str(root / "run"), own)
     record.write_points(str(root / "run"), 16, {"loss/D": 1.0})
-    _write_idx(root / "idx")
+    write_idx(root / "idx", train=24, test=6)
     write_faces(root / "faces")
     evaluation = {"metrics": {"eval/a": 1.0}, "metadata": {"config": to_dict(config)}}
     (root / "run" / EVALUATION).parent.mkdir()
@@ -262,16 +262,6 @@ def _write_model(folder: Path, saved: str) -> str:
     stored = {**metadata, "half": "encoder"}
     (folder / artifact.CONFIG).write_text(json.dumps(stored))
     return artifact.write_sums(folder)
-
-
-def _write_idx(folder: Path) -> None:
-    folder.mkdir()
-    draws = np.random.default_rng(0)
-    for half, count in (("train", 24), ("t10k", 6)):
-        images = draws.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (folder / f"{half}-images-idx3-ubyte").write_bytes(idx(images))
-        labels = np.arange(count, dtype=np.uint8) % 10
-        (folder / f"{half}-labels-idx1-ubyte").write_bytes(idx(labels))
 
 
 # --- Cases --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pyarrow import fs
 from ivegan import storage
 from ivegan.errors import UserError
 from ivegan.storage import objects
+from ivegan.storage.arrow import ObjectFiles
 from ivegan.storage.digest import sha256_hex
 
 FILES = {"weights.bin": b"w" * 100, "config.json": b"{}", "deep/er/x.txt": b"x"}
@@ -135,6 +136,27 @@ def test_rays_file_system_is_the_same_store(s3, tmp_path):
     assert storage.list_files(s3) == {}
 
 
+def test_a_finalizer_sends_nothing(monkeypatch):
+    """An upload in a finalizer waited for a lock that the call it interrupted held."""
+    sent: list[bytes] = []
+
+    def upload(place: objects.Object, data: bytes) -> None:
+        sent.append(data)
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(objects, "upload", upload)
+    abandoned = ObjectFiles().open_output_stream("bucket/key", None)
+    abandoned.write(b"half")
+    del abandoned
+    assert sent == []
+    refused = ObjectFiles().open_output_stream("bucket/key", None)
+    refused.write(b"whole")
+    with pytest.raises(ConnectionError):
+        refused.close()
+    del refused
+    assert sent == [b"whole"]
+
+
 def test_a_store_that_refuses_checksum_headers_is_used_without_them(s3, s3_variables, monkeypatch):
     def refuse(request: Request) -> Fault | None:
         names = ("x-amz-checksum-", "x-amz-sdk-checksum", "x-amz-trailer")
@@ -186,3 +208,7 @@ def test_all_attempts_are_made_with_few_pauses_though_botocore_would_stop(
     assert 110 < sum(pauses) < 130
     assert max(pauses) == objects.LONGEST_PAUSE
     assert len(caplog.records) == 22 - objects.ATTEMPTS
+
+
+def test_ports_that_are_free_are_all_different():
+    assert len(set(free_ports(500))) == 500

@@ -1,6 +1,8 @@
 """Small data sets that tests write, all files of a folder, and a server of them."""
 
+import dataclasses
 import functools
+import gzip
 import http.server
 import io
 import struct
@@ -8,13 +10,13 @@ import threading
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from data_prep import celeba
-from ivegan.data.manifest import Manifest, Shard, shard_key, write_manifest
+from ivegan.data.manifest import Manifest, Shard, read_manifest, shard_key, write_manifest
 from ivegan.data.tars import Sample, write_tar
 from ivegan.storage.digest import digest, sha256_hex
 
@@ -55,10 +57,29 @@ def write_dataset(folder: Path, shards: Sequence[Sequence[Sample]]) -> str:
     return str(folder)
 
 
+def change_manifest(folder: Path, **changes: Any) -> None:
+    """Write a data set's manifest with other values."""
+    manifest = read_manifest(str(folder))
+    write_manifest(str(folder), dataclasses.replace(manifest, **changes))
+
+
 def idx(array: np.ndarray, shape: tuple[int, ...] | None = None) -> bytes:
     """Return an IDX file, whose header may be made to lie."""
     shape = shape or array.shape
     return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + array.tobytes()
+
+
+def write_idx(folder: Path, train: int, test: int, packed: bool = False) -> Path:
+    """Write a folder in MNIST's layout, whose images are gzipped if packed; return it."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for half, count in (("train", train), ("t10k", test)):
+        images = idx(random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        name, content = (".gz", gzip.compress(images)) if packed else ("", images)
+        (folder / f"{half}-images-idx3-ubyte{name}").write_bytes(content)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (folder / f"{half}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return folder
 
 
 def write_faces(folder: Path, size: tuple[int, int] = (178, 218)) -> Path:
@@ -100,9 +121,5 @@ class Mirror(http.server.ThreadingHTTPServer):
 
 
 class _Answers(http.server.SimpleHTTPRequestHandler):
-    def do_GET(self) -> None:
-        cast(Mirror, self.server).asked.append(self.path.removeprefix("/"))
-        super().do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        cast(Mirror, self.server).asked.append(self.path[1:])

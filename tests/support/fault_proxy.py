@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 _REFUSALS = {"SlowDown": 503, "NotImplemented": 501}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """What a client asked for."""
 
     method: str
@@ -63,7 +62,7 @@ def times(count: int, fault: Fault, where: Callable[[Request], bool] = lambda _:
     return plan
 
 
-class FaultProxy:
+class FaultProxy(ThreadingHTTPServer):
     """An HTTP proxy on loopback in front of a store, to be used in a with block.
 
     Headers pass unchanged, Host among them, for signatures cover it.
@@ -71,36 +70,25 @@ class FaultProxy:
 
     def __init__(self, upstream: str, plan: Plan = lambda _: None) -> None:
         """Take the store's endpoint and what to do to each request."""
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = urlsplit(upstream).netloc
         self.plan = plan
         """May be replaced at any time."""
         self.requests: list[Request] = []
         """All that came, in their order."""
         self.injected: Counter[str] = Counter()
         """How often each fault happened, by the names of ``Fault``'s fields."""
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.proxy, self._server.upstream = self, urlsplit(upstream).netloc
-        serve = self._server.serve_forever
-        self._thread = threading.Thread(target=serve, args=(0.02,), daemon=True)
-
-    @property
-    def endpoint(self) -> str:
-        """Return the URL to use in place of the store's."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.lock = threading.Lock()
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        """The URL to use in place of the store's."""
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-class _Server(ThreadingHTTPServer):
-    proxy: FaultProxy
-    upstream: str
-    lock = threading.Lock()
+        self.shutdown()
+        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that disconnect early: the faults cause that."""
@@ -110,19 +98,15 @@ class _Server(ThreadingHTTPServer):
     def count(self, name: str) -> None:
         """Count a fault that happens now."""
         with self.lock:
-            self.proxy.injected[name] += 1
+            self.injected[name] += 1
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    server: FaultProxy  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def handle_one_request(self) -> None:
-        """Read a request, pass it on with its fault, and answer."""
-        self.raw_requestline = self.rfile.readline(65537)
-        if not self.raw_requestline or not self.parse_request():
-            self.close_connection = True
-            return
+    def _pass(self) -> None:
+        """Pass a request on with its fault, and answer."""
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         if len(body) < length:
@@ -131,13 +115,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(method=self.command, path=self.path, headers=headers, body=body)
         with self.server.lock:
-            self.server.proxy.requests.append(request)
-        fault = self.server.proxy.plan(request) or Fault()
+            self.server.requests.append(request)
+        fault = self.server.plan(request) or Fault()
         answer = self._ask(request, fault)
         if answer is None:
             self.close_connection = True
         else:
             self._answer(*answer, fault)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = _pass
 
     def log_message(self, format: str, *_: Any) -> None:
         """Keep no log."""

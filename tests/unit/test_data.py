@@ -9,28 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import flip
+from datasets import change_manifest, flip
 
 from ivegan import order
 from ivegan.config import override, preset
 from ivegan.data import cache
 from ivegan.data.batches import batches
 from ivegan.data.cache import load_split
-from ivegan.data.manifest import read_manifest, write_manifest
+from ivegan.data.manifest import read_manifest
 from ivegan.data.tars import read_tar
 from ivegan.errors import UserError
 from ivegan.transforms import to_float
-
-
-@pytest.fixture
-def spoilt(digits_dataset, tmp_path) -> Path:
-    """Return a copy of the digits that a test may spoil."""
-    return Path(shutil.copytree(digits_dataset, tmp_path / "spoilt"))
-
-
-def change(dataset: Path, **changes) -> None:
-    """Change the manifest."""
-    write_manifest(str(dataset), dataclasses.replace(read_manifest(str(dataset)), **changes))
 
 
 def test_a_split_is_every_sample_of_its_shards_in_order(digits_dataset, tmp_path):
@@ -51,10 +40,10 @@ def test_a_split_is_every_sample_of_its_shards_in_order(digits_dataset, tmp_path
             assert found.keys[place] == sample.key
 
 
-def test_the_second_load_does_not_read_the_shards(spoilt, tmp_path):
-    first = load_split(str(spoilt), "valid", tmp_path / "cache")
-    shutil.rmtree(spoilt / "valid")
-    second = load_split(str(spoilt), "valid", tmp_path / "cache")
+def test_the_second_load_does_not_read_the_shards(digits_copy, tmp_path):
+    first = load_split(str(digits_copy), "valid", tmp_path / "cache")
+    shutil.rmtree(digits_copy / "valid")
+    second = load_split(str(digits_copy), "valid", tmp_path / "cache")
     np.testing.assert_array_equal(first.images, second.images)
     assert isinstance(second.images, np.memmap)
 
@@ -73,12 +62,12 @@ def test_a_damaged_cache_is_decoded_again_and_a_copied_one_is_not(digits_dataset
         caplog.clear()
 
 
-def test_another_data_set_is_another_cache(spoilt, digits_dataset, tmp_path):
+def test_another_data_set_is_another_cache(digits_copy, digits_dataset, tmp_path):
     load_split(digits_dataset, "valid", tmp_path / "cache")
-    change(spoilt, sources={"other": "files"})
-    (spoilt / "valid" / "shard-00000.tar").unlink()
+    change_manifest(digits_copy, sources={"other": "files"})
+    (digits_copy / "valid" / "shard-00000.tar").unlink()
     with pytest.raises(UserError, match="There is no file"):
-        load_split(str(spoilt), "valid", tmp_path / "cache")
+        load_split(str(digits_copy), "valid", tmp_path / "cache")
 
 
 def test_what_a_killed_process_left_is_not_taken_for_a_split(digits_dataset, tmp_path):
@@ -102,20 +91,16 @@ def test_of_several_that_want_a_split_one_decodes_and_the_others_wait(
     assert len(decoded) == 1
 
 
-def test_a_shard_that_differs_from_the_manifest_is_refused(spoilt, tmp_path):
+def test_a_shard_that_differs_from_the_manifest_is_refused(digits_copy, tmp_path):
     with pytest.raises(UserError, match="no split 'dev'; it has test, train, valid"):
-        load_split(str(spoilt), "dev", tmp_path / "cache")
-    manifest = read_manifest(str(spoilt))
-    flip(spoilt / "train" / "shard-00001.tar", 5000)
-    with pytest.raises(UserError, match=r"train/shard-00001.tar is not the one of the manifest"):
-        load_split(str(spoilt), "train", tmp_path / "cache")
-    assert len(load_split(str(spoilt), "test", tmp_path / "cache").images) == 300
+        load_split(str(digits_copy), "dev", tmp_path / "cache")
+    manifest = read_manifest(str(digits_copy))
     shards = tuple(dataclasses.replace(shard, samples=999) for shard in manifest.shards)
     splits = {"train": 2 * 999, "valid": 999, "test": 999}
     for changes in ({"image_shape": (1, 8, 32)}, {"shards": shards, "splits": splits}):
-        change(spoilt, **{"image_shape": (1, 16, 16), **changes})
+        change_manifest(digits_copy, **{"image_shape": (1, 16, 16), **changes})
         with pytest.raises(UserError, match=r"shard-00000.tar does not hold \d+ images of shape"):
-            load_split(str(spoilt), "valid", tmp_path / "cache")
+            load_split(str(digits_copy), "valid", tmp_path / "cache")
 
 
 def test_the_ranks_batches_together_are_the_one_global_batch(digits_dataset, tmp_path):
