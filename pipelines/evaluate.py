@@ -95,7 +95,8 @@ def main(options: Evaluate) -> dict[str, Any]:
         print("\n".join(cli.aligned([(name, str(value)) for name, value in plan.items()])))
         return plan
     result = evaluate_checkpoint(options)
-    print("\n".join(cli.aligned([row[:3] for row in rows(result["metrics"])], right=(1,))))
+    lines = [(row.meaning.title, row.value, row.compare) for row in rows(result["metrics"])]
+    print("\n".join(cli.aligned(lines, right=(1,))))
     print(f"\nWhat they mean, with pictures: {result['report']}")
     print(f"Runs: {mlflow_place()}")
     figures = sorted(result["figures"].values())

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from ivegan import checkpoint, storage
-from ivegan.config import PRESETS, flatten
+from ivegan.config import PRESETS, flatten, from_dict
 from ivegan.errors import UserError
 from pipelines import options as cli
 from pipelines.cluster.session import Terminated, stopped
@@ -112,7 +112,8 @@ def _record(options: Reproduce, results: Path, candidates: list[Cell]) -> None:
     """
     assert options.record is not None
     uri = checkpoint.find(storage.absolute(options.record))
-    config, _, _, metadata = checkpoint.load_networks(uri)
+    metadata = checkpoint.read_metadata(uri)
+    config = from_dict(metadata["config"])
     for cell in candidates:
         if cell.method == plan.IVE_GAN and cell._replace(config=config).hash == cell.hash:
             if metadata["step"] < config.total_steps:

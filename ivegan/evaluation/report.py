@@ -50,46 +50,44 @@ MEANINGS = {
 }
 
 
-def shown(name: str, value: float) -> str:
+class Entry(NamedTuple):
+    """One number of an evaluation, as it is written."""
+
+    name: str
+    """With the prefix."""
+    meaning: Meaning
+    value: str
+    compare: str
+    """What to compare it with: "chance: 10.02 %; goal: 100.00 %"."""
+
+
+def shown(meaning: Meaning, value: float) -> str:
     """Return a number as it is written on the page and in the terminal."""
-    unit = MEANINGS[name].unit
-    if unit == "percent":
+    if meaning.unit == "percent":
         return f"{100 * value:.2f} %"
-    if unit == "count":
-        return f"{value:.0f}"
-    if value == round(value):
+    if meaning.unit == "count" or value == round(value):
         return f"{value:.0f}"
     return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.2f}"
 
 
-def references(name: str, metrics: Mapping[str, float]) -> str:
-    """Return what to compare a number with: "chance: 10.02 %; goal: 100.00 %"."""
-    parts = []
-    for what, value in MEANINGS[name].compare:
-        number = metrics.get(value) if isinstance(value, str) else value
-        if number is not None:
-            parts.append(f"{what}: {shown(name, number)}")
-    return "; ".join(parts)
-
-
-def rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """Return (title, value, references, meaning) of every number, in reading order."""
-    metrics = {name.removeprefix(PREFIX): value for name, value in metrics.items()}
-    return [
-        (meaning.title, shown(name, metrics[name]), references(name, metrics), meaning.text)
-        for name, meaning in MEANINGS.items()
-        if name in metrics
-    ]
+def rows(metrics: Mapping[str, float]) -> list[Entry]:
+    """Return every number of an evaluation, in reading order."""
+    found = []
+    for short, meaning in MEANINGS.items():
+        if (name := PREFIX + short) in metrics:
+            pairs = [
+                (what, metrics.get(PREFIX + value) if isinstance(value, str) else value)
+                for what, value in meaning.compare
+            ]
+            compare = (f"{what}: {shown(meaning, v)}" for what, v in pairs if v is not None)
+            found.append(Entry(name, meaning, shown(meaning, metrics[name]), "; ".join(compare)))
+    return found
 
 
 def headline(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Return (title, value, first reference) of the most important numbers."""
-    important = {meaning.title for meaning in MEANINGS.values() if meaning.headline}
-    return [
-        (title, value, against.partition("; ")[0])
-        for title, value, against, _ in rows(metrics)
-        if title in important
-    ]
+    """Return title, value and first comparison of the most important numbers."""
+    important = (row for row in rows(metrics) if row.meaning.headline)
+    return [(row.meaning.title, row.value, row.compare.partition("; ")[0]) for row in important]
 
 
 def render(

@@ -110,7 +110,7 @@ class IveGanFlow(FlowSpec):
         result = evaluate_checkpoint(options)
         self.metrics, self.report = result["metrics"], result["report"]
         current.card.append(Markdown(f"# {self.preset}: run {run_id}"))
-        rows = [[title, value, against] for title, value, against, _ in report.rows(self.metrics)]
+        rows = [[row.meaning.title, row.value, row.compare] for row in report.rows(self.metrics)]
         current.card.append(Table(rows, headers=["metric", "value", "compare with"]))
         for name in sorted(result["figures"]):
             current.card.append(Markdown(f"### {name.replace('_', ' ')}"))

@@ -57,10 +57,9 @@ def render(
     spread = f" mean ± sd of {len(evaluations)} seeds |" if several else ""
     lines += [f"| | this run |{spread} to compare with |"]
     lines += ["| --- | --- |" + " --- |" * several + " --- |"]
-    spreads = _spread(evaluations)
-    for title, value, references, _ in report.rows(evaluations[0]):
-        column = f" {spreads.get(title, '-')} |" if several else ""
-        lines.append(f"| {title} | {value} |{column} {references} |")
+    for row in report.rows(evaluations[0]):
+        column = f" {_spread(row, evaluations)} |" if several else ""
+        lines.append(f"| {row.meaning.title} | {row.value} |{column} {row.compare} |")
     if not several:
         lines += ["", "One training: another seed gives other numbers, and the spread is unknown."]
     return "\n".join(lines) + "\n"
@@ -87,14 +86,10 @@ def evaluations_of(run_uri: str, images_seen: int) -> list[dict[str, float]]:
     return list(seeds.values())
 
 
-def _spread(evaluations: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return mean ± sd of each number that all evaluations have, by its title."""
-    out = {}
-    for name in set.intersection(*map(set, evaluations)) if len(evaluations) > 1 else ():
-        values, short = [one[name] for one in evaluations], name.removeprefix(report.PREFIX)
-        if short in report.MEANINGS:
-            mean, sd = (
-                report.shown(short, f(values)) for f in (statistics.fmean, statistics.stdev)
-            )
-            out[report.MEANINGS[short].title] = f"{mean} ± {sd}"
-    return out
+def _spread(row: report.Entry, evaluations: Sequence[Mapping[str, float]]) -> str:
+    """Return mean ± sd of a number, "-" where an evaluation lacks it."""
+    if not all(row.name in one for one in evaluations):
+        return "-"
+    values = [one[row.name] for one in evaluations]
+    mean, sd = (report.shown(row.meaning, f(values)) for f in (statistics.fmean, statistics.stdev))
+    return f"{mean} ± {sd}"

@@ -131,9 +131,10 @@ def test_the_command_gives_the_same_files_again_and_prints_every_number(
     for path in Path(ring[1]["report"]).parent.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
     printed = capsys.readouterr().out
-    for title, value, against, _ in report.rows(result["metrics"]):
-        assert re.search(rf"^{re.escape(title)} +{re.escape(value)} +", printed, re.MULTILINE)
-        assert against in printed
+    for row in report.rows(result["metrics"]):
+        line = rf"^{re.escape(row.meaning.title)} +{re.escape(row.value)} +"
+        assert re.search(line, printed, re.MULTILINE)
+        assert row.compare in printed
     assert result["report"] in printed
     assert len(result["figures"]) == 3
 
@@ -169,7 +170,7 @@ def test_the_page_needs_nothing_but_itself_and_holds_every_number(first):
     assert "&lt;tiny&gt;" in page
     assert "<tiny>" not in page
     for name in ("same_class", "frechet", "kmeans_nmi", "retrieval"):
-        assert report.shown(name, metrics[f"eval/{name}"]) in page
+        assert report.shown(report.MEANINGS[name], metrics[f"eval/{name}"]) in page
     assert f"chance: {100 * metrics['eval/same_class_shuffled']:.2f} %" in page
 
 

@@ -292,7 +292,7 @@ def test_the_better_pair_passes_and_the_worse_is_refused_with_the_number(home, s
 
 def test_a_poor_pair_of_unknown_origin_is_refused(home, store, digits_dataset, monkeypatch):
     scores = {"quality": 0.33, "same_class": 0.1, "one_nn": 0.9}
-    monkeypatch.setattr(gate, "quality", lambda *_: scores)
+    monkeypatch.setattr(gate, "quality", lambda *_, **__: scores)
     register(saved(home, "a", data=digits_dataset, git_commit=""))
     with pytest.raises(
         UserError,
