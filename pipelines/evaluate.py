@@ -78,6 +78,7 @@ def main(options: Evaluate) -> dict[str, Any]:
     """Evaluate, or print the plan, and return what ``--json`` prints."""
     if options.out is None:
         raise UserError("evaluate.py needs --out, a folder for numbers, figures and report.")
+    options.at_least(seed=0)
     _check_device(options.device)
     uri = _resolve(options.checkpoint)
     metadata = checkpoint.read_metadata(uri)

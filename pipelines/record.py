@@ -166,13 +166,11 @@ def is_dead(host: str, pid: int, pid_started: float) -> bool:
         return True
 
 
-def end_if_dead(run_uri: str, record: RunRecord) -> RunRecord:
-    """Return the record, ended as KILLED if its driver is dead on this machine."""
+def ended_if_dead(record: RunRecord) -> RunRecord:
+    """Return a record, as KILLED if the run's driver is dead on this machine."""
     if record.status != "RUNNING" or not is_dead(record.host, record.pid, record.pid_started):
         return record
-    record = dataclasses.replace(record, status="KILLED", ended=now())
-    write_record(run_uri, record)
-    return record
+    return dataclasses.replace(record, status="KILLED", ended=now())
 
 
 def list_runs(storage_uri: str) -> list[str]:

@@ -139,6 +139,8 @@ def main_pull(options: Pull) -> dict[str, Any]:
 
     if options.to is None:
         raise UserError("pull needs --to, a folder for model/ and its weights and settings.")
+    if not storage.is_local(options.to):
+        raise UserError(f"--to is {options.to}, but must be a folder of this machine.")
     to = Path(options.to).expanduser().absolute()
     return _print(pull(options.name, stage=options.stage, to=to, dry_run=options.dry_run))
 

@@ -68,6 +68,8 @@ def main(options: Reproduce) -> dict[str, Any]:
     options.at_least(threads=1)
     names = options.tasks or (plan.QUICK if options.quick else tuple(plan.TASKS))
     tasks = [plan.task_of(name, options.quick) for name in names]
+    if not storage.is_local(options.results):
+        raise UserError(f"--results is {options.results}, but must be a folder of this machine.")
     results = Path(options.results)
     wanted = {task.name: plan.cells(task, options.seeds, options.rows) for task in tasks}
     missing = [cell for own in wanted.values() for cell in own if store.read(results, cell) is None]

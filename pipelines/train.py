@@ -13,6 +13,8 @@ import json
 from typing import Any
 
 from ivegan.config import PRESETS, Config
+from ivegan.errors import UserError
+from ivegan.step import NonFiniteLossError
 from pipelines import options as cli
 from pipelines.cluster.session import Terminated, stopped
 from pipelines.digits import prepare_digits
@@ -24,6 +26,8 @@ from pipelines.training.plan import Run, resolve
 
 def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
     """Train as the command line says; return what ``--json`` prints."""
+    if run.resume and not run.run_id:
+        raise UserError("--resume needs --run-id, the run to continue.")
     plan = resolve(preset, config, run)
     if run.dry_run:
         print(json.dumps(plan.describe(), indent=2))
@@ -33,6 +37,8 @@ def main(preset: str, config: Config, run: Run) -> dict[str, Any]:
     print(f"run {plan.run_id}: {preset}, {config.total_steps:,} steps of {config.batch_size}")
     try:
         result = fit(plan, show=display)
+    except NonFiniteLossError as error:
+        raise UserError(str(error)) from error
     except (KeyboardInterrupt, Terminated) as stop:
         stopped(stop, f"--run-id {plan.run_id} --resume")
     finally:

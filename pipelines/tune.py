@@ -15,6 +15,7 @@ import shlex
 from typing import Any
 
 from ivegan.config import PRESETS, Config
+from ivegan.errors import UserError
 from pipelines import options as cli
 from pipelines.cluster.session import Terminated, stopped
 from pipelines.paths import mlflow_place, new_id
@@ -23,6 +24,8 @@ from pipelines.sweeps.definition import Sweep, restored
 
 def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     """Search, print the table and the best trial, and return the JSON object."""
+    if options.resume and not options.sweep_id:
+        raise UserError("--resume needs --sweep-id, the sweep to continue.")
     if options.restore:
         preset, config, options = restored(options)
     name = options.sweep_id or new_id(f"sweep-{preset}")
@@ -30,8 +33,11 @@ def main(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     try:
         return _search(preset, config, options)
     except (KeyboardInterrupt, Terminated) as stop:
-        where = f" --storage {shlex.quote(options.storage)}" if options.storage else ""
-        stopped(stop, f"--restore {name}{where}")
+        words = ["--restore", name]
+        words += ["--storage", options.storage] if options.storage else []
+        if options.retrain:
+            words += ["--retrain", "--retrain-images", str(options.retrain_images)]
+        stopped(stop, shlex.join(words))
 
 
 def _search(preset: str, config: Config, options: Sweep) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def resume(options: Resume) -> dict[str, Any]:
     runner.prepare_environment(options.datastore)
     origin = runner.origin_of(options.origin_run_id)
     if options.dry_run:
+        print(f"the Metaflow run {origin} would be resumed")
         return {"resume": origin}
     result = runner.run(["resume", "--origin-run-id", origin])
     _print(result)

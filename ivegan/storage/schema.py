@@ -46,14 +46,27 @@ def check(
     value: Any, kind: type[T] | types.GenericAlias, name: str, remedy: str = "restore or delete it"
 ) -> T:
     """Return plain values as a dataclass, or another type; as for ``read``."""
+    try:
+        return convert(value, kind)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{name} is damaged ({error}): {remedy}.") from error
+
+
+def convert(value: Any, kind: type[T] | types.GenericAlias) -> T:
+    """Return plain values as a dataclass, or another type.
+
+    Raises:
+        ValueError: they are none; its text is the entry and what it should be.
+    """
     from pydantic import ValidationError
 
+    text = json.dumps(value, allow_nan=False)
     try:
-        text = json.dumps(value, allow_nan=False)
         return cast(T, _adapter(kind).validate_json(text, strict=True, extra="forbid"))
-    except (ValueError, RecursionError) as error:
-        problem = _first(error) if isinstance(error, ValidationError) else error
-        raise DamagedError(f"{name} is damaged ({problem}): {remedy}.") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "it"
+        raise ValueError(f"{where}: {problem['msg']}") from error
 
 
 def inside(name: str) -> str:
@@ -86,9 +99,3 @@ def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
-
-
-def _first(error: Any) -> str:
-    """Return the first of the problems that pydantic found: entry and rule."""
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"

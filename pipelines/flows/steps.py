@@ -15,7 +15,7 @@ from pipelines import record as records
 from pipelines.paths import runs_dir
 from pipelines.progress import Display
 from pipelines.sweeps import definition, driver, space
-from pipelines.training.fit import fit, result_of
+from pipelines.training.fit import check_resumable, fit, result_of
 from pipelines.training.plan import Execution, Plan, beside, check_data, resolve, run_of, shared
 
 
@@ -161,6 +161,7 @@ def train(flow: Any, plan: Plan) -> dict[str, Any]:
     if not options.run_id:
         plan = beside(plan, plan.config, f"{plan.preset}-{digest(inputs_of(plan))[:12]}")
     if _is_finished(plan):
+        check_resumable(plan, check_data(plan))
         finished = result_of(plan.run_uri)
         print(f"{plan.run_id} is trained already: {finished['checkpoint']}")
         return {**finished, "reused": True}

@@ -14,7 +14,7 @@ from ivegan import storage
 from ivegan.config import Config, from_dict, override, to_dict
 from ivegan.errors import UserError
 from ivegan.storage import schema
-from pipelines.paths import new_id, runs_uri
+from pipelines.paths import new_id, present, runs_uri
 from pipelines.sweeps import space
 from pipelines.sweeps.space import SearchObjective
 from pipelines.training.plan import Execution, Plan, Run, resolve, run_of
@@ -75,7 +75,7 @@ class Sweep(Execution):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(samples=1, scores=1, workers=1, reduction=2, retrain_images=0)
-        self.at_least(confirm=0, confirm_seeds=1)
+        self.at_least(confirm=0, confirm_seeds=1, search_seed=0)
         self.at_least(score_images=0, grace=0, time_budget=0, max_concurrent=0)
 
 
@@ -177,6 +177,7 @@ def restored(options: Sweep) -> tuple[str, Config, Sweep]:
     own = schema.check({**existing.options, **now}, Sweep, name)
     restored = dataclasses.replace(
         own,
+        data=options.data or present(own.data or "") or None,
         retrain=options.retrain or own.retrain,
         retrain_images=options.retrain_images or own.retrain_images,
     )

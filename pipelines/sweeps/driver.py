@@ -13,6 +13,7 @@ from ivegan import storage
 from ivegan.config import Config, override
 from ivegan.config import preset as preset_of
 from ivegan.errors import UserError
+from ivegan.step import NonFiniteLossError
 from pipelines import record as records
 from pipelines.claim import PATIENCE, claimed
 from pipelines.cluster.session import (
@@ -24,7 +25,7 @@ from pipelines.cluster.session import (
     terminated_by_signal,
 )
 from pipelines.digits import prepare_digits
-from pipelines.paths import runs_dir, tracking_uri
+from pipelines.paths import tracking_uri
 from pipelines.sweeps import definition as definitions
 from pipelines.sweeps import space
 from pipelines.sweeps.definition import Definition, Sweep, define, plan_of
@@ -58,6 +59,9 @@ def sweep(preset: str, config: Config, options: Sweep) -> dict[str, Any]:
     definition = define(preset, config, options)
     for changes in definition.trials or ():  # an impossible trial ends the sweep before its start
         resolve(preset, override(config, changes), plan.run)
+    taken = existing is None and records.exists(plan.run_uri)
+    if taken and records.read_record(plan.run_uri).kind != "sweep":
+        raise UserError(f"{plan.run_id} is a run of train.py: choose another --sweep-id.")
     if existing is not None:
         definitions.check_same(existing, definition, plan.run_id, options)
     if options.dry_run:
@@ -184,7 +188,7 @@ def _tuner(plan: Plan, definition: Definition, options: Sweep) -> Any:
     count = options.samples if trials is None else len(trials)
     # Tune stores its callbacks beside the runs: none may hold the tracking store's password.
     stopped = functools.partial(_end_stopped, plan.run_uri)
-    printer = ScorePrinter(count, plan.images, definition.objective, stopped)
+    printer = ScorePrinter(count, plan.config.total_images, definition.objective, stopped)
     return tune.Tuner(
         trainable,
         param_space={} if trials is None else {"trial": tune.grid_search(list(range(count)))},
@@ -262,8 +266,11 @@ def retrain(preset: str, config: Config, options: Sweep, result: dict[str, Any])
     plan = resolve(preset, best, run)
     plan = dataclasses.replace(plan, tags={"sweep": result["sweep_id"]})
     with contextlib.closing(Display(plan)) as display:
-        trained = fit(plan, show=display)
-    out = str(runs_dir() / "reports" / plan.run_id)
+        try:
+            trained = fit(plan, show=display)
+        except NonFiniteLossError as error:
+            raise UserError(f"The best of the sweep diverged at full length: {error}") from error
+    out = records.evaluation_uri(plan.run_uri, trained["images_seen"])
     measured = Evaluate(checkpoint=trained["checkpoint"], data=plan.data_uri, out=out)
     trained |= {"evaluation": evaluate_checkpoint(measured)["metrics"], "report": out}
     return trained | {"registered": register(trained["checkpoint"])}

@@ -97,7 +97,7 @@ def result_of(plan: Plan, definition: Definition, ends: Any) -> dict[str, Any]:
     return {
         "sweep_id": plan.run_id,
         "preset": plan.preset,
-        "length": plan.images,
+        "length": plan.config.total_images,
         "objective": {"metric": objective.metric, "mode": objective.mode},
         "best_config": best["config"],
         "best_metric": best[objective.metric],
@@ -122,7 +122,8 @@ def _trial_result(
     elif not points:
         state = "not scored"
     else:
-        state = "done" if seen >= plan.images else "stopped early"
+        # A trial of another batch size ends at another multiple of it.
+        state = "done" if seen >= plan.config.total_images else "stopped early"
     scores = points[-1].metrics if points and state != "diverged" else {objective.metric: None}
     return {
         "trial": name,

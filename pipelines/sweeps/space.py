@@ -38,6 +38,7 @@ SCORES = {
 }
 """Scores that ``ivegan.evaluation.evaluate.quality`` returns; the first is the default."""
 _MINIMIZED = ("frechet",)
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def typed(config: Config, name: str, text: str) -> Any:
     override(config, {name: flatten(config).get(name)})  # raises for an unknown setting
     kind = type(flatten(config)[name])
     try:
-        value = text in ("True", "true", "1") if kind is bool else kind(text)
-    except ValueError as error:
+        value = _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
         raise UserError(f"{name} takes values of type {kind.__name__}, not {text!r}.") from error
     override(config, {name: value})
     return value

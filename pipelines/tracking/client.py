@@ -185,7 +185,11 @@ def experiment_of(tracked: MlflowClient, name: str, uri: str) -> str:
 def runs_of(tracked: MlflowClient, key: str) -> list[Run]:
     """Return the MLflow runs of a key, or of MLflow's own id; deleted ones are included."""
     name = "attributes.run_id" if re.fullmatch("[0-9a-f]{32}", key) else f"tags.{KEY}"
-    everywhere = [one.experiment_id for one in tracked.search_experiments(ViewType.ALL)]
+    everywhere, page = [], None
+    while page != "":
+        found = tracked.search_experiments(ViewType.ALL, page_token=page)
+        everywhere += [one.experiment_id for one in found]
+        page = found.token or ""
     if not everywhere:
         return []
     return list(tracked.search_runs(everywhere, f"{name} = '{key}'", ViewType.ALL))

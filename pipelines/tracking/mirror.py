@@ -109,7 +109,8 @@ def mirror_or_warn(run_uri: str, uri: str, what: str) -> None:
     try:
         mirror(run_uri, uri)
     except tracking.TROUBLE as error:
-        remedy = "`registry.py sync` copies it."
+        folder = run_uri.rpartition("/")[0]
+        remedy = f"`python pipelines/registry.py sync --storage {folder}` copies it."
         log.warning("MLflow lacks %s (%s); %s", what, tracking.first_line(error), remedy)
 
 
@@ -307,12 +308,15 @@ def _of_all(
 
 
 def _copied(run_uri: str) -> _Counts:
+    before = records.read_record(run_uri)
+    if (record := records.ended_if_dead(before)) != before:
+        records.write_record(run_uri, record)
     return {run_id: mirror(run_uri, store_of(run_uri)) for run_id in _waiting(run_uri)}
 
 
 def _waiting(run_uri: str) -> _Counts:
     """Return how many files of a run MLflow lacks, under its id; empty where it has all."""
-    record = records.end_if_dead(run_uri, records.read_record(run_uri))
+    record = records.ended_if_dead(records.read_record(run_uri))
     new = _Note.read(run_uri).lacks(_files(run_uri), digest(dataclasses.asdict(record)))
     # An older run's journal delivers it.
     return {} if new is None or record.schema == 0 else {record.run_id: len(new)}

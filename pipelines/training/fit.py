@@ -55,7 +55,7 @@ def fit(plan: Plan, *, show: Show | None = None, measure: Measure | None = None)
     log_line = (lambda line: show({"line": line})) if show else log.info
     dataset_hash, resumed = check_data(plan), records.exists(plan.run_uri)
     if resumed:
-        _check_resumable(plan, dataset_hash)
+        check_resumable(plan, dataset_hash)
     asked = started(functools.partial(_open_tracking, plan, resumed))
     with contextlib.ExitStack() as stack:
         patience = PATIENCE if plan.run.resume else 0.0
@@ -182,8 +182,12 @@ def new_record(plan: Plan, dataset_hash: str, **own: Any) -> RunRecord:
     return dataclasses.replace(record, key=earlier.key, **kept)
 
 
-def _check_resumable(plan: Plan, dataset_hash: str) -> None:
-    """Check that an existing run may be continued, with equal settings and data."""
+def check_resumable(plan: Plan, dataset_hash: str) -> None:
+    """Check that an existing run may be continued, with equal settings and data.
+
+    Raises:
+        UserError: it may not.
+    """
     if not plan.run.resume:
         raise UserError(
             f"The run id {plan.run_id} exists in {plan.run_uri}: add --resume to continue it, or "

@@ -19,6 +19,7 @@ from ivegan.data.manifest import Manifest, read_manifest
 from ivegan.data.stream import Stream
 from ivegan.errors import UserError, public
 from ivegan.networks import sample_shape
+from ivegan.storage.schema import convert
 from pipelines import options as cli
 from pipelines.paths import cache_dir, new_id, runs_dir, runs_uri, tracking_uri
 
@@ -37,6 +38,15 @@ def default_workers() -> int:
         return 2
     log.warning("This machine has one CPU: one worker by default instead of two.")
     return 1
+
+
+def default_wait() -> float:
+    """Return the seconds that IVEGAN_WAIT_FOR_NODES names, or 0."""
+    text = os.environ.get("IVEGAN_WAIT_FOR_NODES", "0")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"IVEGAN_WAIT_FOR_NODES is {text!r}, but must be seconds.") from error
 
 
 class Workers(int):
@@ -105,9 +115,7 @@ class Execution(cli.Options):
     """Parts that each worker's share of a batch is computed in, for the memory of one part."""
     experiment: str = ""
     """MLflow experiment of the run; ivegan-DATASET by default."""
-    wait_for_nodes: float = dataclasses.field(
-        default_factory=lambda: float(os.environ.get("IVEGAN_WAIT_FOR_NODES", 0))
-    )
+    wait_for_nodes: float = dataclasses.field(default_factory=default_wait)
     """Seconds to wait for a cluster's autoscaler to add what is missing; IVEGAN_WAIT_FOR_NODES, or
     0, by default."""
 
@@ -227,6 +235,10 @@ def resolve(preset: str, config: Config, run: Run) -> Plan:
     Raises:
         UserError: settings that cannot work together, or a place that is missing.
     """
+    try:
+        convert(to_dict(config), Config)
+    except ValueError as error:
+        raise UserError(f"A setting of {preset} is not possible: {error}.") from error
     parts = max(1, run.workers) * run.accumulate
     if not sizes_of(config, run):
         raise UserError(

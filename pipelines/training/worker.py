@@ -53,8 +53,8 @@ def work(
     source = _training_data(plan)
     pictured = first_images(source, 10) if source is not None and rank == 0 else None
     inputs = batches(config, source, state.step, rank, world_size, state.device)
-    log_every = run.log_every or max(1, config.total_images // 100)
     save_every = run.save_every or max(1, config.total_images // 10)
+    log_every = min(run.log_every or max(1, config.total_images // 100), save_every)
     before, since = state.images_seen, time.perf_counter()
     writer = MetricsWriter(plan.run_uri)
     alarms, noticed = Alarms(config), False

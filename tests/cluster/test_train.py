@@ -89,6 +89,9 @@ def test_a_diverged_run_is_marked_failed(store, ring, mlflow_runs):
     with pytest.raises(NonFiniteLossError, match="in step"):
         ring(optim__lr_d=1e38, optim__lr_g=1e38)("wild")
     assert [run.info.status for run in mlflow_runs(store)] == ["FAILED"]
+    wild = {"batch_size": 64, "total_images": 640, "optim.lr_d": 1e38}
+    with pytest.raises(UserError, match="in step"):
+        train.main("ring", override(preset("ring"), wild), Run(workers=0))
 
 
 def test_an_error_of_measuring_is_raised_when_the_workers_end():
@@ -157,6 +160,8 @@ def test_a_job_whose_files_are_lost_holds_no_runs(home, monkeypatch, pod):
 def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(home, store, capsys):
     config = override(preset("ring"), {"batch_size": 64, "total_images": 640})
     assert train.main("ring", config, Run(workers=0, dry_run=True))["steps"] == 10
+    with pytest.raises(UserError, match="--resume needs --run-id"):
+        train.main("ring", config, Run(workers=0, resume=True))
     assert json.loads(capsys.readouterr().out)["config"]["total_images"] == 640
     assert not (home / "runs" / "checkpoints").exists()
     words = ["ring", "--batch-size", "64", "--total-images", "640", "--workers", "0", "--json"]
@@ -167,6 +172,12 @@ def test_the_command_prints_json_on_its_last_line_and_a_dry_run_writes_nothing(h
     assert result["world_size"] == 1
     assert "loss/D" in result["metrics"]
     assert "images 640 of 640" in out
+
+
+def test_checkpoints_are_saved_as_often_as_requested(ring):
+    result, _ = ring()("often", log_every=0, save_every=64)  # of 20 steps
+    run_uri = result["checkpoint"].rpartition("/")[0]
+    assert len(checkpoint.checkpoints(run_uri)) == 20
 
 
 @pytest.mark.slow

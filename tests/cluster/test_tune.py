@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -62,6 +63,10 @@ def test_sweep_leaves_one_parent_and_one_child_per_trial(
     assert "tuner.pkl" in kept
     assert not [name for name, content in kept.items() if store.encode() in content]
 
+    with pytest.raises(UserError, match=r"s-000 is a run of train.py"):
+        tune.main("ring", small(), Sweep(samples=1, sweep_id="s-000"))
+    with pytest.raises(UserError, match="--resume needs --sweep-id"):
+        tune.main("ring", small(), Sweep(samples=1, resume=True))
     with pytest.raises(UserError, match=r"sweep s exists.*--restore s"):
         tune.main("ring", small(), Sweep(samples=1, sweep_id="s"))
     assert tune.main("grid", small(), Sweep(restore="s", samples=9)) == result
@@ -143,7 +148,8 @@ def test_interrupted_sweep_names_its_restore_and_keeps_its_options(
     with pytest.raises(SystemExit) as end:
         tune.main("grid", override(preset("grid"), {"total_images": 64000}), options)
     assert end.value.code == 128 + signal.SIGINT
-    assert "stopped; continue with --restore s" in capsys.readouterr().err
+    flags = "--restore s --retrain --retrain-images 640"
+    assert f"stopped; continue with {flags}" in capsys.readouterr().err
     assert [run.info.status for run in mlflow_runs(store)] == ["KILLED"]
     name, config, again = definition.restored(Sweep(restore="s", threads=1, samples=9))
     assert (name, config.total_images) == ("grid", 64000)
@@ -314,7 +320,7 @@ def test_diverged_trial_does_not_count_and_the_best_is_registered(
     }
     assert runs["s-best"].data.tags["sweep"] == "s"
     assert result["retrained"]["images_seen"] == 640
-    assert (home / "runs" / "reports" / "s-best" / "report.html").exists()
+    assert Path(result["retrained"]["report"], "report.html").exists()
     version = MlflowClient(store).get_model_version_by_alias("ivegan-ring-encoder", "staging")
     assert version.tags["run_id"] == "s-best"
     assert "models:/ivegan-ring-encoder@staging" in capsys.readouterr().out

@@ -76,6 +76,8 @@ def test_equal_inputs_reuse_the_sweep_and_the_training_unless_anew(home, store):
     assert not second["registered"]["new"]
     assert sorted((home / "runs" / "checkpoints").iterdir()) == before
 
+    other = [*RING, "--run-id", first["run_id"], "--optim.lr_d", "1e-3"]
+    assert "cannot be resumed with other settings" in workflow(*other, cwd=home, status=2).stderr
     third = workflow(*words, space, "--run-id", "third", "--anew", cwd=home)
     result = json.loads(third.stdout.splitlines()[-1])
     assert result["run_id"] == "third"

@@ -47,6 +47,7 @@ def test_flag_adds_replaces_and_removes_settings():
         ("objective.r1=0..1", "is no range"),
         ("transform.flip=True..False", "is no range"),
         ("model.z_dim=2,many", "model.z_dim takes values of type int, not 'many'"),
+        ("transform.flip=yes,no", "transform.flip takes values of type bool, not 'yes'"),
         ("model.z_dim=0,2", r"model\.z_dim is 0, but must be from 1 to 65,536"),
         ("optim.lr_g= optim.lr_d= model.z_dim= model.noise_dim=", "leaves nothing to search"),
     ],
