@@ -113,14 +113,16 @@ def build(
     if dataset == "mnist" and source is not None:
         source = mnist.fetched(source, out)
     plan = make_plan(dataset, source, out, **choices)
-    manifest, skipped = existing_manifest(plan), len(plan.jobs)
-    if manifest is None:
+    manifest = existing_manifest(plan)
+    if manifest is not None:
+        skipped = len(plan.jobs) - _write_lost(plan, manifest)
+    else:
         try:
             with storage.longer_retries():
                 manifest, skipped = _write(plan, workers)
         except UserError:
             # An equal build that ended first has cleared away the records this one needed.
-            manifest = existing_manifest(plan)
+            manifest, skipped = existing_manifest(plan), len(plan.jobs)
             if manifest is None:
                 raise
     # Also what a run has left that was killed right after it wrote the manifest.
@@ -219,6 +221,22 @@ def existing_manifest(plan: BuildPlan) -> Manifest | None:
     return manifest
 
 
+def _write_lost(plan: BuildPlan, manifest: Manifest) -> int:
+    """Write the shards of a data set again that are missing or cut off; return their number.
+
+    Raises:
+        UserError: one comes out differently.
+    """
+    sizes = storage.list_files(plan.out)
+    pairs = zip(plan.jobs, manifest.shards, strict=True)
+    lost = [(job, shard) for job, shard in pairs if sizes.get(shard.key) != shard.bytes]
+    for job, shard in lost:
+        log.info("%s is lost: writing it again", shard.key)
+        if write_shard(plan, job).shard != shard:
+            raise UserError(f"{shard.key} in {plan.out} comes out differently: {_ADVICE}.")
+    return len(lost)
+
+
 def _write(plan: BuildPlan, workers: int) -> tuple[Manifest, int]:
     """Write what is missing; return the manifest and how many shards existed already."""
     if storage.create_bytes(plan.marker, plan.identity) != plan.identity:
@@ -247,15 +265,14 @@ def _finished(plan: BuildPlan) -> dict[str, Written]:
             continue
         try:
             written = read(storage.read_bytes(record), Written, record)
+            shard = written.shard
+            # Its bytes may have rotted, or never reached the disk.
+            if sizes.get(shard.key) == shard.bytes and shard.sha256 == sha256_hex(
+                storage.read_bytes(storage.join(plan.out, shard.key))
+            ):
+                out[shard.key] = written
         except DamagedError as error:
             log.warning("%s: writing its shard again", str(error).rstrip("."))
-            continue
-        shard = written.shard
-        # Its bytes may have rotted, or never reached the disk.
-        if sizes.get(shard.key) == shard.bytes and shard.sha256 == sha256_hex(
-            storage.read_bytes(storage.join(plan.out, shard.key))
-        ):
-            out[shard.key] = written
     return out
 
 
@@ -271,12 +288,6 @@ def _complete(plan: BuildPlan, written: list[Written]) -> Manifest:
     extras = {SAMPLES: table(written, raw.label_names), **contact_sheets(plan.out, written)}
     for name, content in extras.items():
         storage.write_bytes(storage.join(plan.out, name), content)
-    if storage.is_local(plan.out):
-        ours = {Path(name).name for name in (*sizes, *extras, MANIFEST)}
-        for name in sizes:
-            # half written when a run was killed: see storage.local.new_file
-            if Path(name).name.startswith(".") and Path(name).stem[1:] in ours:
-                (Path(plan.out) / name).unlink(missing_ok=True)
     manifest = Manifest(
         dataset=raw.dataset,
         image_shape=raw.image_shape,
@@ -289,4 +300,10 @@ def _complete(plan: BuildPlan, written: list[Written]) -> Manifest:
         extras={name: sha256_hex(content) for name, content in extras.items()},
     )
     write_manifest(plan.out, manifest)
+    if storage.is_local(plan.out):
+        ours = {Path(name).name for name in (*sizes, *extras, MANIFEST)}
+        for name in sizes:
+            # half written when a run was killed: see storage.local.new_file
+            if Path(name).name.startswith(".") and Path(name).stem[1:] in ours:
+                (Path(plan.out) / name).unlink(missing_ok=True)
     return manifest

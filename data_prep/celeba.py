@@ -261,15 +261,15 @@ def _lists(source: str) -> _Lists:
 
     def column(name: str, value: str, meaning: str) -> list[int]:
         """Return the values of a list that must have a row for each image, in the same order."""
-        uri, values = storage.join(source, name), []
+        uri, values, line = storage.join(source, name), [], re.compile(rf"(\S+)\s+({value})\s*")
         for row, image in itertools.zip_longest(rows(name), attributes, fillvalue=""):
-            found = re.fullmatch(rf"{re.escape(image)}\s+({value})\s*", row)
-            if not image or found is None:
+            found = line.fullmatch(row)
+            if found is None or found[1] != image:
                 raise UserError(
                     f"{uri} has the row {row[:80]!r} where {image or 'no image'!r}, as in "
                     f"{ATTRIBUTES}, and {meaning} are expected: take both from the same release."
                 )
-            values.append(int(found[1]))
+            values.append(int(found[2]))
         return values
 
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}

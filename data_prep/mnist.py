@@ -20,6 +20,7 @@ import struct
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from data_prep.source import Source, is_litter, nearest
 from ivegan import storage
 from ivegan.data.tars import Sample
-from ivegan.errors import UserError
+from ivegan.errors import UserError, public
 from ivegan.storage.digest import sha256_hex
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def describe(source: str | None, name: str) -> Source:
         raise UserError(
             f"{name} needs --source: the folder or s3:// URI of the four IDX files, or {DOWNLOAD}."
         )
-    if storage.exists(source) and not storage.list_names(source):
+    if storage.exists(source) and not (storage.list_names(source) or Path(source).is_dir()):
         raise UserError(f"{source} is one file: unpack it, and give the folder of its IDX files.")
     _half.cache_clear()
     places, (first, last) = _places(source), _classes(source)
@@ -154,6 +155,8 @@ def download(to: str, mirrors: Sequence[str], *, published: bool = True) -> None
     Raises:
         UserError: no mirror gives the right files, or they cannot be written.
     """
+    if any("@" in mirror.partition("://")[2].partition("/")[0] for mirror in mirrors):
+        raise UserError("--source holds a user or password: download the four files yourself.")
     for file in itertools.chain(*FILES.values()):
         name, num_axes = f"{file}.gz", 3 if "images" in file else 1
         uri = storage.join(to, name)
@@ -169,7 +172,7 @@ def download(to: str, mirrors: Sequence[str], *, published: bool = True) -> None
                     raise UserError("it has another md5 than published")
             except (OSError, http.client.HTTPException, ValueError, UserError) as error:
                 reasons.append(f"{url}: {' '.join(str(error).split())}".rstrip("."))
-                log.info("%s", reasons[-1])
+                log.info("%s", public(reasons[-1]))
             else:
                 storage.write_bytes(uri, raw)
                 break
@@ -226,13 +229,22 @@ def _find(source: str, name: str) -> str:
         archive = next((n for n in found if n.lower().endswith(_ARCHIVES)), None)
         hint = f"{archive} is there: unpack it" if archive else nearest(name, found)
         raise UserError(f"There is no {name}.gz or {name} in {source} ({hint}): correct --source.")
-    sets = {n.rpartition("/")[2].removesuffix(".gz").replace(".", "-") for n in names}
+    least = min(n.count("/") for n in names)
+    sets = {_data_set(n) for n in names if n.count("/") == least}
     if len(sets) > 1:
         raise UserError(
             f"{source} holds several data sets, {' and '.join(sorted(names)[:2])} for instance: "
             "give the folder of one."
         )
     return min(names, key=lambda n: (n.count("/"), n))
+
+
+def _data_set(name: str) -> tuple[str, str]:
+    """Return folder and name of an IDX file, which may lie in a folder of its own name."""
+    folder, _, file = name.rpartition("/")
+    stem = file.removesuffix(".gz").replace(".", "-")
+    above, _, last = folder.rpartition("/")
+    return (above if last.replace(".", "-") == stem else folder), stem
 
 
 def _part(name: str) -> tuple[str, str] | None:

@@ -12,8 +12,8 @@ from typing import Any
 from ivegan import storage
 from ivegan.data.manifest import MANIFEST, read_manifest
 from ivegan.data.tars import read_shard
-from ivegan.errors import UserError
 from ivegan.storage.digest import digest, sha256_hex
+from ivegan.storage.schema import DamagedError
 from pipelines import options as cli
 
 
@@ -45,8 +45,12 @@ def verify(uri: str) -> list[str]:
     for name, expected in manifest.extras.items():
         if name not in present:
             wrong.append(f"{name} is missing.")
-        elif sha256_hex(storage.read_bytes(storage.join(uri, name))) != expected:
-            wrong.append(f"{name} has another sha256 than the manifest says.")
+            continue
+        try:
+            if sha256_hex(storage.read_bytes(storage.join(uri, name))) != expected:
+                wrong.append(f"{name} has another sha256 than the manifest says.")
+        except DamagedError as error:
+            wrong.append(str(error))
     keys: Counter[str] = Counter()
     for shard in manifest.shards:
         if shard.key not in present:
@@ -55,9 +59,7 @@ def verify(uri: str) -> list[str]:
         try:
             samples = read_shard(uri, shard, manifest.image_shape)
             keys.update(sample.key for sample in samples)
-        except storage.Unavailable:
-            raise
-        except UserError as error:
+        except DamagedError as error:
             wrong.append(str(error))
     repeated = [key for key, count in keys.items() if count > 1]
     if repeated:

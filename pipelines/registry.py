@@ -137,10 +137,8 @@ def main_pull(options: Pull) -> dict[str, Any]:
     """Pull a model, or print which version."""
     from pipelines.models.pull import pull
 
-    if options.to is None:
-        raise UserError("pull needs --to, a folder for model/ and its weights and settings.")
-    if not storage.is_local(options.to):
-        raise UserError(f"--to is {options.to}, but must be a folder of this machine.")
+    if options.to is None or not storage.is_local(options.to):
+        raise UserError("pull needs --to, a folder of this machine for model/ and its weights.")
     to = Path(options.to).expanduser().absolute()
     return _print(pull(options.name, stage=options.stage, to=to, dry_run=options.dry_run))
 

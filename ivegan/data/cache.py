@@ -63,7 +63,7 @@ def load_split(
     cache_dir: str | Path,
     *,
     skip_bad: bool = False,
-    limit: int = CACHE_LIMIT,
+    limit: float = CACHE_LIMIT,
 ) -> Split:
     """Return one split of the data set at the URI, after decoding it if this node has not yet.
 
@@ -89,6 +89,8 @@ def load_split(
             if not is_sound(folder) and skip_bad:
                 folder = dataset_folder / f"{split}-without-bad"
             if not is_sound(folder):
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 bytes_needed = manifest.splits[split] * math.prod(manifest.image_shape)
                 _make_room(root, manifest.hash, bytes_needed, limit)
                 _decode_split(data_uri, manifest, split, folder, skip_bad)
@@ -102,7 +104,7 @@ def load_split(
             )
 
 
-def _make_room(root: Path, keep: str, needed: int, limit: int) -> None:
+def _make_room(root: Path, keep: str, needed: int, limit: float) -> None:
     """Delete the least recently used data sets of a cache until there is room for one more."""
     others = [path for path in root.iterdir() if len(path.name) == _HASH_DIGITS and path.is_dir()]
     sizes = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for path in others}
@@ -131,7 +133,6 @@ def _decode_split(
     total = sum(shard.samples for shard in shards)
     log.info("decoding %d images of %s/%s", total, data_uri, split)
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     images = _new_array(partial / "images.npy", (total, *manifest.image_shape))
     starts = np.cumsum([0] + [shard.samples for shard in shards])

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
 ENCODING = {"format": "npy", "dtype": "uint8"}
 SPLITS = ("train", "valid", "test")
-_REMEDY = "build the data set again"
+_REMEDY = "delete it and build the data set again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def read_manifest(uri: str) -> Manifest:
     if isinstance(version, int) and version != SCHEMA_VERSION:
         raise UserError(
             f"{manifest_uri} has schema version {version}, but this program reads version "
-            f"{SCHEMA_VERSION}: build the data set again."
+            f"{SCHEMA_VERSION}: {_REMEDY}."
         )
     return check(values, Manifest, manifest_uri, _REMEDY)
 

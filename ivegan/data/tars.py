@@ -19,12 +19,12 @@ from ivegan.data.manifest import Shard
 from ivegan.errors import UserError
 from ivegan.shapes import UInt8
 from ivegan.storage.digest import canonical_json, sha256_hex
-from ivegan.storage.schema import parse_json
+from ivegan.storage.schema import DamagedError, parse_json
 
 log = logging.getLogger(__name__)
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
-_REMEDY = "build the data set again, or run data_prep/verify.py to list all errors"
+_REMEDY = "delete it and build the data set again, or run data_prep/verify.py to list all errors"
 
 
 class Sample(NamedTuple):
@@ -100,8 +100,8 @@ def read_shard(
 ) -> list[Sample]:
     """Return a shard's samples after checking it against the manifest.
 
-    With ``skip_bad`` only the samples with a right checksum are returned, and the others counted in
-    the log.
+    With ``skip_bad`` only the samples with a right checksum are returned, none of a missing shard,
+    and the others counted in the log.
 
     Raises:
         UserError: a wrong digest, count or image shape; the sentence names the shard and the key.
@@ -111,11 +111,10 @@ def read_shard(
     try:
         raw = storage.read_bytes(uri)
         return _check_shard(uri, raw, shard, image_shape)
-    except storage.Unavailable:
-        raise
-    except UserError as error:
+    except (DamagedError, storage.Missing) as error:
         if not skip_bad:
             raise
+        raw = raw or getattr(error, "data", b"")
         good = [sample for sample in salvage_tar(raw)[0] if sample.image.shape == image_shape]
         missing = shard.samples - len(good)
         log.warning("%s: %d of %d samples left out. %s", uri, missing, shard.samples, error)
@@ -166,12 +165,12 @@ def _check_shard(
     if sha256_hex(raw) != shard.sha256:
         errors = salvage_tar(raw)[1]
         first = f"; wrong in it: {errors[0]}" if errors else ""
-        raise UserError(
+        raise DamagedError(
             f"The shard {uri} is not the one of the manifest (wrong sha256{first}): {_REMEDY}."
         )
     samples = list(read_tar(raw))
     if len(samples) != shard.samples or any(s.image.shape != image_shape for s in samples):
-        raise UserError(
+        raise DamagedError(
             f"The shard {uri} does not hold {shard.samples} images of shape {image_shape}, as the "
             f"manifest says: {_REMEDY}."
         )

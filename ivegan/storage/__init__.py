@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ivegan.storage import local, objects
-from ivegan.storage.errors import Unavailable, local_sentences, sentences
+from ivegan.storage.errors import Missing, Unavailable, local_sentences, sentences
 from ivegan.storage.objects import environment, longer_retries, s3_client
 from ivegan.storage.places import absolute, is_local, join, parse
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 __all__ = [
+    "Missing",
     "Unavailable",
     "absolute",
     "create_bytes",
@@ -132,7 +133,11 @@ def list_names(uri: str | Path) -> list[str]:
 def list_files(uri: str | Path) -> dict[str, int]:
     """Return all files below a folder, at any depth: relative name with slashes -> bytes."""
     with sentences(uri) as place:
-        return local.sizes(place) if isinstance(place, Path) else objects.list_objects(place)
+        if isinstance(place, Path):
+            return local.sizes(place)
+        # Consoles make an empty object for a folder, whose name ends in a slash.
+        found = objects.list_objects(place)
+        return {n: size for n, size in found.items() if n and not n.endswith("/")}
 
 
 def write_folder(uri: str | Path, files: Mapping[str, bytes], last: str) -> None:

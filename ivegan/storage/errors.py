@@ -14,6 +14,10 @@ class Unavailable(UserError):  # noqa: N818
     """The object store does not answer, or is busy: a later attempt may succeed."""
 
 
+class Missing(UserError):  # noqa: N818
+    """There is no such file."""
+
+
 _NO_SPACE = "No space is left for {path}: free some, or choose another place."
 _IN_THE_WAY = "{path} cannot be a folder: a file stands in its way."
 _FORBIDDEN = "{path} may not be read or written: change its permissions."
@@ -44,7 +48,7 @@ _REFUSED = (
 _REMOTE: list[tuple[tuple[str, ...], type[UserError], str]] = [
     (("NoSuchBucket",), UserError, "There is no bucket {bucket!r} at {store}: create it or correct "
      "{uri}."),
-    (MISSING, UserError, "There is no file {uri}: correct the URI."),
+    (MISSING, Missing, "There is no file {uri}: correct the URI."),
     (("412", "PreconditionFailed"), UserError, "{uri} was replaced while it was read: begin "
      "again."),
     (_DENIED, UserError, "Access to {uri} at {store} was denied: check AWS_ACCESS_KEY_ID, "
@@ -70,7 +74,8 @@ def local_sentences(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _LOCAL:
             raise
-        raise UserError(_LOCAL[error.errno].format(path=path)) from error
+        kind = Missing if error.errno == errno.ENOENT else UserError
+        raise kind(_LOCAL[error.errno].format(path=path)) from error
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from ivegan.errors import UserError
 from ivegan.storage.digest import sha256_hex
 from ivegan.storage.errors import MISSING, Unavailable, refusal, sentences
 from ivegan.storage.places import Object
+from ivegan.storage.schema import DamagedError
 
 log = logging.getLogger(__name__)
 
@@ -219,12 +220,13 @@ def download(place: Object) -> bytes:
     Raises:
         UserError: it is not what its digest says.
     """
+    data = b""
     for _ in range(2):
         data, metadata = _read({"Bucket": place[0], "Key": place[1]})
         if metadata.get(_DIGEST) in (None, sha256_hex(data)):
             return data
         log.info("%s differs from its digest", _uri(place))
-    raise UserError(f"{_uri(place)} is damaged (wrong sha256): write it again.")
+    raise DamagedError(f"{_uri(place)} is damaged (wrong sha256): write it again.", data)
 
 
 def _read(request: dict[str, str]) -> tuple[bytes, Mapping[str, str]]:
@@ -292,7 +294,9 @@ def delete_objects(place: Object, first: str | None) -> None:
     for batch in filter(None, batches):
         keys = [{"Key": f"{key}/{name}"} for name in batch]
         if _takes_checksums(client := s3_client()):
-            client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            answer = client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if errors := answer.get("Errors"):
+                raise refusal({"Error": errors[0]}, _uri(place), client.meta.endpoint_url)
         else:  # a request for many needs one
             for one in keys:
                 client.delete_object(Bucket=bucket, **one)

@@ -15,7 +15,10 @@ def parse(uri: str | Path) -> Path | Object:
     if isinstance(uri, Path) or "://" not in uri:
         if not str(uri):
             raise UserError("An empty path was given: name a folder or an s3:// URI.")
-        return Path(uri).expanduser().absolute()
+        try:
+            return Path(uri).expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"{uri} names no user of this machine: correct the path.") from error
     scheme, _, rest = uri.partition("://")
     if scheme == "file":
         return Path(unquote("/" + rest.lstrip("/")))

@@ -19,6 +19,11 @@ T = TypeVar("T")
 class DamagedError(UserError):
     """A stored file is not what was written."""
 
+    def __init__(self, sentence: str, data: bytes = b"") -> None:
+        super().__init__(sentence)
+        self.data = data
+        """What was read, where something of it may be saved."""
+
 
 def parse_json(content: bytes, name: str, remedy: str = "restore or delete it") -> Any:
     """Return the value of a JSON file; raise DamagedError as for ``read``."""

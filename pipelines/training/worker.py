@@ -149,7 +149,7 @@ def _training_data(plan: Plan) -> Split | Stream | None:
         "train",
         cache_dir(plan.cache_dir),
         skip_bad=run.skip_bad,
-        limit=int(run.cache_gb * 1e9),
+        limit=run.cache_gb * 1e9,
     )
 
 

@@ -47,6 +47,13 @@ def test_lists_are_direct_children_or_all_files(place):
     assert storage.list_names(storage.join(place, "b")) == ["1", "2", "deep"]
     assert storage.list_names(storage.join(place, "nowhere")) == []
     assert storage.list_files(place) == {"a": 1, "b/1": 3, "b/2": 3, "b/deep/3": 8}
+    if not storage.is_local(place):
+        bucket, _, key = place.removeprefix("s3://").partition("/")
+        storage.s3_client().put_object(
+            Bucket=bucket, Key=f"{key}/c/".lstrip("/")
+        )  # a console's folder
+        assert storage.list_names(place) == ["a", "b", "c"]
+        assert "c/" not in storage.list_files(place)
 
 
 def test_a_file_can_be_read_in_place(place):

@@ -61,6 +61,17 @@ def test_a_killed_build_goes_on_and_ends_like_an_unbroken_one(idx_folder, tmp_pa
     assert verify(str(killed)) == []  # the records of what was finished are gone
 
 
+def test_lost_shards_of_a_finished_data_set_are_written_again(idx_folder, tmp_path):
+    out = tmp_path / "out"
+    build("mnist", str(idx_folder), str(out), shard_size=4)
+    before = files_of(out)
+    (out / "train" / "shard-00000.tar").unlink()
+    (out / "train" / "shard-00001.tar").write_bytes(b"cut off")
+    result = build("mnist", str(idx_folder), str(out), shard_size=4)
+    assert (result["skipped"], result["shards"]) == (8, 10)
+    assert files_of(out) == before
+
+
 def test_a_shard_that_cannot_be_seen_from_here_is_reported(idx_folder, tmp_path, monkeypatch):
     """As where each node of a cluster writes to a disk of its own."""
     real = building.write_shard

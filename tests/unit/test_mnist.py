@@ -229,6 +229,15 @@ def misspelt(folder: Path) -> None:
     path.rename(path.with_name("train-imges-idx3-ubyte.gz"))
 
 
+def beside_fashion(folder: Path) -> None:
+    """Fill it like torchvision's folder of data sets."""
+    paths = list(folder.iterdir())
+    for name in ("MNIST/raw", "FashionMNIST/raw"):
+        shutil.copytree(folder, folder / name, ignore=lambda *_: ["MNIST"])
+    for path in paths:
+        path.unlink()
+
+
 def packed(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
@@ -239,6 +248,7 @@ def packed(folder: Path) -> None:
     ("change", "sentence"),
     [
         (several, "holds several data sets"),
+        (beside_fashion, "holds several data sets, FashionMNIST/raw"),
         (misspelt, r"nearest file there is train-imges-idx3-ubyte\.gz"),
         (packed, r"\(mnist\.zip is there: unpack it\)"),
     ],

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import logging
 import os
+import shutil
 from pathlib import Path
 from types import GeneratorType
 from typing import Any
@@ -19,9 +20,9 @@ from ivegan import storage
 from ivegan.config import override, preset
 from ivegan.data.batches import _ahead, batches, first_images
 from ivegan.data.cache import load_split
-from ivegan.data.manifest import read_manifest
+from ivegan.data.manifest import Shard, read_manifest
 from ivegan.data.stream import Stream, _Lanes
-from ivegan.data.tars import Sample, read_tar
+from ivegan.data.tars import Sample, read_shard, read_tar
 from ivegan.errors import UserError
 
 SHAPE = (1, 2, 2)
@@ -118,6 +119,15 @@ def test_an_outage_reaches_the_rank_as_one(tmp_path, monkeypatch):
         read(stream(uri, loaders=0), 16, 4)
 
 
+def test_a_refusal_is_no_bad_sample(tmp_path, monkeypatch):
+    uri = write(tmp_path / "set", [12] * 4)
+    denied = Mock(side_effect=UserError("Access was denied."))
+    monkeypatch.setattr(storage, "read_bytes", denied)
+    shard = Shard(split="train", key="train/shard-00000.tar", samples=12, bytes=1, sha256="")
+    with pytest.raises(UserError, match="denied"):
+        read_shard(uri, shard, SHAPE, skip_bad=True)
+
+
 def test_a_wrong_byte_stops_the_stream_with_shard_and_key(tmp_path):
     uri = write(tmp_path / "set", [12] * 4)
     key = spoil(uri, 2, 5)
@@ -202,6 +212,10 @@ def test_a_full_disk_or_cache_is_found_before_anything_is_decoded(tmp_path, monk
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
+    left = tmp_path / "cache" / read_manifest(uri).hash / "train.partial"  # of a killed process
+    storage.write_bytes(left / "images.npy", bytes(50))
+    assert len(load_split(uri, "train", tmp_path / "cache", limit=149).images) == 25
+    shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(UserError, match=r"There is no room .*No space left on device.*--stream"):
         load_split(uri, "train", tmp_path / "cache")
