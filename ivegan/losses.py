@@ -48,7 +48,7 @@ def generator_loss(
 
 
 def gradient_penalty(
-    logits: Float[Tensor, " n"], inputs: tuple[Float[Tensor, "n ..."], ...]
+    logits: Float[Tensor, " m"], inputs: tuple[Float[Tensor, "n ..."], ...]
 ) -> Float[Tensor, ""]:
     """Return half the mean squared norm of d logits / d inputs, taken over all inputs together.
 

@@ -75,10 +75,12 @@ class GAN(Baseline):
         real, fake = (tuple(t.detach().requires_grad_() for t in inputs) for inputs in pairs)
         real_logits, fake_logits = self.critic(*real), self.critic(*fake)
         loss = discriminator_loss(real_logits, fake_logits, o.loss)
+        # A penalty is the mean over samples, of which a logit has several.
+        weight = self.annealing * self.critic.packed
         if o.r1:
-            loss = loss + o.r1 * gradient_penalty(real_logits, real)
+            loss = loss + weight * o.r1 * gradient_penalty(real_logits, real)
         if o.r2:
-            loss = loss + o.r2 * gradient_penalty(fake_logits, fake)
+            loss = loss + weight * o.r2 * gradient_penalty(fake_logits, fake)
         return loss
 
     def generator_loss(self, x: Tensor, draws: order.Draws) -> Tensor:

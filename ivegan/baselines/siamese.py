@@ -63,7 +63,7 @@ def nt_xent(
 
 
 def vicreg(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """Return the loss of VICReg (Bardes et al. 2022, Eqs. 1 to 6), with the weights of the paper.
+    """Return the loss of VICReg (Bardes et al. 2022), weighed as in its authors' code.
 
     Views are equal, entries vary, and are not correlated.
     """
@@ -73,6 +73,6 @@ def vicreg(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[T
         spread = (centred.square().sum(0) / (len(view) - 1) + 1e-4).sqrt()
         correlated = (centred.T @ centred / (len(view) - 1)).square()
         off_diagonal = correlated.sum() - correlated.diagonal().sum()
-        loss = loss + 25.0 * (1 - spread).relu().mean()
+        loss = loss + 25.0 / 2 * (1 - spread).relu().mean()  # half for each view
         loss = loss + off_diagonal / view.shape[1]
     return loss

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ivegan import order
 from ivegan.config import Config
-from ivegan.optimizer import Optimizer
+from ivegan.optimizer import Optimizer, annealing
 from ivegan.step import NonFiniteLossError
 
 
@@ -26,6 +26,8 @@ class Baseline(nn.Module):
     """The networks of one method, and its losses."""
 
     config: Config
+    annealing: float = 1.0
+    """This step's factor on gradient penalties."""
 
     @property
     def trained(self) -> tuple[nn.Module | None, nn.Module | None]:
@@ -55,6 +57,7 @@ def train(
     average = AveragedModel(baseline, multi_avg_fn=get_ema_multi_avg_fn(decay))
     for step in range(config.total_steps):
         x, draws = next(batches)
+        baseline.annealing = annealing(config, step)
         for optimizer, phase in phases:
             optimizer.schedule(step)
             optimizer.zero_grad()

@@ -203,18 +203,20 @@ def generation(
     }
     if fitted is None:
         return result
-    # D compares variations with T(x), so they, and samples from a prior fitted to codes, are
-    # distributed as T(x); D' compares samples from the printed prior with x.
-    draws = stream(seed, TRANSFORM)
-    _, moved = _read(judge, (sampler.transformed(batch, draws) for batch in batches(train)))
-    _, held_out_moved = _read(judge, (sampler.transformed(b, draws) for b in batches(split.x)))
+    moved, held_out_moved = real_features, held_out
+    if sampler.varies:
+        # D compares variations with T(x), so they, and samples from a prior fitted to codes, are
+        # distributed as T(x); D' compares samples from the printed prior with x.
+        draws = stream(seed, TRANSFORM)
+        _, moved = _read(judge, (sampler.transformed(batch, draws) for batch in batches(train)))
+        _, held_out_moved = _read(judge, (sampler.transformed(b, draws) for b in batches(split.x)))
     noise = sampler.noise(len(fitted), stream(seed, FITTED))
     _, refitted = _read(judge, sampler.generate_batches(noise, fitted))
     result["frechet_fitted"] = metrics.frechet_distance(refitted, moved)
     result["frechet_recon"] = metrics.frechet_distance(variations[0][1], moved)
     result["frechet_recon_floor"] = metrics.frechet_distance(held_out_moved, moved)
     few = min(len(real_features), len(fake), _MANIFOLD_SAMPLES)  # as many of each
-    chosen = evenly(len(real_features), few)
+    chosen, held_out = evenly(len(real_features), few), held_out[evenly(count, few)]
     for ending, reference, features in (
         ("", real_features, fake),
         ("_fitted", moved, refitted),

@@ -33,6 +33,8 @@ class Sampler:
     generator: nn.Module | None
     """A baseline may lack one of them."""
     device: torch.device
+    varies: bool = True
+    """Whether G(z', E(x)) is trained to be distributed as T(x); of most baselines it is x."""
 
     @torch.no_grad()
     def encode(self, samples: np.ndarray) -> np.ndarray:

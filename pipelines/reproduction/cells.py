@@ -19,7 +19,7 @@ from ivegan.baselines.autoencoder import Autoencoder, VariationalAutoencoder
 from ivegan.baselines.siamese import Siamese, nt_xent, vicreg
 from ivegan.baselines.training import Baseline, train
 from ivegan.baselines.untrained import pca, random_encoder
-from ivegan.config import Config
+from ivegan.config import Config, preset
 from ivegan.data.batches import batches
 from ivegan.data.cache import load_split
 from ivegan.errors import UserError
@@ -135,12 +135,17 @@ def _baseline(cell: Cell, run: Run) -> Result:
 def _measure(
     cell: Cell, encoder: torch.nn.Module | None, generator: torch.nn.Module | None, run: Run
 ) -> dict[str, float]:
-    """Return the metrics of a cell; the draws are the same for all cells."""
-    sampler = Sampler(cell.config, encoder, generator, torch.device("cpu"))
-    plan = resolve(cell.preset, cell.config, run)
+    """Return the metrics of a cell; the draws are the same for all cells.
+
+    Images are moved by the T of the preset, in a row that trains without it too.
+    """
+    config, cpu = cell.config, torch.device("cpu")
+    plan = resolve(cell.preset, config, run)
     if plan.data_uri is None:
-        return points.measure(sampler, seed=0)
-    split = images.load(cell.config, plan.data_uri, "test", cache_dir(), None)
+        return points.measure(Sampler(config, encoder, generator, cpu), seed=0)
+    config = dataclasses.replace(config, transform=preset(cell.preset).transform)
+    sampler = Sampler(config, encoder, generator, cpu, varies=cell.method == IVE_GAN)
+    split = images.load(config, plan.data_uri, "test", cache_dir(), None)
     return images.measure(sampler, split, cache_dir(), seed=0)[0]
 
 

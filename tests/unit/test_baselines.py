@@ -58,7 +58,7 @@ def test_vicreg_equals_its_equations() -> None:
     for view in (first, second):
         covariance = np.cov(view.T)
         spread = np.sqrt(np.diag(covariance) + 1e-4)
-        expected += 25 * np.mean(np.maximum(0, 1 - spread))
+        expected += 25 / 2 * np.mean(np.maximum(0, 1 - spread))
         pairs = itertools.permutations(range(4), 2)
         expected += sum(covariance[i, j] ** 2 for i, j in pairs) / 4
     found = vicreg(torch.from_numpy(first), torch.from_numpy(second))
@@ -90,6 +90,21 @@ def test_a_packed_critic_sees_neighbours_together() -> None:
     moved = x.clone()
     moved[3] += 1
     assert torch.isclose(critic(moved), critic(x)).tolist() == [True, False, True]
+
+
+def test_penalties_fall_with_the_run_and_are_means_over_packs() -> None:
+    config = config_of("ring-plus", objective__r2=0.0)
+    gan = GAN(config, packed=2)
+    x, draws = next(batches_of(config))
+    losses = []
+    for gan.annealing in (0.0, 0.25, 1.0):
+        losses.append(gan.critic_loss(x, draws).item())
+    moved = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(gan.critic(moved).sum(), moved)
+    expected = 0.5 * gradient.unflatten(0, (-1, 2)).square().sum((1, 2)).mean()
+    penalties = [loss - losses[0] for loss in losses]
+    r1 = config.objective.r1 * expected.item()
+    assert penalties == pytest.approx([0, r1 / 4, r1], rel=1e-3, abs=1e-7)
 
 
 def test_a_blind_critic_costs_two_logarithms_of_two() -> None:
