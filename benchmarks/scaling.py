@@ -34,14 +34,10 @@ class Job:
     """GPUs of one machine."""
     latency: float = 30e-6
     """Of one message."""
-    image: float = 27e3
-    """One image in its shard; 128x128 PNG."""
+    image: float = 49_280.0
+    """Bytes of one image in its shard, 128x128."""
     store: float = 1e9
     """Bytes per second from the object store to one machine; infinite where images are cached."""
-    decode: float = 1800.0
-    """Images per second that one core decodes."""
-    cores: int = 12
-    """CPU cores per GPU."""
     images: float = 2.6e6
     """Of the whole run."""
 
@@ -59,10 +55,8 @@ class Job:
             "computing": self.share / self.rate,
             "exchange": self.exchange(gpus),
             "reading": self.share * min(gpus, self.per_machine) * self.image / self.store,
-            "decoding": self.share / (self.decode * self.cores),
         }
-        inputs = max(times["reading"], times["decoding"])
-        step = max(times["computing"] + times["exchange"], inputs)
+        step = max(times["computing"] + times["exchange"], times["reading"])
         return {
             "gpus": gpus,
             "batch": gpus * self.share,

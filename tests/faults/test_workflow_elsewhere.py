@@ -40,7 +40,7 @@ def test_argo_workflows_get_steps_decorators_and_parameters_but_no_credentials(h
         *("workflow.py", "--datastore", f"{s3}/metaflow", "--with", "timeout:minutes=600"),
         *("--with", "retry:times=2", "argo-workflows", "create", "--only-json"),
         cwd=home,
-        METAFLOW_KUBERNETES_CONTAINER_IMAGE="registry/ivegan:0.1.0",
+        METAFLOW_KUBERNETES_CONTAINER_IMAGE="registry/ivegan:0.2.0",
         METAFLOW_KUBERNETES_SECRETS="ivegan-places",
     ).stdout
     template = json.loads(out)
@@ -52,7 +52,7 @@ def test_argo_workflows_get_steps_decorators_and_parameters_but_no_credentials(h
         assert parts[name]["activeDeadlineSeconds"] == 600 * 60
         assert parts[name]["retryStrategy"]["limit"] == 2
         container = parts[name]["container"]
-        assert container["image"] == "registry/ivegan:0.1.0"
+        assert container["image"] == "registry/ivegan:0.2.0"
         assert container["envFrom"][0]["secretRef"]["name"] == "ivegan-places"
         variables = {one["name"]: one["value"] for one in container["env"]}
         assert variables["METAFLOW_S3_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]

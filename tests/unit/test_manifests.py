@@ -105,7 +105,7 @@ def test_a_changed_name_key_port_or_right_is_found():
         "targetPort: s3": ("targetPort: http", "no port http"),
         "readOnlyRootFilesystem: true": ("readOnlyRootFilesystem: false", "has the rights"),
         "runAsNonRoot: true": ("runAsNonRoot: false", "may run as root"),
-        "image: ivegan:0.1.0-cuda": ("image: ivegan:latest", "ours a version"),
+        "image: ivegan:0.2.0-cuda": ("image: ivegan:latest", "ours a version"),
         "ephemeral-storage: 1Gi": ("hugepages-2Mi: 1Gi", "no limit of"),
     }
     for old, (new, _) in wrong.items():
