@@ -230,13 +230,15 @@ def _discriminator_losses(
     real_pairs, real_samples = cast(Tensor, logits.pair_real), cast(Tensor, logits.sample_real)
     loss_D = discriminator_loss(real_pairs, logits.pair_fake, objective.loss)
     if logits.pair_mismatched is not None:
-        loss_D = loss_D + objective.mismatched * discriminator_loss(
-            real_pairs, logits.pair_mismatched, objective.loss
-        )
+        mismatched = discriminator_loss(real_pairs, logits.pair_mismatched, objective.loss)
+        loss_D = loss_D + objective.mismatched * mismatched
     loss_D_prime = discriminator_loss(real_samples, logits.sample_fake, objective.loss)
     penalty = torch.zeros_like(loss_D)
     if objective.r1:
-        penalty = penalty + objective.r1 * gradient_penalty(real_pairs + real_samples, images[:2])
+        # Both heads see x: with one sign, the gradient of D could cancel that of D'.
+        signs = 1 - 2 * (torch.arange(len(real_pairs), device=state.device) % 2)
+        real = signs * real_pairs + real_samples
+        penalty = penalty + objective.r1 * gradient_penalty(real, images[:2])
     if objective.r2:
         generated = logits.pair_fake + logits.sample_fake
         penalty = penalty + objective.r2 * gradient_penalty(generated, images[2:])

@@ -10,11 +10,20 @@ import torch
 from ranks import in_ranks
 
 from ivegan import order
+from ivegan import step as steps
 from ivegan.config import Config, override, preset
 from ivegan.layers import fast as layers
-from ivegan.networks import sample_shape
+from ivegan.networks import Generated, sample_shape
 from ivegan.optimizer import annealing
-from ivegan.step import NonFiniteLossError, State, create_state, distribute, train, train_step
+from ivegan.step import (
+    MicroBatch,
+    NonFiniteLossError,
+    State,
+    create_state,
+    distribute,
+    train,
+    train_step,
+)
 
 
 def tiny(name: str, **changes) -> Config:
@@ -44,6 +53,23 @@ def tensors(state: State) -> list[torch.Tensor]:
 
 def weights(state: State) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors(state)])
+
+
+def test_the_penalty_on_x_is_that_of_d_and_of_d_prime():
+    """With one sign for both, the gradient of D could cancel that of D'."""
+    config = tiny("ring-plus", objective__r2=0.0)
+    state, draws = create_state(config), torch.Generator().manual_seed(0)
+    x, tx, x_hat, x_prior = torch.rand(4, 8, 2, generator=draws).repeat_interleave(2, dim=1)
+    none = torch.empty(0)
+    batch = MicroBatch(x, tx, x, none, none, none)
+    fake = Generated(x_hat, x_prior, none, None, None)
+    (_, _, penalty), _ = steps._discriminator_losses(state, batch, fake)
+    leaves = x.clone().requires_grad_(), tx.clone().requires_grad_()
+    logits = state.discriminators(*leaves, x_hat, x_prior, real=True, mismatched=False)
+    gradients = torch.autograd.grad(logits.pair_real.sum(), leaves, retain_graph=True)
+    gradients += torch.autograd.grad(logits.sample_real.sum(), leaves[0])
+    each = sum(gradient.square().sum(1).mean() for gradient in gradients)
+    torch.testing.assert_close(penalty, config.objective.r1 / 2 * each)
 
 
 @pytest.mark.parametrize("name", ["ring", "mnist"])
