@@ -115,7 +115,8 @@ def build(
     plan = make_plan(dataset, source, out, **choices)
     manifest = existing_manifest(plan)
     if manifest is not None:
-        skipped = len(plan.jobs) - _write_lost(plan, manifest)
+        with storage.longer_retries():
+            skipped = len(plan.jobs) - _write_lost(plan, manifest)
     else:
         try:
             with storage.longer_retries():

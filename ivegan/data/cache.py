@@ -93,7 +93,9 @@ def load_split(
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 bytes_needed = manifest.splits[split] * math.prod(manifest.image_shape)
                 _make_room(root, manifest.hash, bytes_needed, limit)
-                _decode_split(data_uri, manifest, split, folder, skip_bad)
+                partial.mkdir()
+                _decode_split(data_uri, manifest, split, partial, skip_bad)
+                partial.rename(folder)
             os.utime(dataset_folder)
             labels = np.load(folder / "labels.npy")
             return Split(
@@ -132,9 +134,7 @@ def _decode_split(
     shards = manifest.of_split(split)
     total = sum(shard.samples for shard in shards)
     log.info("decoding %d images of %s/%s", total, data_uri, split)
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir()
-    images = _new_array(partial / "images.npy", (total, *manifest.image_shape))
+    images = _new_array(folder / "images.npy", (total, *manifest.image_shape))
     starts = np.cumsum([0] + [shard.samples for shard in shards])
 
     def decode(number: int) -> tuple[list[str], list[object]]:
@@ -157,10 +157,9 @@ def _decode_split(
         raise UserError("No sample of the split can be read: build the data set again.")
     images.flush()
     labels = np.array([label for _, column in decoded for label in column], dtype=np.int64)
-    np.save(partial / "labels.npy", labels)
-    np.save(partial / "keys.npy", np.array([key for keys, _ in decoded for key in keys]))
-    write_sums(partial)
-    partial.rename(folder)
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "keys.npy", np.array([key for keys, _ in decoded for key in keys]))
+    write_sums(folder)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -69,7 +69,7 @@ def read_tar(data: bytes) -> Iterator[Sample]:
     The samples' checksums are not compared: the manifest holds the tar's sha256.
 
     Raises:
-        UserError: the tar is damaged, or holds other files.
+        DamagedError: the tar is damaged, or holds other files.
     """
     for key, image, meta in _pairs(data):
         yield _sample(key, image, meta)
@@ -86,7 +86,7 @@ def salvage_tar(data: bytes) -> tuple[list[Sample], list[str]]:
             try:
                 sample = _sample(key, image, raw_meta)
                 if raw_meta != _json_with_crc32(image, sample.meta):
-                    raise UserError(f"The checksum of {key} is wrong.")
+                    raise DamagedError(f"The checksum of {key} is wrong.")
                 good.append(sample)
             except UserError:
                 errors.append(key)
@@ -139,17 +139,17 @@ def decode(data: bytes | memoryview) -> UInt8[np.ndarray, "c h w"]:
     """Return the image of an .npy file, as a view of the bytes.
 
     Raises:
-        UserError: the bytes are not such an image.
+        DamagedError: the bytes are not such an image.
     """
     # Not numpy's own reader: it evaluates the header, for which Python 3.11 is not safe in threads.
     header = _HEADER.match(bytes(data[:256]))
     if header is None or header.end() != 10 + int.from_bytes(header[1], "little"):
-        raise UserError("An image of the tar is damaged: it is no uint8 (c, h, w) in npy 1.0.")
+        raise DamagedError("An image of the tar is damaged: it is no uint8 (c, h, w) in npy 1.0.")
     shape = tuple(map(int, header.groups()[1:]))
     try:
         return np.frombuffer(data, np.uint8, offset=header.end()).reshape(shape)
     except ValueError as error:
-        raise UserError(f"An image of the tar is damaged: {error}.") from error
+        raise DamagedError(f"An image of the tar is damaged: {error}.") from error
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -184,7 +184,9 @@ def _pairs(data: bytes) -> Iterator[tuple[str, memoryview, memoryview]]:
         key, _, suffix = name.rpartition(".")
         other, meta = next(entries, ("its end", memoryview(b"")))
         if suffix != "npy" or other != f"{key}.json":
-            raise UserError(f"The tar holds {name}, then {other}, not the two files of a sample.")
+            raise DamagedError(
+                f"The tar holds {name}, then {other}, not the two files of a sample."
+            )
         yield key, image, meta
 
 
@@ -195,20 +197,20 @@ def _entries(data: bytes) -> Iterator[tuple[str, memoryview]]:
             for entry in archive:
                 content = memoryview(data)[entry.offset_data :][: entry.size]
                 if not entry.isreg() or len(content) < entry.size:
-                    raise UserError(f"The tar is damaged or cut off at {entry.name}.")
+                    raise DamagedError(f"The tar is damaged or cut off at {entry.name}.")
                 yield entry.name, content
             # tarfile takes any block that is no header for the end.
             if data[archive.offset : archive.offset + len(_END)] != _END:
-                raise UserError(f"The tar is damaged or cut off at byte {archive.offset}.")
+                raise DamagedError(f"The tar is damaged or cut off at byte {archive.offset}.")
     except tarfile.TarError as error:
-        raise UserError(f"The tar is damaged or cut off: {error}.") from error
+        raise DamagedError(f"The tar is damaged or cut off: {error}.") from error
 
 
 def _sample(key: str, image: memoryview, raw_meta: memoryview) -> Sample:
     """Return a sample from its two files, without comparing its checksum."""
     meta = parse_json(bytes(raw_meta), f"The JSON of {key}", "build the data set again")
     if not isinstance(meta, dict) or "crc32" not in meta:
-        raise UserError(f"The JSON of {key} is damaged: it has no checksum.")
+        raise DamagedError(f"The JSON of {key} is damaged: it has no checksum.")
     del meta["crc32"]
     return Sample(key, decode(image), meta)
 

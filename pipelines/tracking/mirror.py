@@ -109,9 +109,13 @@ def mirror_or_warn(run_uri: str, uri: str, what: str) -> None:
     try:
         mirror(run_uri, uri)
     except tracking.TROUBLE as error:
-        folder = run_uri.rpartition("/")[0]
-        remedy = f"`python pipelines/registry.py sync --storage {folder}` copies it."
-        log.warning("MLflow lacks %s (%s); %s", what, tracking.first_line(error), remedy)
+        reason = tracking.first_line(error)
+        log.warning("MLflow lacks %s (%s); %s copies it.", what, reason, _sync_of(run_uri))
+
+
+def _sync_of(run_uri: str) -> str:
+    """Return the command that copies what MLflow lacks of the runs beside this one."""
+    return f"`python pipelines/registry.py sync --storage {run_uri.rpartition('/')[0]}`"
 
 
 def forget(run_uri: str, folder: str) -> None:
@@ -254,9 +258,8 @@ def mirrored(run_uri: str, uri: str) -> Iterator[None]:
                 ended = True
     finally:
         if reason:
-            folder = run_uri.rpartition("/")[0]
-            remedy = f"`python pipelines/registry.py sync --storage {folder}` copies the rest."
-            log.warning("MLflow lacks a part of %s (%s); %s", run_uri, reason, remedy)
+            sentence = "MLflow lacks a part of %s (%s); %s copies the rest."
+            log.warning(sentence, run_uri, reason, _sync_of(run_uri))
 
 
 def sync(where: str | Path) -> dict[str, int]:
@@ -311,12 +314,15 @@ def _copied(run_uri: str) -> _Counts:
     before = records.read_record(run_uri)
     if (record := records.ended_if_dead(before)) != before:
         records.write_record(run_uri, record)
-    return {run_id: mirror(run_uri, store_of(run_uri)) for run_id in _waiting(run_uri)}
+    return {run_id: mirror(run_uri, store_of(run_uri)) for run_id in _lacking(run_uri, record)}
 
 
 def _waiting(run_uri: str) -> _Counts:
+    return _lacking(run_uri, records.ended_if_dead(records.read_record(run_uri)))
+
+
+def _lacking(run_uri: str, record: RunRecord) -> _Counts:
     """Return how many files of a run MLflow lacks, under its id; empty where it has all."""
-    record = records.ended_if_dead(records.read_record(run_uri))
     new = _Note.read(run_uri).lacks(_files(run_uri), digest(dataclasses.asdict(record)))
     # An older run's journal delivers it.
     return {} if new is None or record.schema == 0 else {record.run_id: len(new)}

@@ -1,5 +1,6 @@
 """Whatever is wrong with a data set is named."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from datasets import change_manifest, flip
 from data_prep import verify as verify_module
 from data_prep.verify import verify
 from ivegan.data.manifest import read_manifest
+from ivegan.storage.digest import sha256_hex
 
 TRAIN, CONTACT = "train/shard-00000.tar", "contact-test.png"
 
@@ -30,6 +32,17 @@ TRAIN, CONTACT = "train/shard-00000.tar", "contact-test.png"
 def test_what_is_wrong_is_named(digits_copy, spoil, sentence):
     spoil(digits_copy)
     assert any(re.search(sentence, line) for line in verify(str(digits_copy)))
+
+
+def test_a_shard_that_is_no_tar_is_named_though_the_manifest_has_its_sum(digits_copy):
+    content = b"no tar" * 500
+    (digits_copy / TRAIN).write_bytes(content)
+    first, *others = read_manifest(str(digits_copy)).shards
+    assert first.key == TRAIN
+    changed = dataclasses.replace(first, bytes=len(content), sha256=sha256_hex(content))
+    change_manifest(digits_copy, shards=(changed, *others))
+    (wrong,) = verify(str(digits_copy))
+    assert "The tar is damaged" in wrong
 
 
 def test_a_shard_listed_twice_repeats_keys(digits_copy):
